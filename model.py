@@ -159,7 +159,7 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     which F.grouped_mm lacks, takes the plain loop: that is for tests.
     """
     if x.dtype == torch.float64:
-        return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(ends[:-1].cpu()))])
+        return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(ends[:-1].cpu().long()))])
     return F.grouped_mm(x, w, offs=ends)
 
 
@@ -167,7 +167,7 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """x^T y over the rows of each expert, the weight gradient of grouped_mm: x (M, K), y (M, N) -> (E, K, N)."""
     if x.dtype == torch.float64:
-        splits = ends[:-1].cpu()
+        splits = ends[:-1].cpu().long()
         return torch.stack([a.T @ b for a, b in zip(x.tensor_split(splits), y.tensor_split(splits))])
     return F.grouped_mm(x.t(), y, offs=ends)
 

@@ -1,0 +1,12 @@
+# The baseline of every family: dense, multi-head attention, Pre-RMSNorm, the paper's init and optimizer.
+data = "data/python"
+block_size = 128
+n_layer = 8
+n_head = 4
+n_embd = 64
+
+max_steps = 1000
+tokens_per_step = 2048
+learning_rate = 3e-3
+warmup_steps = 50
+weight_decay = 0.1

@@ -1,0 +1,9 @@
+# The paper's recipe on top of depth.py: longer context, more weight decay, grouped queries (G = 2), experts.
+base = "depth.py"
+block_size = 512
+weight_decay = 0.3
+n_kv_head = 2
+n_experts = 16
+top_k = 2
+expert_hidden = 128
+max_steps = 400
