@@ -11,6 +11,8 @@ A block takes the residual stream (B, T, n_embd) and returns it, so blocks can b
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import pickle
 import sys
 from dataclasses import dataclass, field, fields
@@ -408,6 +410,23 @@ def statistics(streams: list[Tensor], details: list[Detail]) -> dict[str, Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints, sampling, and the command line that the scripts share
+
+
+def save_checkpoint(path: Path, saved: dict[str, Any]) -> None:
+    """Write a checkpoint that appears by rename: a reader sees the old one or the new one, never half of one."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            torch.save(saved, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}): free some space or choose another place; "
+                        "what was there before is intact") from e
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

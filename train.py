@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Corpus, eval_windows, prepare, train_windows
-from model import GPT, ModelConfig, Parser, UserError, check, load_checkpoint, run, setting
+from model import GPT, ModelConfig, Parser, UserError, check, load_checkpoint, run, save_checkpoint, setting
 
 
 @dataclass
@@ -271,7 +271,8 @@ def train(c: TrainConfig) -> None:
                 f.write(json.dumps(record) + "\n")
             show(record, c, raw.flops_per_token() * rate / (peak * world), (time.time() - started) / done * (c.max_steps - done))
             if due["save_interval"]:
-                save(out / "ckpt.pt", raw, optimizer, c, done, corpus.tokenizer)
+                save_checkpoint(out / "ckpt.pt", {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "settings": asdict(c),
+                                                  "step": done, "tokenizer": corpus.tokenizer})
     loader.shutdown()
     if rank == 0:
         summary(record, val_loss, corpus, out, time.time() - started)
@@ -339,21 +340,6 @@ def open_out_dir(out: Path) -> None:
         (out / "log.jsonl").touch()
     except OSError as e:
         raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
-
-
-def save(path: Path, model: GPT, optimizer: torch.optim.Optimizer, c: TrainConfig, step: int, tokenizer: str) -> None:
-    """Write a checkpoint that appears by rename: a reader sees the old one or the new one, never half of one."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": asdict(c), "step": step,
-                        "tokenizer": tokenizer}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}): free some space; the last checkpoint is intact") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
