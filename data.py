@@ -1,6 +1,6 @@
 """The data: text in, memory-mapped token shards out, and batches that are a pure function of (seed, step).
 
-    python data.py python                              # the sources of torch and of Python itself, byte by byte, offline
+    python data.py python                              # the sources of torch and of Python itself, as bytes, offline
     python data.py my_texts/ --tokenizer gpt2          # .txt .md .py .jsonl .jsonl.gz .parquet, a file or a folder
     python data.py fineweb-edu --max_tokens 10e9       # the paper's corpus, streamed (needs: pip install datasets)
     python data.py data/python --verify                # read it all again and compare the checksums
@@ -32,7 +32,7 @@ from model import Parser, UserError, check, run
 
 EOT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
-DOCUMENT_CHARS = 1 << 16     # a longer .txt, .md or .py file becomes several documents: bounded memory, a split by document
+DOCUMENT_CHARS = 1 << 16     # a longer .txt, .md or .py file becomes several documents: one big file can be split too
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; what an interrupted preparation has to do again at the most
 BATCH_CHARS = 1 << 22        # text handed to the encoder's threads at a time
 
@@ -51,8 +51,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as e:      # requests' errors are OSErrors; a damaged cache is a ValueError
-        raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set TIKTOKEN_CACHE_DIR "
-                        "to a folder that holds it, or use --tokenizer bytes") from e
+        raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set "
+                        "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Corpus:
             for shard in shards:
                 path, want = self.folder / shard["file"], shard["tokens"] * dtype.itemsize
                 have = path.stat().st_size if path.is_file() else 0
-                check(have == want, f"{path} has {have:,} bytes where meta.json says {want:,}: prepare the corpus again")
+                check(have == want, f"{path} has {have:,} bytes, meta.json says {want:,}: prepare the corpus again")
             self.arrays[split] = [np.memmap(self.folder / s["file"], dtype=dtype, mode="r") for s in shards]
         self.starts = {split: np.cumsum([0] + [s["tokens"] for s in shards]) for split, shards in self.shards.items()}
 
@@ -143,8 +143,8 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
 
 def python_files() -> list[Path]:
     """The Python sources of the installed torch and of the standard library."""
-    torch_root, stdlib = Path(torch.__file__).parent, Path(sysconfig.get_paths()["stdlib"])
-    return sorted(torch_root.rglob("*.py")) + [p for p in sorted(stdlib.rglob("*.py")) if "site-packages" not in p.parts]
+    stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    return sorted(Path(torch.__file__).parent.rglob("*.py")) + [p for p in stdlib if "site-packages" not in p.parts]
 
 
 def documents(source: str) -> Iterator[str]:
@@ -157,7 +157,8 @@ def documents(source: str) -> Iterator[str]:
     else:
         root = Path(source)
         check(root.exists(), f"no file or folder {source}; NAME is python, fineweb-edu or a path")
-        paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        found = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        paths = [root] if root.is_file() else found
         check(len(paths) > 0, f"no {' '.join(SUFFIXES)} files in {source}")
         for path in paths:
             if path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -197,7 +198,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
                 if line.strip():
                     yield json.loads(line)["text"]
         except (ValueError, KeyError, TypeError, OSError, EOFError) as e:
-            raise UserError(f"{path}, at line {number}: no JSON object with a \"text\" ({type(e).__name__}: {e})") from e
+            raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -242,17 +243,18 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
         return out
     check(0 < val_fraction <= 0.5, f"val_fraction={val_fraction} must be above 0 and at most 0.5")
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32)
-    done = {"request": request, "documents": 0, "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
+    done = {"request": request, "documents": 0, **{split: {"tokens": 0, "shards": []} for split in ("train", "val")}}
     progress = out / "progress.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
         if progress.exists():
             before = json.loads(progress.read_text())
-            check(before["request"] == request, f"{out} was begun with other settings: choose another --out, or delete it")
+            check(before["request"] == request, f"{out} was begun with other settings: delete it or change --out")
             done = before
-        encode_into(out, done, itertools.islice(docs(source), done["documents"], None), enc, dtype, val_fraction, max_tokens)
+        rest = itertools.islice(docs(source), done["documents"], None)
+        encode_into(out, done, rest, enc, dtype, val_fraction, max_tokens)
         for split in ("train", "val"):
-            check(done[split]["tokens"] > 0, f"{source} has {done['documents']} documents: no {split} split, at least 2 are needed")
+            check(done[split]["tokens"] > 0, f"{source}: {done['documents']} documents leave the {split} split empty")
         meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot": enc.eot_token, "dtype": dtype.name, **done}
         if enc.n_vocab <= 4096:
             meta["bigram_entropy"] = bigram_entropy(out, meta)
@@ -291,8 +293,9 @@ def encode_into(out: Path, done: dict, docs: Iterator[str], enc: tiktoken.Encodi
             if buffered >= SHARD_TOKENS or full:
                 for split, parts in buffers.items():
                     if parts:
-                        done[split]["shards"].append(write_shard(out, split, len(done[split]["shards"]), np.concatenate(parts)))
-                        done[split]["tokens"] += done[split]["shards"][-1]["tokens"]
+                        shard = write_shard(out, split, len(done[split]["shards"]), np.concatenate(parts))
+                        done[split]["shards"].append(shard)
+                        done[split]["tokens"] += shard["tokens"]
                         parts.clear()
                 buffered = 0
                 write_json(out / "progress.json", done)
@@ -322,7 +325,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def bigram_entropy(folder: Path, meta: dict) -> float:
-    """Entropy of a token given the one before it, in nats, over the training split: what a model must get well under."""
+    """Entropy of a token given the one before it, over the training split, in nats: a model must get well under it."""
     V = meta["vocab_size"]
     pairs = np.zeros((V, V), dtype=np.int64)
     for shard in meta["train"]["shards"]:
@@ -351,8 +354,9 @@ def main() -> None:
                   args.tokenizer or ("bytes" if args.name == "python" else "gpt2"),
                   args.val_fraction or (0.001 if args.name == "fineweb-edu" else 0.05), args.max_tokens)
     meta = Corpus(out).meta
-    print(f"{out}: {meta['documents']:,} documents, {meta['train']['tokens']:,} training and {meta['val']['tokens']:,} validation "
-          f"tokens of {meta['tokenizer']}" + (f"; bigram entropy {meta['bigram_entropy']:.3f} nats" if "bigram_entropy" in meta else ""))
+    print(f"{out}: {meta['documents']:,} documents, {meta['train']['tokens']:,} training and "
+          f"{meta['val']['tokens']:,} validation tokens of {meta['tokenizer']}"
+          + (f"; bigram entropy {meta['bigram_entropy']:.3f} nats" if "bigram_entropy" in meta else ""))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LOGITS_AT_ONCE = 2**26      # the loss holds at most this many logits at a time:
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message names the culprit and the remedy, and `run` prints it without a traceback."""
+    """A mistake of the user's: the message names the culprit and the remedy; `run` prints it without a traceback."""
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -190,7 +190,8 @@ def _grouped_mm_backward(ctx, grad):
     return grouped_mm(grad, w.transpose(1, 2), ends), grouped_outer(x, grad, ends), None
 
 
-grouped_mm.register_autograd(_grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+grouped_mm.register_autograd(_grouped_mm_backward,
+                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class Router(NamedTuple):
@@ -425,8 +426,8 @@ def save_checkpoint(path: Path, saved: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink()
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}): free some space or choose another place; "
-                        "what was there before is intact") from e
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}): free some space or choose another "
+                        "place; what was there is intact") from e
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -434,7 +435,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises UserError if the file is missing, truncated or not a checkpoint. Memory-mapped: what is not used is not read.
     """
-    check(Path(path).is_file(), f"no checkpoint at {path}: train one with `python train.py CONFIG.py`, or correct the path")
+    check(Path(path).is_file(), f"no checkpoint {path}: make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:

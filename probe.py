@@ -6,9 +6,9 @@
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt                 # the same model without two blocks
     python probe.py ckpt.pt --bench                                     # how much faster than the naive way?
 
-h_0 is the embedding's output and h_l the output of block l, before the final norm. Lists and block numbers count from 0, so
-`variance[l]` is of h_l and block l turns h_l into h_{l+1}. A micro-batch goes through the model once; every intervention
-starts from the streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
+Block numbers and lists count from 0: block l turns the stream h_l into h_{l+1}, h_0 is the embedding's output, and the
+last stream is taken before the final norm. A micro-batch goes through the model once, and every intervention starts from
+the streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import contextlib
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -31,8 +32,8 @@ from data import Corpus, write_json
 from model import (GPT, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run, save_checkpoint,
                    token_variance)
 
-EXPERIMENTS = ("variance", "causal", "permutation", "usefulness", "released", "removal", "jacobian", "lens", "contribution",
-               "sparsity")
+EXPERIMENTS = ("variance", "causal", "permutation", "usefulness", "released", "removal", "jacobian", "lens",
+               "contribution", "sparsity")
 USEFUL = 1.1                # a layer is useful when its affine map multiplies the loss by more than this (paper)
 TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
 
@@ -42,7 +43,7 @@ TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and a
 
 
 def streams_of(model: GPT, idx: Tensor, blocks: Sequence[Block] | None = None) -> tuple[list[Tensor], list[Detail]]:
-    """The streams h_0 .. h_n of idx (B, T), each (B, T, d), and what each block did: the one pass that all probes share."""
+    """The streams h_0 .. h_n of idx (B, T), each (B, T, d), and what each block did: the pass that all probes share."""
     streams, details = [model.embed(idx)], []
     for block in model.blocks if blocks is None else blocks:
         x, detail = block(streams[-1], detail=True)
@@ -80,7 +81,7 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
 
 
 def skipped(blocks: Sequence[Block], streams: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """For every block s: s and the streams g_0 .. g_n of the run in which s is the identity, n (n - 1) / 2 blocks in all."""
+    """For every block s: s and the streams g_0 .. g_n of the run that skips it; n (n - 1) / 2 evaluations in all."""
     for s in range(len(blocks)):
         g = streams[:s + 1] + [streams[s]]
         for block in blocks[s + 1:]:
@@ -120,7 +121,7 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
 
 
 def affine_map(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """The least-squares W (d, d) and b (d,) of y = x W + b from summed `moments`; the smallest W where it is not unique.
+    """The least-squares W (d, d) and b (d,) of y = x W + b from summed `moments`.
 
     Features are centred and scaled to unit variance, so badly scaled ones cost no accuracy, and directions without
     variance beyond rounding are left out, so rank-deficient ones do no harm.
@@ -147,7 +148,7 @@ def jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = wide(f(x)).sum((0, 1))                                                           # (d,)
-        rows = [torch.autograd.grad(y[a], x, retain_graph=True)[0].sum((0, 1), dtype=torch.float64) for a in range(len(y))]
+        rows = [torch.autograd.grad(y_a, x, retain_graph=True)[0].sum((0, 1), dtype=torch.float64) for y_a in y]
     return torch.stack(rows)
 
 
@@ -163,11 +164,11 @@ def jacobian_scores(J: Tensor) -> dict[str, float]:
 def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
     """Read the answer off every stream: (n + 1, 3), summed over tokens. After arXiv 2505.13898.
 
-    KL(the model's output || the stream's), negative log-likelihood, share of the model's top 5 among the stream's top 5.
+    KL(the model's output || the stream's), negative log-likelihood, share of the model's top 5 in the stream's top 5.
     """
     sums = torch.zeros(len(streams), 3, dtype=torch.float64)
     for i, idx_i in enumerate(idx):                                          # one sequence's logits at a time
-        outputs = [wide(model.head(model.norm(x[i]))).log_softmax(-1) for x in (streams[-1], *streams)]         # (T, V) each
+        outputs = [wide(model.head(model.norm(x[i]))).log_softmax(-1) for x in (streams[-1], *streams)]   # (T, V) each
         own, top = outputs[0], outputs[0].topk(5).indices
         for l, q in enumerate(outputs[1:]):
             overlap = (top[:, :, None] == q.topk(5).indices[:, None]).any(-1).double().mean(-1)
@@ -178,7 +179,7 @@ def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
 
 
 def contribution_sums(streams: list[Tensor], details: list[Detail]) -> Tensor:
-    """Each sublayer's output against the stream it is added to, ||f|| / ||x|| and cosine: (n, 4), summed over tokens."""
+    """Each sublayer's output f against the stream x it joins: ||f|| / ||x|| and cosine; (n, 4), summed over tokens."""
     rows = []
     for x, detail in zip(streams, details):
         pairs = (x, detail.attn), (x + detail.attn, detail.ffn)
@@ -190,18 +191,18 @@ def contribution_sums(streams: list[Tensor], details: list[Detail]) -> Tensor:
 def attention_sums(block: Block, x: Tensor) -> Tensor:
     """How sparse is the attention of a block at stream x (B, T, d)? (3,), summed over tokens, a mean over heads.
 
-    Entropy relative to uniform over the visible keys; share of the visible keys that hold 90% of the mass; perplexity of
-    the attention as a share of the visible keys. The first position sees one key only and is left out.
+    Entropy relative to uniform over the visible keys; share of the visible keys that hold 90% of the mass; perplexity
+    of the attention as a share of the visible keys. The first position sees one key only and is left out.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for sequence in x.split(1):                                              # T x T per head: one sequence at a time
         q, k, _ = block.attn.heads(block.attn_norm(sequence) * block.scale)
         T, G = q.size(2), q.size(1) // k.size(1)
-        scores = wide(q) @ wide(k).repeat_interleave(G, dim=1).mT / math.sqrt(q.size(-1))            # (1, n_head, T, T)
+        scores = wide(q) @ wide(k).repeat_interleave(G, dim=1).mT / math.sqrt(q.size(-1))        # (1, n_head, T, T)
         hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        p = scores.masked_fill(hidden, -math.inf).softmax(-1)[0, :, 1:]                              # (n_head, T - 1, T)
+        p = scores.masked_fill(hidden, -math.inf).softmax(-1)[0, :, 1:]                          # (n_head, T - 1, T)
         visible = torch.arange(2, T + 1, device=x.device)
-        entropy = torch.special.entr(p).sum(-1)                                                      # (n_head, T - 1)
+        entropy = torch.special.entr(p).sum(-1)                                                  # (n_head, T - 1)
         needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
         for i, value in enumerate((entropy / visible.log(), needed / visible, entropy.exp() / visible)):
             sums[i] += value.mean(0).sum().item()
@@ -214,9 +215,9 @@ def weight_sparsity(model: GPT, below: float) -> dict[str, dict[str, list[float]
     for block in model.blocks:
         for name, w in block.named_parameters():
             if w.dim() > 1:
-                w, root = w.detach().double().abs(), math.sqrt(w.numel())
-                out[name.removesuffix(".weight")]["below"].append((w < below * model.config.init_std).double().mean().item())
-                out[name.removesuffix(".weight")]["hoyer"].append((root - (w.sum() / w.norm().clamp_min(1e-300)).item()) / (root - 1))
+                w, root, kind = w.detach().double().abs(), math.sqrt(w.numel()), out[name.removesuffix(".weight")]
+                kind["below"].append((w < below * model.config.init_std).double().mean().item())
+                kind["hoyer"].append((root - (w.sum() / w.norm().clamp_min(1e-300)).item()) / (root - 1))
     return dict(out)
 
 
@@ -250,8 +251,8 @@ def released_row(model: GPT, streams: list[Tensor], g: list[Tensor], s: int) -> 
 
 @torch.no_grad()
 def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, *, remove: Sequence[int] = (1,),
-          sublayers: bool = True, pairs: int = 0, jacobian_samples: int | None = None, below: float = 0.1, seed: int = 0,
-          progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+          sublayers: bool = True, pairs: int = 0, jacobian_samples: int | None = None, below: float = 0.1,
+          seed: int = 0, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure every layer of a model on tokens (B, T); returns what probe.json holds (see README).
 
     remove: lengths of contiguous runs to remove; sublayers: also each attention and FFN alone. pairs: so many sampled
@@ -307,8 +308,9 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             add("loss heldout", nll(model, streams[n], idx) if a >= half else 0.0)
         if want & {"variance", "released"}:
             with stage("variance", k):
-                for name, xs in (("variance", streams), ("attn_variance", [d.attn for d in details]),
-                                 ("ffn_variance", [d.ffn for d in details]), ("released variance", recorded(model, streams))):
+                attn, ffn, _ = zip(*details)
+                for name, xs in (("variance", streams), ("released variance", recorded(model, streams)),
+                                 ("attn_variance", attn), ("ffn_variance", ffn)):
                     add(name, [token_variance(x).item() * idx.numel() for x in xs])
         if want & {"causal", "released", "removal"}:
             with stage("causal and single removal", k):
@@ -324,8 +326,10 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
                 for r in sorted(set(remove) - {1}):
                     add(f"removal {r}", losses((s + r, streams[s]) for s in range(n - r + 1)))
                 if sublayers:
-                    add("removal attn", losses((l + 1, streams[l] + blocks[l].ffn_output(streams[l])[0]) for l in range(n)))
-                    add("removal ffn", losses((l + 1, streams[l] + details[l].attn) for l in range(n)))
+                    no_attn = (x + block.ffn_output(x)[0] for x, block in zip(streams, blocks))
+                    no_ffn = (x + detail.attn for x, detail in zip(streams, details))
+                    add("removal attn", losses(enumerate(no_attn, start=1)))
+                    add("removal ffn", losses(enumerate(no_ffn, start=1)))
                 add("block_influence", [(1 - cosines(x, y)).sum().item() for x, y in zip(streams, streams[1:])])
         if "permutation" in want:
             for i, j in chosen:
@@ -334,7 +338,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         for name, fitted in maps.items():
             if (name == "released" or "usefulness" in want) and (name != "heldout" or a >= half):
                 with stage("usefulness", k):
-                    add(name, losses((l + 1, x @ W.to(x) + b.to(x)) for l, (x, (W, b)) in enumerate(zip(streams, fitted))))
+                    images = (x @ W.to(x) + b.to(x) for x, (W, b) in zip(streams, fitted))
+                    add(name, losses(enumerate(images, start=1)))
         if want & {"jacobian", "released"} and a < n_jacobian:
             for l in range(n):
                 with stage("jacobian", k):
@@ -360,7 +365,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     out: dict[str, Any] = {"loss": loss}
 
     def causal(name: str) -> Tensor:
-        changed, total = torch.stack([sums[f"{name} {s}"] for s in range(n)], dim=1)                       # (n, n) each
+        changed, total = torch.stack([sums[f"{name} {s}"] for s in range(n)], dim=1)               # (n, n) each
         return torch.where(total > 0, changed / total.clamp_min(1e-300), 0.0)
 
     def usefulness(name: str, whole: Tensor, fitted_on: int) -> dict[str, Any]:
@@ -379,7 +384,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         C = causal("causal")
         out |= {"causal": C.tolist(), "causal_mean": C.sum().item() / max(1, len(every_pair))}
     if "permutation" in want:
-        P = torch.full((n, n), math.nan, dtype=torch.float64).fill_diagonal_(0.0)                          # nan: not sampled
+        P = torch.full((n, n), math.nan, dtype=torch.float64).fill_diagonal_(0.0)                  # nan: not sampled
         for i, j in chosen:
             P[i, j] = P[j, i] = abs(sums[f"swap {i} {j}"] / predictions - loss) / loss
         values = np.array([P[i, j] for i, j in chosen] or [0.0])
@@ -413,10 +418,10 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
 
 
 def sparsity_scores(model: GPT, attention: Tensor, load: Tensor | float, below: float) -> dict[str, Any]:
-    """The measures of `sparsity` from the means of `attention_sums` (n, 3) and the expert loads (n, n_experts) of a MoE.
+    """The measures of `sparsity` from the means of `attention_sums` (n, 3) and a MoE's expert loads (n, n_experts).
 
-    interaction_density is ours, for want of the paper's formula: the distinct key heads per query head, n_kv_head / n_head,
-    times the share of the visible keys that a query effectively attends to (perplexity / visible keys).
+    interaction_density is ours, for want of the paper's formula: the distinct key heads per query head, n_kv_head /
+    n_head, times the share of the visible keys that a query effectively attends to (perplexity / visible keys).
     """
     c = model.config
     entropy, mass90, effective = attention.T.tolist()
@@ -483,18 +488,18 @@ def perplexity_ratio(r: dict[str, Any], loss: float) -> float:
 COLUMNS: dict[str, tuple[str, Callable[[dict, int], float], str]] = {
     "variance": ("variance", lambda r, l: r["variance"][l + 1], "of the stream after the block"),
     "growth": ("variance", lambda r, l: r["variance_growth"][l], "of the variance in the block"),
-    "causal": ("causal", lambda r, l: float(np.mean(r["causal"][l][l + 1:] or math.nan)), "change of later updates without it"),
-    "permuted": ("permutation", lambda r, l: mean_of_others(r["permutation"][l], l), "relative loss change of its swaps"),
-    "affine": ("usefulness", lambda r, l: r["usefulness"]["ratio"][l], "loss ratio with its best affine map in its place"),
+    "causal": ("causal", lambda r, l: float(np.mean(r["causal"][l][l + 1:] or math.nan)), "later updates without it"),
+    "permuted": ("permutation", lambda r, l: mean_of_others(r["permutation"][l], l), "loss change of its swaps"),
+    "affine": ("usefulness", lambda r, l: r["usefulness"]["ratio"][l], "loss ratio with its best affine map instead"),
     "heldout": ("usefulness", lambda r, l: r["usefulness_heldout"]["ratio"][l], "the same, fitted on other sequences"),
-    "released": ("released", lambda r, l: r["released"]["usefulness"]["ratio"][l], "the same as the released scripts compute it"),
+    "released": ("released", lambda r, l: r["released"]["usefulness"]["ratio"][l], "the same by the released scripts"),
     "removed": ("block_influence", lambda r, l: perplexity_ratio(r, r["removal"].get("1", [math.nan] * (l + 1))[l]),
                 "perplexity ratio without it"),
     "influence": ("block_influence", lambda r, l: r["block_influence"][l], "1 - cosine of its input and output"),
     "|J-I|/d": ("jacobian", lambda r, l: r["jacobian"]["deviation"][l], "its Jacobian's distance from the identity"),
     "lens KL": ("lens", lambda r, l: r["lens"]["kl"][l + 1], "from the model's output to the one read after it"),
-    "attn/x": ("contribution", lambda r, l: r["contribution"]["attn_ratio"][l], "size of the attention's output in the stream"),
-    "ffn/x": ("contribution", lambda r, l: r["contribution"]["ffn_ratio"][l], "size of the FFN's output in the stream"),
+    "attn/x": ("contribution", lambda r, l: r["contribution"]["attn_ratio"][l], "attention's output over the stream"),
+    "ffn/x": ("contribution", lambda r, l: r["contribution"]["ffn_ratio"][l], "FFN's output over the stream"),
     "attn.H": ("sparsity", lambda r, l: r["sparsity"]["attention"]["entropy"][l], "entropy of its attention / uniform"),
 }
 
@@ -523,7 +528,8 @@ def block_table(r: dict[str, Any], n: int) -> str:
     columns = {name: get for name, (key, get, _) in COLUMNS.items() if key in r}
     lines = ["block" + "".join(f"{name:>10}" for name in columns)] * bool(columns)
     lines += [f"{l:5d}" + "".join(f"{get(r, l):10.4g}" for get in columns.values()) for l in range(n) if columns]
-    return "\n".join(lines + ["; ".join(f"{name}: {COLUMNS[name][2]}" for name in columns)])
+    legend = "; ".join(f"{name}: {COLUMNS[name][2]}" for name in columns)
+    return "\n".join(lines + textwrap.wrap(legend, 120))
 
 
 def score_table(results: dict[str, dict[str, Any]]) -> str:
@@ -557,7 +563,7 @@ def summary(r: dict[str, Any], path: str) -> Iterator[str]:
 
 
 def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
-    """One PNG per experiment: curves of several checkpoints in one plot, their heat maps side by side. Returns what it did."""
+    """One PNG per experiment: curves of several checkpoints in one plot, heat maps side by side. Says what it did."""
     try:
         import matplotlib
         matplotlib.use("agg")
@@ -585,7 +591,7 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
     passed = "blocks passed (0: embedding)"
     for name, key, get, labels in (
             ("variance", "variance", lambda r: r["variance"],
-             dict(title="Variance of the residual stream", xlabel=passed, ylabel="variance, mean over tokens", yscale="log")),
+             dict(title="Variance of the residual stream", xlabel=passed, ylabel="mean over tokens", yscale="log")),
             ("jacobian", "jacobian", lambda r: r["jacobian"]["deviation"],
              dict(title="Distance of the Jacobian from the identity", xlabel="block", ylabel=r"$\|J - I\|_F\,/\,d$")),
             ("lens", "lens", lambda r: r["lens"]["kl"],
@@ -593,7 +599,7 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
         if all(key in r for r in rs):
             curves(name, {label: get(r) for label, r in results.items()}, **labels)
     if all("removal" in r for r in rs):
-        lines = {f"{label}, run of {n}" if several else f"run of {n}": [min(perplexity_ratio(r, x), 1e9) for x in losses]
+        lines = {f"{label}, " * several + f"run of {n}": [min(perplexity_ratio(r, x), 1e9) for x in losses]
                  for label, r in results.items() for n, losses in r["removal"].items() if n.isdigit()}
         curves("removal", lines, title="Perplexity without a run of blocks", xlabel="first removed block",
                ylabel="perplexity ratio", yscale="log")
@@ -605,7 +611,7 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
             ax.bar(np.arange(len(ratio)) + (k - (len(rs) - 1) / 2) * width, ratio - 1, width, bottom=1, label=label)
         ax.axhline(USEFUL, color="black", linestyle="--", linewidth=1, label=f"useful above {USEFUL}")
         ax.legend(fontsize=8)
-        finish(fig, ax, "usefulness", title="Loss with a block replaced by its best affine map", xlabel="block", ylabel="loss ratio")
+        finish(fig, ax, "usefulness", title="Loss with an affine block", xlabel="block", ylabel="loss ratio")
     for name, title, xlabel, ylabel in (("causal", "Causal score C[s, l]", "later block l", "skipped block s"),
                                         ("permutation", "Relative change of the loss by a swap", "block j", "block i")):
         if all(name in r and len(r[name]) > 1 for r in rs):
@@ -697,13 +703,13 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
         folder = args.data or saved["settings"].get("data", "data/python")
         corpus, T, origin = Corpus(folder), args.length or min(512, limit), f"{folder} (validation)"
         check(corpus.tokenizer == saved["tokenizer"],
-              f"{folder} has {corpus.tokenizer!r} tokens, the model was trained on {saved['tokenizer']!r}: give another --data")
+              f"{folder} has {corpus.tokenizer!r} tokens, the model knows {saved['tokenizer']!r}: give another --data")
         check(2 <= T <= limit, f"--length {T}: must be 2 to the model's block_size={limit}")
         picked = np.random.default_rng(args.seed).permutation(corpus.n_windows("val", T))[:max(args.samples, 0)]
         array = np.array([corpus.read("val", int(i) * T, T) for i in np.sort(picked)]).reshape(-1, T)
     B, T = array.shape
-    check(B >= 2 and 2 <= T <= limit, f"{B} sequences of {T} tokens: at least 2 sequences of 2 to block_size={limit} are needed")
-    check(0 <= array.min() and array.max() < V, f"{origin}: token {array.max()} is not among the model's {V}: wrong tokenizer?")
+    check(B >= 2 and 2 <= T <= limit, f"{B} sequences of {T} tokens: 2 or more of 2 to block_size={limit} are needed")
+    check(0 <= array.min() and array.max() < V, f"{origin}: token {array.max()} is not one of the model's {V}")
     return torch.from_numpy(array.astype(np.int64)), origin
 
 
@@ -715,7 +721,8 @@ def make_progress() -> Callable[[str], None]:
         now = time.time()
         if now - begun > 3 and now - last[0] > (0.2 if live else 30):
             last[0] = now
-            print("\r" * live + f"{line}, {now - begun:.0f} s".ljust(80), end="" if live else "\n", file=sys.stderr, flush=True)
+            line = "\r" * live + f"{line}, {now - begun:.0f} s".ljust(80)
+            print(line, end="" if live else "\n", file=sys.stderr, flush=True)
     return progress
 
 
@@ -742,7 +749,8 @@ def drop_blocks(args: Any, path: str, model: GPT, saved: dict[str, Any], tokens:
                      for blocks in (model.blocks, rest))
     save_checkpoint(target, without_blocks(saved, drop))
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; loss {whole:.4f} -> {pruned:.4f}, "
-          f"perplexity x{math.exp(pruned - whole):.3f}\ntrain it on:  python train.py --init_from={target} --out_dir=out/pruned")
+          f"perplexity x{math.exp(pruned - whole):.3f}\n"
+          f"train it on:  python train.py --init_from={target} --out_dir=out/pruned")
 
 
 def measure(args: Any, path: str, model: GPT, tokens: Tensor, origin: str, label: str, out: Path) -> dict[str, Any]:
@@ -760,8 +768,8 @@ def measure(args: Any, path: str, model: GPT, tokens: Tensor, origin: str, label
         drawn = figures({label: result}, out)
     except OSError as e:
         raise UserError(f"cannot write to {out} ({e.strerror or e}): choose another --out") from e
-    print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "", *summary(result, path),
-          f"{out / 'probe.json'} written, {drawn}; {sum(result['seconds'].values()):.0f} s", sep="\n")
+    print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
+          *summary(result, path), f"{out / 'probe.json'} written, {drawn}", sep="\n")
     return result
 
 
@@ -783,10 +791,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
     parser.add_argument("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of a corpus")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of sequences and pairs")
-    parser.add_argument("--pairs", type=int, default=0, help="sample so many pairs for the permutation score (default: all)")
+    parser.add_argument("--pairs", type=int, default=0, help="permute a sample of so many pairs (default: all)")
     parser.add_argument("--remove", default="", help="lengths of runs to remove (default: 1,2,4,... below n_layer)")
-    parser.add_argument("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of the samples)")
-    parser.add_argument("--below", type=float, default=0.1, help="|w| under this times init_std is sparse (default 0.1)")
+    parser.add_argument("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
+    parser.add_argument("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
     parser.add_argument("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
     parser.add_argument("--save", help="where --drop writes (default: pruned.pt beside the checkpoint)")
     parser.add_argument("--out", help="folder for probe.json and the figures (default: the checkpoint's)")

@@ -23,7 +23,7 @@ import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,7 @@ class TrainConfig(ModelConfig):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        check(self.device.split(":")[0] in ("auto", "cpu", "cuda"), f"device={self.device!r} is none of auto, cpu, cuda")
+        check(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is none of auto, cpu, cuda")
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r} is none of auto, float32, bfloat16")
 
 
@@ -102,7 +102,8 @@ def typed(name: str, value: Any, where: str) -> Any:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`. Names that begin with _ are its own."""
-    check(path.is_file(), f"no config {path}; there are: {' '.join(sorted(map(str, path.parent.glob('*.py')))) or 'none here'}")
+    neighbours = sorted(str(p) for p in path.parent.glob("*.py"))
+    check(path.is_file(), f"no config {path}; there are: {' '.join(neighbours) or 'none in that folder'}")
     try:
         values = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith("_")}
     except Exception as e:      # whatever the file raises is a mistake in the file
@@ -113,7 +114,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
     """The settings of a command line, and whether --bench was asked for."""
-    parser = Parser(prog="train.py", description=__doc__, usage="train.py [CONFIG.py ...] [--setting=value ...] [--bench]")
+    parser = Parser(prog="train.py", description=__doc__, usage="train.py [CONFIG.py ...] [--setting=value ...]")
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="files of settings, applied in order")
     parser.add_argument("--bench", action="store_true", help="time a step instead of training; needs no data")
     for f in fields(TrainConfig):
@@ -129,10 +130,11 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
     values |= {k: typed(k, v, "command line") for k, v in given.items()}
     values["out_dir"] = values.get("out_dir") or "out/" + (Path(args.configs[-1]).stem if args.configs else "run")
     if values.get("init_from"):
-        saved, free = load_checkpoint(values["init_from"])["settings"], ("block_size", "lb_loss_weight", "z_loss_weight")
+        saved = load_checkpoint(values["init_from"])["settings"]
         for name in {f.name for f in fields(ModelConfig)} & saved.keys():
-            check(name in free or values.get(name, saved[name]) == saved[name],
-                  f"{name}={values.get(name)} but {values['init_from']} has {name}={saved[name]}: leave the setting out")
+            free = name in ("block_size", "lb_loss_weight", "z_loss_weight")
+            check(free or values.get(name, saved[name]) == saved[name],
+                  f"{name}={values.get(name)}, but {values['init_from']} has {name}={saved[name]}: leave it out")
             values.setdefault(name, saved[name])
     return TrainConfig(**values), args.bench
 
@@ -183,11 +185,11 @@ def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, rank: int, world: int, device: torch.device,
-             dtype: torch.dtype) -> float:
+def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, rank: int, world: int,
+             device: torch.device, dtype: torch.dtype) -> float:
     """Mean loss over eval_tokens of the validation split, in batches of `size`, in nats per token."""
     windows = eval_windows(max(1, c.eval_tokens // c.block_size), corpus.n_windows("val", c.block_size))
-    windows = windows[:len(windows) // size * size] if len(windows) >= size else windows     # one shape, one compilation
+    windows = windows[:max(1, len(windows) // size) * size]                  # whole batches: one shape, one compilation
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for ids in [windows[i:i + size] for i in range(0, len(windows), size)][rank::world]:
@@ -209,11 +211,10 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
 def train(c: TrainConfig) -> None:
     """Train to max_steps; see the module's docstring for what is written."""
     rank, world, device, dtype = set_up(c)
-    out = Path(c.out_dir)
-    corpus = open_corpus(c.data, rank, world)
+    per_step, size = batch_shape(c, world)
+    corpus, out = open_corpus(c.data, rank, world), Path(c.out_dir)
     c.vocab_size = c.vocab_size or -(-corpus.vocab_size // 64) * 64
     check(c.vocab_size >= corpus.vocab_size, f"vocab_size={c.vocab_size}, but {c.data} needs {corpus.vocab_size}")
-    per_step, size = batch_shape(c, world)
     n_windows = corpus.n_windows("train", c.block_size)
 
     torch.manual_seed(c.seed)
@@ -230,67 +231,69 @@ def train(c: TrainConfig) -> None:
 
     def load(step: int) -> list[tuple[Tensor, Tensor]]:
         ids = train_windows(c.seed, step, per_step, n_windows)
-        return [corpus.batch("train", ids[i:i + size], c.block_size) for i in range(rank * size, per_step, world * size)]
+        mine = range(rank * size, per_step, world * size)
+        return [corpus.batch("train", ids[i:i + size], c.block_size) for i in mine]
 
-    count, peak = raw.count_parameters(), peak_flops(device, dtype)
+    peak = peak_flops(device, dtype) * world
     if rank == 0:
         open_out_dir(out)
-        print(f"{out}: {count['total'] / 1e6:.2f}M parameters ({count['active'] / 1e6:.2f}M active), {c.n_layer} layers, "
-              f"{c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, {world} x {device.type} in {dtype}".replace("torch.", ""))
+        n = raw.count_parameters()
+        print(f"{out}: {n['total'] / 1e6:.2f}M parameters ({n['active'] / 1e6:.2f}M active), {c.n_layer} layers, "
+              f"{c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, {world} x {device.type}, {dtype}")
     loader = ThreadPoolExecutor(1)                       # the next step's batches are read while this step computes
     upcoming = loader.submit(load, 0)
-    started, val_loss, record = time.time(), None, {}
-    for step in range(c.max_steps):
+    started, record = time.time(), {}
+    for step in range(1, c.max_steps + 1):
         begun = time.time()
         batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
-        if step + 1 < c.max_steps:
-            upcoming = loader.submit(load, step + 1)
-        done = step + 1
-        due = {name: (getattr(c, name) and done % getattr(c, name) == 0) or done == c.max_steps
-               for name in ("eval_interval", "stats_interval", "save_interval")}
-        due |= {name: due[name] and getattr(c, name) > 0 for name in ("eval_interval", "stats_interval")}
-
+        if step < c.max_steps:
+            upcoming = loader.submit(load, step)
+        lr = learning_rate(step - 1, c)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
-        sums = gradients(model, batches, c, dtype, stats=due["stats_interval"])
-        norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
-        record = average_over_ranks({**sums, "grad_norm": norm}, world)
+            group["lr"] = lr
+        sums = gradients(model, batches, c, dtype, stats=due(step, c.stats_interval, c))
+        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
+        record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
         check(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]),
-              f"step {done}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate={c.learning_rate}; "
-              "the last checkpoint is intact")
+              f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate="
+              f"{c.learning_rate}; the last checkpoint is intact")
         optimizer.step()
         optimizer.zero_grad()
 
-        rate = c.tokens_per_step / (time.time() - begun)
-        record = {"step": done, "tokens": done * c.tokens_per_step, "loss": record.pop("loss"), "lr": learning_rate(step, c),
-                  "grad_norm": record.pop("grad_norm"), "tokens_per_s": rate, **record}
-        if due["eval_interval"]:
-            val_loss = record["val_loss"] = evaluate(compiled, corpus, c, size, rank, world, device, dtype)
+        rate = record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
+        if due(step, c.eval_interval, c):
+            record["val_loss"] = evaluate(compiled, corpus, c, size, rank, world, device, dtype)
         if rank == 0:
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
-            show(record, c, raw.flops_per_token() * rate / (peak * world), (time.time() - started) / done * (c.max_steps - done))
-            if due["save_interval"]:
-                save_checkpoint(out / "ckpt.pt", {"model": raw.state_dict(), "optimizer": optimizer.state_dict(), "settings": asdict(c),
-                                                  "step": done, "tokenizer": corpus.tokenizer})
+            left = (time.time() - started) / step * (c.max_steps - step)
+            show(record, c, raw.flops_per_token() * rate / peak, left)
+            if step == c.max_steps or due(step, c.save_interval, c):
+                save_checkpoint(out / "ckpt.pt", {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
+                                                  "settings": asdict(c), "step": step, "tokenizer": corpus.tokenizer})
     loader.shutdown()
     if rank == 0:
-        summary(record, val_loss, corpus, out, time.time() - started)
+        summary(record, corpus, out, time.time() - started)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def due(step: int, interval: int, c: TrainConfig) -> bool:
+    """Every `interval` steps and at the end; an interval of 0 is off."""
+    return interval > 0 and (step % interval == 0 or step == c.max_steps)
+
+
 def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
     """Join the process group if torchrun made one; returns rank, world size, device and compute dtype."""
-    cuda = torch.cuda.is_available() if c.device == "auto" else c.device.startswith("cuda")
-    check(not cuda or torch.cuda.is_available(), f"device={c.device}, but torch sees no GPU: use --device=cpu")
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and world == 1 and "TORCHELASTIC_RUN_ID" in os.environ and torch.cuda.device_count() > 1 and c.device != "cuda:0":
-        # A bare `torchrun train.py` starts one process; the machine has more GPUs, so start over with one process each.
+    cuda = c.device != "cpu" and torch.cuda.is_available()
+    check(cuda or c.device != "cuda", "device=cuda, but torch sees no GPU: use --device=cpu")
+    world, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
+    if cuda and world == 1 and gpus > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        # A bare `torchrun train.py` starts one process: start over with one per GPU (CUDA_VISIBLE_DEVICES picks fewer).
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  f"--nproc-per-node={torch.cuda.device_count()}", *sys.argv])
+                                  f"--nproc-per-node={gpus}", *sys.argv])
     if cuda:
-        device = torch.device(c.device if ":" in c.device else f"cuda:{local}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
@@ -324,8 +327,8 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
     per_step = c.tokens_per_step // c.block_size
     size = c.batch_size or max(1, per_step // world)
     check(per_step * c.block_size == c.tokens_per_step and per_step > 0 and per_step % (size * world) == 0,
-          f"tokens_per_step={c.tokens_per_step} is no multiple of block_size={c.block_size} x batch_size={size} x {world} "
-          f"rank{'s' * (world > 1)}: change one of them")
+          f"tokens_per_step={c.tokens_per_step} is no multiple of block_size={c.block_size} x batch_size={size} x "
+          f"{world} rank{'s' * (world > 1)}: change one of them")
     return per_step, size
 
 
@@ -364,24 +367,23 @@ def show(record: dict[str, Any], c: TrainConfig, mfu: float, left: float) -> Non
         print("\r" + line.ljust(100), end="", flush=True)
 
 
-def summary(record: dict[str, Any], val_loss: float | None, corpus: Corpus, out: Path, seconds: float) -> None:
+def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float) -> None:
     """What the run came to, layer by layer, and what to do next."""
     if "variance" in record:
-        v, a, f = record["variance"], record["attn_variance"], record["ffn_variance"]
-        print(f"\nlayer  variance  growth  attention       FFN" + "  busiest / idlest expert" * ("expert_load" in record))
+        v, a, f, loads = (record.get(k) for k in ("variance", "attn_variance", "ffn_variance", "expert_load"))
+        print("\nblock  variance   growth  attention       FFN" + "  busiest, idlest expert; 1 is fair" * bool(loads))
         print(f"embed  {v[0]:8.4f}")
-        for i in range(len(a)):
-            load = [len(record["expert_load"][i]) * share for share in record["expert_load"][i]] if "expert_load" in record else []
-            print(f"{i:5d}  {v[i + 1]:8.4f}  x{v[i + 1] / v[i]:5.2f}  {a[i]:9.4f}  {f[i]:8.4f}"
-                  + (f"  {max(load):.2f}x / {min(load):.2f}x" if load else ""))
+        for l in range(len(a)):
+            load = f"  {max(loads[l]) * len(loads[l]):.2f} {min(loads[l]) * len(loads[l]):.2f}" if loads else ""
+            print(f"{l:5d}  {v[l + 1]:8.4f}  x{v[l + 1] / v[l]:6.2f}  {a[l]:9.4f}  {f[l]:8.4f}{load}")
     entropy = corpus.meta.get("bigram_entropy")
     print(f"\ntrained in {seconds / 60:.1f} min; loss {record['loss']:.4f}"
-          + (f", validation loss {val_loss:.4f} nats per token" if val_loss is not None else "")
+          + (f", validation loss {record['val_loss']:.4f} nats per token" if "val_loss" in record else "")
           + (f"; the corpus's bigram entropy is {entropy:.4f}" if entropy else ""))
     print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
 
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}     # dense bfloat16, data sheets
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}    # dense bfloat16, data sheet
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -399,7 +401,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
     return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(10))
 
 
-def timed(f: typing.Callable[[], Any], device: torch.device) -> float:
+def timed(f: Callable[[], Any], device: torch.device) -> float:
     """Seconds that f takes."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
@@ -409,15 +411,16 @@ def timed(f: typing.Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product", "aten::_flash_attention",
-           "aten::_efficient_attention")
+KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
+           "aten::_flash_attention", "aten::_efficient_attention")
 
 
 def bench(c: TrainConfig) -> dict[str, Any]:
     """Time whole training steps on random tokens: tokens/s, FLOP/s, a GEMM's FLOP/s, and kernel_share.
 
-    kernel_share is the share of a step's time inside its own matrix products and attention kernels (profiler self time);
-    it drifts less with a shared machine than the rates do. Eager and compiled in turn unless `compile` says which.
+    kernel_share is the share of a step's time inside its own matrix products and attention kernels (self time by
+    torch.profiler); it drifts less with a shared machine than rates do. Eager and compiled in turn, unless `compile`
+    says which.
     """
     _, world, device, dtype = set_up(c)
     check(world == 1, "--bench runs on one rank: python train.py CONFIG.py --bench")
@@ -433,16 +436,18 @@ def bench(c: TrainConfig) -> dict[str, Any]:
         steps[way] = bench_step(raw, torch.compile(raw, dynamic=False) if way == "compiled" else raw, batches, c, dtype)
         steps[way](), steps[way]()                                  # compile, allocate
     rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(8)]
-    out: dict[str, Any] = {"n_layer": c.n_layer, "n_embd": c.n_embd, "block_size": c.block_size, "n_experts": c.n_experts,
-                           "tokens_per_step": c.tokens_per_step, "gemm_flops": gemm_rate(device, dtype, 1024)}
+    shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
+    out: dict[str, Any] = {name: getattr(c, name) for name in shape}
+    out["gemm_flops_per_s"] = round(gemm_rate(device, dtype, 1024))
     for way in ways:
-        seconds = min(r[way][0] for r in rounds)
-        out[way] = {"tokens_per_s": round(c.tokens_per_step / seconds), "flops": raw.flops_per_token() * c.tokens_per_step / seconds,
-                    "kernel_share": round(sorted(r[way][1] for r in rounds)[len(rounds) // 2], 3)}
+        rate = c.tokens_per_step / min(r[way][0] for r in rounds)
+        shares = sorted(r[way][1] for r in rounds)
+        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(raw.flops_per_token() * rate),
+                    "kernel_share": round(shares[len(shares) // 2], 3)}
     return out
 
 
-def bench_step(raw: GPT, model: torch.nn.Module, batches: list, c: TrainConfig, dtype: torch.dtype) -> typing.Callable[[], None]:
+def bench_step(raw: GPT, model: torch.nn.Module, batches: list, c: TrainConfig, dtype: torch.dtype) -> Callable:
     """A closure that does one whole step, as `train` does."""
     optimizer = make_optimizer(raw, c)
 
@@ -454,7 +459,7 @@ def bench_step(raw: GPT, model: torch.nn.Module, batches: list, c: TrainConfig, 
     return step
 
 
-def kernel_share(step: typing.Callable[[], None], device: torch.device) -> float:
+def kernel_share(step: Callable[[], None], device: torch.device) -> float:
     """Share of the time of a step that is spent inside KERNELS."""
     cuda = device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda

@@ -1,0 +1,781 @@
+"""model.py against what it should compute, written a second time: slowly, in float64, with loops.
+
+    python -m pytest -q tests/test_model.py
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as M
+from model import GPT, ModelConfig, MoE, RoPE, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = dict(vocab_size=61, block_size=12, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_hidden=40)
+SPARSE = dict(DENSE, n_experts=5, top_k=2, expert_hidden=16)
+
+
+def build(dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 8.0, **settings) -> GPT:
+    """A small model with lively weights: at the std of 0.02 every softmax is flat and hides mistakes."""
+    torch.manual_seed(seed)
+    model = GPT(ModelConfig(**settings))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale) if p.dim() > 1 else p.normal_(1, 0.3)
+    model.to(dtype)
+    model.blocks[0].attn.rope.reset()         # the tables anew, in the full precision of the dtype
+    return model
+
+
+def tokens(settings: dict, B: int = 2, T: int = 12, seed: int = 1) -> torch.Tensor:
+    return torch.randint(settings["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: GPT, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model a second time: numpy, float64, one sequence (T, d), loops instead of tensor algebra
+
+
+def array(x: torch.Tensor) -> np.ndarray:
+    return x.detach().double().numpy()
+
+
+def naive_norm(norm: torch.nn.RMSNorm, x: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * array(norm.weight)
+
+
+def naive_silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def naive_softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def naive_attention(attn: M.Attention, x: np.ndarray, c: ModelConfig) -> np.ndarray:
+    """A pair (i, i + half) is one complex number; position t multiplies it by exp(i t freq)."""
+    T, D, half = len(x), c.n_embd // c.n_head, c.n_embd // c.n_head // 2
+    qkv = (x @ array(attn.qkv.weight).T).reshape(T, -1, D)
+    q, k, v = qkv[:, :c.n_head], qkv[:, c.n_head:c.n_head + c.n_kv_head], qkv[:, c.n_head + c.n_kv_head:]
+    group = c.n_head // c.n_kv_head
+    k, v = (np.stack([a[:, h // group] for h in range(c.n_head)], 1) for a in (k, v))        # a KV head per query head
+    freq = np.array([c.rope_theta ** (-2 * i / D) for i in range(half)])
+    out = np.zeros((T, c.n_head, D))
+    for h in range(c.n_head):
+        zq = np.stack([(q[t, h, :half] + 1j * q[t, h, half:]) * np.exp(1j * t * freq) for t in range(T)])
+        zk = np.stack([(k[t, h, :half] + 1j * k[t, h, half:]) * np.exp(1j * t * freq) for t in range(T)])
+        score = np.full((T, T), -np.inf)
+        for t in range(T):
+            for s in range(t + 1):
+                score[t, s] = (zq[t] * zk[s].conj()).sum().real / math.sqrt(D)
+        out[:, h] = naive_softmax(score) @ v[:, h]
+    return out.reshape(T, -1) @ array(attn.proj.weight).T
+
+
+def naive_swiglu(ffn: M.SwiGLU, x: np.ndarray) -> np.ndarray:
+    return (naive_silu(x @ array(ffn.gate.weight).T) * (x @ array(ffn.up.weight).T)) @ array(ffn.down.weight).T
+
+
+def naive_moe(moe: MoE, x: np.ndarray, c: ModelConfig) -> np.ndarray:
+    y = np.zeros_like(x)
+    gate, up, down = array(moe.gate), array(moe.up), array(moe.down)
+    for t, row in enumerate(x):
+        p = naive_softmax(array(moe.router.weight) @ row)
+        chosen = sorted(range(c.n_experts), key=lambda e: -p[e])[:c.top_k]
+        total = sum(p[e] for e in chosen) if c.norm_topk_prob else 1.0
+        for e in chosen:
+            y[t] += p[e] / total * ((naive_silu(row @ gate[e]) * (row @ up[e])) @ down[e])
+    return y + naive_swiglu(moe.shared, x) if c.shared_hidden else y
+
+
+def naive_model(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
+    """logits (T, V), streams (L+1, T, d), attn and ffn (L, T, d) of one sequence of ids (T,)."""
+    c = model.config
+    x = array(model.embed.weight)[idx.numpy()]
+    streams, attns, ffns = [x], [], []
+    for layer, block in enumerate(model.blocks, 1):
+        shrink = 1 / math.sqrt(layer) if c.norm == "lns" else 1.0
+        a = naive_attention(block.attn, naive_norm(block.attn_norm, x, c.norm_eps) * shrink, c)
+        a = naive_norm(block.attn_out_norm, a, c.norm_eps) if c.norm == "peri" else a
+        x = x + a
+        f = naive_norm(block.ffn_norm, x, c.norm_eps) * shrink
+        f = naive_moe(block.ffn, f, c) if c.n_experts else naive_swiglu(block.ffn, f)
+        f = naive_norm(block.ffn_out_norm, f, c.norm_eps) if c.norm == "peri" else f
+        x = x + f
+        streams.append(x), attns.append(a), ffns.append(f)
+    logits = naive_norm(model.norm, x, c.norm_eps) @ array(model.head.weight).T
+    return {"logits": logits, "streams": np.stack(streams), "attn": np.stack(attns), "ffn": np.stack(ffns)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention and RoPE
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_attention_equals_a_naive_attention_with_masks_repeated_heads_and_complex_rotations(n_kv_head):
+    settings = dict(DENSE, n_kv_head=n_kv_head)
+    model = build(**settings)
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    got = array(model.blocks[0].attn(x))
+    for b in range(2):
+        np.testing.assert_allclose(got[b], naive_attention(model.blocks[0].attn, array(x[b]), model.config), atol=1e-12)
+
+
+def test_rotated_queries_and_keys_meet_by_their_distance_only():
+    rope = RoPE(ModelConfig(**dict(DENSE, block_size=40))).double()
+    rope.reset()
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    gram = array(rope(q.expand(1, 40, 1, 8))[0, :, 0] @ rope(k.expand(1, 40, 1, 8))[0, :, 0].T)   # (m, n)
+    for distance in range(-39, 40):
+        diagonal = gram.diagonal(distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-12)
+    assert np.unique(np.round(gram[0], 6)).size == 40, "but different distances differ"
+    assert gram[0, 0] == pytest.approx(float((q * k).sum()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mixture of experts
+
+
+MOE_VARIANTS = [dict(), dict(norm_topk_prob=True), dict(shared_hidden=24), dict(norm_topk_prob=True, shared_hidden=24),
+                dict(top_k=1), dict(top_k=5)]
+
+
+def moe_with_an_idle_expert(dtype: torch.dtype, **variant) -> tuple[MoE, ModelConfig, torch.Tensor]:
+    """A MoE whose expert 2 no token of x (2, 9, d) chooses, unless all must be chosen."""
+    model = build(dtype, **(SPARSE | variant))
+    moe, x = model.blocks[0].ffn, torch.randn(2, 9, 32)
+    with torch.no_grad():
+        x[..., 0] = 3.0
+        moe.router.weight.mul_(3)         # away from ties, which float32 and float64 might break differently
+        moe.router.weight[2, 0] = -20.0
+    return moe, model.config, x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("variant", MOE_VARIANTS, ids=str)
+def test_moe_equals_a_loop_over_tokens_and_experts(variant, dtype, tolerance):
+    moe, config, x = moe_with_an_idle_expert(dtype, **variant)
+    y, router = moe(x)
+    np.testing.assert_allclose(array(y).reshape(18, 32), naive_moe(moe, array(x).reshape(18, 32), config),
+                               atol=tolerance, rtol=tolerance)
+    assert float(router.load[2]) == (0.2 if config.top_k == 5 else 0.0)
+    assert y.dtype == dtype
+
+
+def test_moe_under_bfloat16_autocast_stays_near_the_float64_loop():
+    moe, config, x = moe_with_an_idle_expert(torch.float32)
+    want = naive_moe(moe, array(x).reshape(18, 32), config)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = array(moe(x)[0]).reshape(18, 32)
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 0 < error < 0.02, "bfloat16 has 8 bits: an error of 0 would mean that it was not used"
+
+
+def test_an_expert_without_tokens_gets_a_zero_gradient_in_float32_and_the_others_that_of_float64():
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        moe, config, x = moe_with_an_idle_expert(dtype)
+        x.requires_grad_(True)
+        y, router = moe(x)
+        loss = (y * torch.arange(32).to(dtype)).sum() + router.lb_loss + router.z_loss
+        results.append(torch.autograd.grad(loss, [x, *moe.parameters()]))
+        assert all(not g[2].any() for g in results[-1] if g.dim() == 3 and len(g) == config.n_experts)
+    for got, want in zip(*results):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_grouped_matrix_product_is_a_well_formed_custom_op(dtype):
+    """PyTorch's own check: the schema, the fake tensors that torch.compile traces with, the registered autograd."""
+    x = torch.randn(10, 8, dtype=dtype, requires_grad=True)
+    w = torch.randn(3, 8, 16, dtype=dtype, requires_grad=True)
+    ends = torch.tensor([4, 4, 10], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.depth.grouped_mm.default, (x, w, ends))
+    torch.library.opcheck(torch.ops.depth.grouped_outer.default, (x.detach(), torch.randn(10, 16, dtype=dtype), ends))
+
+
+def router_of(logits: list[list[float]], top_k: int) -> M.Router:
+    """What a MoE says of tokens with the given router logits (N, E)."""
+    E = len(logits[0])
+    moe = MoE(ModelConfig(vocab_size=8, n_embd=8, n_head=1, n_experts=E, top_k=top_k, expert_hidden=8)).double()
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.zero_()
+        moe.router.weight.copy_(torch.eye(E, 8))                 # the first E features are the logits
+    x = torch.zeros(1, len(logits), 8, dtype=torch.float64)
+    x[0, :, :E] = torch.tensor(logits, dtype=torch.float64)
+    return moe(x)[1]
+
+
+def test_router_losses_equal_those_computed_on_paper():
+    ascending = [math.log(p) for p in (1, 2, 3, 4)]              # softmax 0.1 0.2 0.3 0.4, log-sum-exp ln 10
+    router = router_of([ascending, ascending], top_k=2)          # experts 2 and 3 take half of the slots each
+    assert router.load.tolist() == [0, 0, 0.5, 0.5]
+    assert float(router.lb_loss) == pytest.approx(4 * (0.5 * 0.3 + 0.5 * 0.4))
+    assert float(router.z_loss) == pytest.approx(math.log(10) ** 2)
+    router = router_of([ascending, [math.log(p) for p in (4, 8, 4, 4)]], top_k=1)    # softmax 0.2 0.4 0.2 0.2, ln 20
+    assert router.load.tolist() == [0, 0.5, 0, 0.5]
+    assert float(router.lb_loss) == pytest.approx(4 * (0.5 * (0.2 + 0.4) / 2 + 0.5 * (0.4 + 0.2) / 2))
+    assert float(router.z_loss) == pytest.approx((math.log(10) ** 2 + math.log(20) ** 2) / 2)
+
+
+def test_load_balancing_loss_is_1_when_balanced_and_the_number_of_experts_when_collapsed():
+    balanced = [[3.0 * (e in (t, (t + 1) % 4)) for e in range(4)] for t in range(4)]       # each expert chosen twice
+    router = router_of(balanced, top_k=2)
+    assert router.load.tolist() == [0.25] * 4 and float(router.lb_loss) == pytest.approx(1)
+    assert float(router_of([[50.0, 0, 0, 0]] * 6, top_k=1).lb_loss) == pytest.approx(4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole model: values, causality, gradients
+
+
+@pytest.mark.parametrize("norm", ["pre", "lns", "peri"])
+@pytest.mark.parametrize("settings", [DENSE, SPARSE], ids=["dense", "moe"])
+def test_logits_loss_and_statistics_equal_a_model_written_by_hand(settings, norm):
+    """"lns" is a factor of 1/sqrt(layer) on what each norm puts out, "peri" a second norm after each sublayer."""
+    settings = dict(settings, norm=norm)
+    model, idx = build(**settings), tokens(settings)
+    targets = tokens(settings, seed=2)
+    logits, loss, stats = model(idx, targets, stats=True)
+    want = [naive_model(model, row) for row in idx]
+    want = {key: np.stack([w[key] for w in want], axis=-3) for key in want[0]}        # the batch before (T, d)
+    np.testing.assert_allclose(array(logits), want["logits"], atol=1e-10)
+    p = naive_softmax(want["logits"])
+    assert float(loss) == pytest.approx(np.mean([-np.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(12)]))
+    for got, key in (("variance", "streams"), ("attn_variance", "attn"), ("ffn_variance", "ffn")):
+        np.testing.assert_allclose(array(stats[got]), want[key].var(-1, ddof=1).mean((1, 2)), rtol=1e-9, err_msg=got)
+    assert len(stats["variance"]) == 4 and len(stats["ffn_variance"]) == 3
+
+
+def test_norm_variants_really_differ():
+    """Without this the three cases above could all be "pre" in both implementations."""
+    idx = tokens(DENSE)
+    logits = [build(**dict(DENSE, norm=norm))(idx)[0] for norm in ("pre", "lns", "peri")]
+    assert min((a - b).abs().max() for a, b in [logits[:2], logits[1:], logits[::2]]) > 0.1
+
+
+def test_dense_gqa_equals_the_llama_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+    model, c = build(torch.float32, **DENSE), ModelConfig(**DENSE)
+    theirs = LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+        rms_norm_eps=c.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        rope_theta=c.rope_theta, tie_word_embeddings=False)).eval()
+    weights = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight,
+               "lm_head.weight": model.head.weight}
+    kv = c.n_kv_head * c.n_embd // c.n_head
+    for i, block in enumerate(model.blocks):
+        q, k, v = block.attn.qkv.weight.split((c.n_embd, kv, kv))
+        weights |= {f"model.layers.{i}.{name}.weight": w for name, w in {
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": block.attn.proj.weight,
+            "mlp.gate_proj": block.ffn.gate.weight, "mlp.up_proj": block.ffn.up.weight,
+            "mlp.down_proj": block.ffn.down.weight, "input_layernorm": block.attn_norm.weight,
+            "post_attention_layernorm": block.ffn_norm.weight}.items()}
+    theirs.load_state_dict(weights)
+    idx = tokens(DENSE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_a_moe_hold_each_layers_load_and_the_mean_losses():
+    model, idx = build(**SPARSE), tokens(SPARSE)
+    stats = model(idx, stats=True)[2]
+    assert stats["expert_load"].shape == (3, 5)
+    np.testing.assert_allclose(array(stats["expert_load"].sum(1)), 1, rtol=1e-6)
+    x, routers = model.embed(idx), []
+    for block in model.blocks:
+        x, detail = block(x, detail=True)
+        routers.append(detail.router)
+    for name in ("lb_loss", "z_loss"):
+        assert float(stats[name]) == pytest.approx(float(sum(getattr(r, name) for r in routers)) / 3)
+    torch.testing.assert_close(stats["expert_load"], torch.stack([r.load for r in routers]))
+
+
+def test_streams_recombined_from_the_public_parts_give_the_models_logits():
+    for settings in (DENSE, SPARSE):
+        model, idx = build(**settings), tokens(settings)
+        stream = model.embed(idx)
+        for block in model.blocks:
+            stream = block(stream)
+        assert torch.equal(model.head(model.norm(stream)), model(idx)[0])
+
+
+@pytest.mark.parametrize("t", [0, 5, 11])
+def test_changing_a_token_leaves_earlier_logits_bit_identical(t):
+    model, idx = build(torch.float32, **DENSE), tokens(DENSE)
+    changed = idx.clone()
+    changed[:, t] = (changed[:, t] + 1) % 61
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :t], after[:, :t])
+    assert (before[:, t:] != after[:, t:]).any(-1).all(), "and no later position is blind to the change"
+
+
+@pytest.mark.parametrize("t", [0, 5, 11])
+def test_changing_a_token_leaves_earlier_logits_of_a_moe_alone(t):
+    """Close and not bit-identical: an expert that gets another number of rows may be multiplied by another kernel."""
+    model, idx = build(torch.float32, **SPARSE), tokens(SPARSE)
+    changed = idx.clone()
+    changed[:, t] = (changed[:, t] + 1) % 61
+    before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :t], after[:, :t], rtol=1e-5, atol=1e-5)
+    assert ((before[:, t:] - after[:, t:]).abs().amax(-1) > 1e-4).all()
+
+
+TINY = dict(vocab_size=11, block_size=6, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, ffn_hidden=12)
+
+
+@pytest.mark.parametrize("extra", [
+    dict(), dict(norm="lns"), dict(norm="peri"), dict(tie_embeddings=True),
+    dict(n_experts=4, expert_hidden=8, shared_hidden=8, lb_loss_weight=0.0, z_loss_weight=0.0),
+    dict(n_experts=4, expert_hidden=8, norm_topk_prob=True, lb_loss_weight=0.0, z_loss_weight=0.0)], ids=str)
+def test_gradient_of_every_parameter_equals_finite_differences(extra, monkeypatch):
+    """Without the auxiliary losses, whose gradient is by design not that of the loss's value: see the next test."""
+    settings = TINY | extra
+    model, idx, targets = build(**settings), tokens(settings, T=6), tokens(settings, T=6, seed=2)
+    names, parameters = zip(*model.named_parameters())
+
+    def loss(*values):
+        return torch.func.functional_call(model, dict(zip(names, values)), (idx, targets))[1]
+
+    assert torch.autograd.gradcheck(loss, parameters, fast_mode=True)        # along random directions
+    monkeypatch.setattr(M, "LOGITS_AT_ONCE", 50)                             # the same through recomputed chunks
+    assert torch.autograd.gradcheck(loss, parameters, fast_mode=True)
+
+
+def test_gradient_of_an_auxiliary_loss_equals_finite_differences():
+    moe = build(**SPARSE).blocks[0].ffn
+    x = torch.randn(1, 7, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: moe(x)[1].lb_loss, x, rtol=1e-5)
+    assert torch.autograd.gradcheck(lambda x: moe(x)[1].z_loss, x)
+
+
+def test_loss_is_the_cross_entropy_and_its_gradient_includes_the_auxiliary_losses():
+    model = build(**SPARSE, lb_loss_weight=0.7, z_loss_weight=0.03)
+    idx, targets = tokens(SPARSE), tokens(SPARSE, seed=2)
+    logits, loss = model(idx, targets)
+    plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert float(loss) == pytest.approx(float(plain), abs=1e-12)
+
+    lb, z, x = 0.0, 0.0, model.embed(idx)                        # the losses a second time, layer by layer, by loops
+    for block in model.blocks:
+        x = x + block.attn_output(x)
+        scores = (block.ffn_norm(x) @ block.ffn.router.weight.T).flatten(0, 1)
+        slots = [e for row in scores.tolist() for e in sorted(range(5), key=lambda e: -row[e])[:2]]
+        share = scores.exp() / scores.exp().sum(1, keepdim=True)
+        lb = lb + sum(5 * slots.count(e) / len(slots) * share[:, e].mean() for e in range(5)) / 3
+        z = z + (scores.exp().sum(1).log() ** 2).mean() / 3
+        x = x + block.ffn_output(x)[0]
+    want = gradients(model, plain + 0.7 * lb + 0.03 * z)
+    without = gradients(model, F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten()))
+    for got, a, b in zip(gradients(model, loss), want, without):
+        torch.testing.assert_close(got, a, rtol=1e-6, atol=1e-8)
+    router = [name for name, _ in model.named_parameters()].index("blocks.0.ffn.router.weight")
+    assert (want[router] - without[router]).abs().max() > 1e-3, "the auxiliary losses matter in this test"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss in chunks
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 61 * 7, 61 * 23, 61 * 24])
+@pytest.mark.parametrize("settings", [DENSE, SPARSE, dict(DENSE, tie_embeddings=True)], ids=["dense", "moe", "tied"])
+def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once, monkeypatch):
+    model, idx, targets = build(**settings, lb_loss_weight=0.0, z_loss_weight=0.0), tokens(settings), tokens(settings, seed=2)
+    plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
+    monkeypatch.setattr(M, "LOGITS_AT_ONCE", at_once)
+    logits, loss = model(idx, targets, return_logits=False)
+    assert logits is None
+    assert float(loss) == pytest.approx(float(plain), abs=1e-12)
+    for got, want in zip(gradients(model, loss), gradients(model, plain)):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation puts out, forward and backward."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def test_complete_logits_never_exist_when_the_loss_runs_in_chunks(monkeypatch):
+    settings = dict(DENSE, vocab_size=200)                   # B T V = 24 * 200; the head's gradient is 32 * 200 already
+    model, idx = build(torch.float32, **dict(settings, n_embd=8, n_head=2)), tokens(settings)
+    with Largest() as seen:
+        model(idx, idx)[1].backward()
+    assert seen.numel == 24 * 200, "as one piece they do exist: the recorder sees them"
+    monkeypatch.setattr(M, "LOGITS_AT_ONCE", 5 * 200)
+    with Largest() as seen:
+        model(idx, idx, return_logits=False)[1].backward()
+    assert seen.numel == 8 * 200, "the largest is the head's own gradient, above a chunk of 5 rows"
+
+
+def test_logits_come_back_without_targets_whatever_return_logits_says():
+    model, idx = build(**DENSE), tokens(DENSE)
+    logits, loss = model(idx, return_logits=False)
+    assert loss is None and logits.shape == (2, 12, 61)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counting, initialising, compiling
+
+
+def count_on_meta(**settings) -> dict[str, int]:
+    with torch.device("meta"):
+        return GPT(ModelConfig(**settings)).count_parameters()
+
+
+PAPER = dict(vocab_size=50304, n_embd=2048, n_head=16, n_layer=16)
+
+
+def test_parameters_of_the_papers_dense_1b_model_are_counted():
+    count = count_on_meta(**PAPER, ffn_hidden=8192)
+    V, d, L, h = 50304, 2048, 16, 8192
+    assert count["total"] == count["active"] == 2 * V * d + L * (4 * d * d + 3 * d * h + 2 * d) + d
+    assert count["non_embedding"] == L * (4 * d * d + 3 * d * h + 2 * d) + d
+    assert count["total"] == pytest.approx(1.28e9, abs=0.005e9)                # facts: 1.28B, to the digits given
+
+
+def test_parameters_of_the_papers_moe_7b_model_are_counted():
+    count = count_on_meta(**PAPER, n_experts=64, top_k=8, expert_hidden=1024)
+    V, d, L, E, h = 50304, 2048, 16, 64, 1024
+    for name, experts in (("total", E), ("active", 8)):
+        assert count[name] == 2 * V * d + L * (4 * d * d + d * E + experts * 3 * d * h + 2 * d) + d
+    assert count["active"] == pytest.approx(1.28e9, abs=0.005e9)
+    assert count["total"] == pytest.approx(6.92e9, abs=0.005e9)
+
+
+def test_parameters_of_the_papers_recipe_are_counted():
+    """"About 1.24B active / 7.8B total": G = 2 halves keys and values, which takes 40M off; hence 4% and 2%."""
+    count = count_on_meta(vocab_size=50304, n_embd=1120, n_head=16, n_kv_head=8, n_layer=32, n_experts=64, top_k=8,
+                          expert_hidden=1120)
+    V, d, L, E = 50304, 1120, 32, 64
+    for name, experts in (("total", E), ("active", 8)):
+        assert count[name] == 2 * V * d + L * (3 * d * d + d * E + experts * 3 * d * d + 2 * d) + d
+    assert count["active"] == pytest.approx(1.24e9, rel=0.04)
+    assert count["total"] == pytest.approx(7.8e9, rel=0.02)
+
+
+def test_parameters_of_the_papers_moe_2b_model_with_a_shared_expert_are_counted():
+    count = count_on_meta(vocab_size=50304, n_embd=768, n_head=12, n_layer=16, n_experts=32, top_k=4,
+                          expert_hidden=1536, shared_hidden=1536)
+    V, d, L, E, h = 50304, 768, 16, 32, 1536
+    for name, experts in (("total", E), ("active", 4)):
+        assert count[name] == 2 * V * d + L * (4 * d * d + d * E + (experts + 1) * 3 * d * h + 2 * d) + d
+
+
+def test_tied_embeddings_are_counted_once():
+    untied, tied = count_on_meta(**DENSE), count_on_meta(**DENSE, tie_embeddings=True)
+    assert untied["total"] - tied["total"] == untied["active"] - tied["active"] == 61 * 32
+    assert untied["non_embedding"] == tied["non_embedding"]
+
+
+@pytest.mark.parametrize("extra", [dict(n_kv_head=4), dict(n_kv_head=2), dict(n_kv_head=1, norm="peri"),
+                                   dict(tie_embeddings=True), dict(n_experts=5, expert_hidden=16),
+                                   dict(n_experts=4, top_k=3, expert_hidden=8, shared_hidden=8)], ids=str)
+def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
+    """The math backend of attention, since the CPU's fused one is not counted; the grouped product is told by hand."""
+    settings = DENSE | extra
+    model, idx = build(torch.float32, **settings), tokens(settings, T=8)
+    product = {torch.ops.depth.grouped_mm: lambda x, w, ends, out_shape=None, **_: 2 * x[0] * x[1] * w[2],
+               torch.ops.depth.grouped_outer: lambda x, y, ends, out_shape=None, **_: 2 * x[0] * x[1] * y[1]}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=product) as forward:
+        loss = model(idx, idx)[1]
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=product) as backward:
+        loss.backward()
+    assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(forward.get_total_flops(), rel=0.01)
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert model.flops_per_token(8) * idx.numel() == pytest.approx(both, rel=0.01)
+    assert model.flops_per_token() == model.flops_per_token(12), "the default is a full context"
+
+
+@pytest.mark.parametrize("settings", [DENSE, dict(SPARSE, shared_hidden=16, norm="peri")], ids=["dense", "moe"])
+def test_every_matrix_starts_at_std_002_whatever_its_depth_and_every_norm_at_1(settings):
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**dict(settings, n_layer=12)))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+        else:
+            n = p.numel()         # five standard errors of a standard deviation and of a mean
+            assert float(p.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * n)), name
+            assert abs(float(p.mean())) < 5 * 0.02 / math.sqrt(n), name
+    # over a whole block a factor of 1/sqrt(2 L) or 1/sqrt(layer) would be tens of standard errors
+    for block in model.blocks:
+        matrices = torch.cat([p.flatten() for p in block.parameters() if p.dim() > 1])
+        assert float(matrices.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * matrices.numel()))
+
+
+def test_a_model_made_on_the_meta_device_is_the_same_after_init_weights():
+    torch.manual_seed(3)
+    direct = GPT(ModelConfig(**SPARSE))
+    with torch.device("meta"):
+        deferred = GPT(ModelConfig(**SPARSE))
+    deferred.to_empty(device="cpu")
+    torch.manual_seed(3)
+    deferred.init_weights()
+    idx = tokens(SPARSE)
+    assert torch.equal(direct(idx)[0], deferred(idx)[0])
+
+
+@pytest.mark.parametrize("settings", [DENSE, dict(SPARSE, shared_hidden=16)], ids=["dense", "moe"])
+def test_compiling_into_one_graph_changes_neither_loss_nor_gradients(settings):
+    """fullgraph=True raises on a graph break. The aot_eager backend traces all but generates no code: it is fast."""
+    model, idx, targets = build(torch.float32, **settings), tokens(settings), tokens(settings, seed=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for forward in (model, compiled):
+        loss = forward(idx, targets, return_logits=False)[1]
+        results.append((loss, gradients(model, loss)))
+    (want, want_grads), (got, got_grads) = results
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    for a, b in zip(got_grads, want_grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the configuration
+
+
+@pytest.mark.parametrize("bad, name", [
+    (dict(n_head=3), "n_head=3"), (dict(n_head=0), "n_head=0"), (dict(n_kv_head=3), "n_kv_head=3"),
+    (dict(n_kv_head=8), "n_kv_head=8"), (dict(n_kv_head=-2), "n_kv_head=-2"), (dict(n_embd=0), "n_embd=0"),
+    (dict(n_embd=12), "n_head=4"), (dict(n_layer=0), "n_layer=0"), (dict(block_size=-1), "block_size=-1"),
+    (dict(ffn_hidden=-8), "ffn_hidden=-8"), (dict(norm="post"), "norm='post'"), (dict(vocab_size=-1), "vocab_size=-1"),
+    (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=0.0), "rope_theta=0.0"),
+    (dict(n_experts=-1), "n_experts=-1"), (dict(n_experts=2, top_k=3, expert_hidden=8), "top_k=3"),
+    (dict(n_experts=2, top_k=0), "top_k=0"), (dict(n_experts=4, expert_hidden=12), "expert_hidden=12"),
+    (dict(n_experts=4, expert_hidden=-8), "expert_hidden=-8"), (dict(n_experts=4, n_embd=36, n_head=2), "n_embd=36"),
+    (dict(shared_hidden=-1), "shared_hidden=-1"), (dict(lb_loss_weight=-0.1), "lb_loss_weight=-0.1"),
+    (dict(z_loss_weight=-0.1), "z_loss_weight=-0.1"), (dict(init_std=-0.1), "init_std=-0.1")], ids=str)
+def test_impossible_shapes_are_refused_by_the_name_of_the_setting(bad, name):
+    with pytest.raises(UserError, match=name):
+        ModelConfig(**(DENSE | dict(n_kv_head=0) | bad))
+
+
+def test_zeros_in_the_configuration_stand_for_derived_values():
+    c = ModelConfig(vocab_size=10, n_embd=64, n_head=4)
+    assert (c.n_kv_head, c.ffn_hidden, c.expert_hidden) == (4, 256, 0)
+    c = ModelConfig(vocab_size=10, n_embd=64, n_head=4, n_experts=8, top_k=2)
+    assert c.expert_hidden == 128, "two experts of half the width cost what the dense layer costs"
+
+
+def test_a_model_without_a_vocabulary_and_a_context_that_is_too_long_are_refused():
+    with pytest.raises(UserError, match="vocab_size"):
+        GPT(ModelConfig())
+    with pytest.raises(UserError, match="block_size=12"):
+        build(**DENSE)(torch.zeros(1, 13, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def test_generation_at_temperature_0_takes_the_likeliest_token_also_beyond_the_block_size():
+    model, idx = build(torch.float32, **DENSE), tokens(DENSE, T=4)
+    want = idx
+    for _ in range(20):
+        logits = model(want[:, -12:])[0][:, -1, :50]
+        want = torch.cat((want, logits.argmax(1, keepdim=True)), 1)
+    got = M.generate(model, idx, 20, temperature=0, n_vocab=50)
+    assert got.shape == (2, 24) and torch.equal(got, want)
+
+
+def test_generation_never_draws_the_padding_of_the_vocabulary():
+    model = build(torch.float32, **DENSE)
+    idx = tokens(dict(vocab_size=40), B=8, T=3)
+    for temperature in (0.0, 5.0):
+        drawn = M.generate(model, idx, 30, temperature, n_vocab=40)
+        assert int(drawn.max()) < 40
+    assert int(M.generate(model, idx, 30, 5.0).max()) >= 40, "without n_vocab it does draw from there"
+
+
+def test_generation_with_the_same_seed_repeats_itself_and_with_another_does_not():
+    model, idx = build(torch.float32, **DENSE), tokens(DENSE, T=4)
+    texts = [M.generate(model, idx, 20, 1.0, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_generation_draws_with_the_frequencies_of_the_tempered_softmax_over_the_likeliest():
+    model, idx = build(torch.float32, **DENSE), tokens(DENSE, B=1, T=4).expand(8000, 4)
+    logits = array(model(idx[:1])[0])[0, -1]
+    drawn = M.generate(model, idx, 1, temperature=2.0, top_k=6, generator=torch.Generator().manual_seed(0))[:, -1].numpy()
+    likeliest = np.argsort(-logits)[:6]
+    p = naive_softmax(logits[likeliest] / 2.0)
+    seen = np.array([(drawn == token).sum() for token in likeliest])
+    assert seen.sum() == 8000, "nothing outside the likeliest six"
+    chi2 = ((seen - 8000 * p) ** 2 / (8000 * p)).sum()
+    assert chi2 < 25.7, "the 0.9999 quantile of chi-square with 5 degrees of freedom"
+    assert p.max() / p.min() > 1.5, "and the six are not equally likely"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints and the command line
+
+
+def saved_dict(model: GPT, **extra) -> dict:
+    return {"model": model.state_dict(), "settings": dataclasses.asdict(model.config), **extra}
+
+
+@pytest.mark.parametrize("extra", [dict(), dict(tie_embeddings=True), dict(n_experts=5, expert_hidden=16, norm="peri")],
+                         ids=["untied", "tied", "moe"])
+def test_a_model_comes_back_from_its_checkpoint(extra, tmp_path):
+    settings = DENSE | extra
+    model, idx = build(torch.float32, **settings), tokens(settings)
+    saved = saved_dict(model, step=7, tokenizer="bytes")
+    saved["settings"] |= {"learning_rate": 1e-3, "batch_tokens": 4096}       # of train.py: not the model's business
+    torch.save(saved, tmp_path / "ckpt.pt")
+    again, checkpoint = M.load_model(tmp_path / "ckpt.pt")
+    assert torch.equal(model(idx)[0], again(idx)[0])
+    assert checkpoint["step"] == 7 and not again.training
+    assert again.config == model.config
+    assert (again.head.weight is again.embed.weight) == bool(extra.get("tie_embeddings"))
+    again(idx, idx)[1].backward()                                            # a probe may want gradients
+    assert all(p.grad is not None for p in again.parameters())
+
+
+def test_a_checkpoint_appears_by_rename_and_a_failed_one_leaves_the_old_intact(tmp_path, monkeypatch):
+    model = build(torch.float32, **DENSE)
+    path = tmp_path / "new" / "ckpt.pt"
+    M.save_checkpoint(path, saved_dict(model, step=1))
+    assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"] and M.load_checkpoint(path)["step"] == 1
+
+    def full_disk(saved, f):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        M.save_checkpoint(path, saved_dict(model, step=2))
+    assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"] and M.load_checkpoint(path)["step"] == 1
+
+
+def test_a_missing_checkpoint_is_a_user_error_that_names_it(tmp_path):
+    with pytest.raises(UserError, match="missing.pt"):
+        M.load_model(tmp_path / "missing.pt")
+
+
+def test_a_truncated_checkpoint_is_a_user_error_wherever_it_ends(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    torch.save(saved_dict(build(torch.float32, **DENSE)), path)
+    whole = path.read_bytes()
+    for size in (0, 1, 10, 1000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="ckpt.pt"):
+            M.load_model(path)
+
+
+class RunsCode:
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(tmp_path):
+    path, victim = tmp_path / "ckpt.pt", tmp_path / "victim"
+    torch.save({"model": RunsCode(victim), "settings": {}}, path)
+    with pytest.raises(UserError, match="ckpt.pt"):
+        M.load_model(path)
+    path.write_bytes(pickle.dumps(RunsCode(victim)))
+    with pytest.raises(UserError, match="ckpt.pt"):
+        M.load_model(path)
+    assert not victim.exists()
+    pickle.loads(pickle.dumps(RunsCode(victim)))
+    assert victim.exists(), "the code would have run: the test can fail"
+
+
+GOOD = dataclasses.asdict(ModelConfig(**DENSE))
+
+
+@pytest.mark.parametrize("content", [
+    [1, 2, 3], {"weights": 1}, {"settings": GOOD}, {"model": {}, "settings": GOOD}, {"model": {}, "settings": {}},
+    {"model": 3, "settings": GOOD}, {"model": {}, "settings": 3},
+    {"model": {}, "settings": GOOD | {"n_head": 3}}, {"model": {}, "settings": GOOD | {"n_head": "four"}},
+    {"model": {"embed.weight": torch.zeros(2, 2)}, "settings": GOOD}], ids=range(10))
+def test_a_file_that_is_no_checkpoint_is_a_user_error(content, tmp_path):
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError):
+        M.load_model(tmp_path / "ckpt.pt")
+
+
+def test_a_checkpoint_of_another_shape_is_a_user_error_that_names_the_file(tmp_path):
+    saved = saved_dict(build(torch.float32, **DENSE))
+    saved["settings"]["n_embd"] = 64
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="ckpt.pt.*size mismatch"):
+        M.load_model(tmp_path / "ckpt.pt")
+
+
+def test_text_that_is_no_checkpoint_is_a_user_error(tmp_path):
+    (tmp_path / "ckpt.pt").write_text("not a checkpoint\n" * 100)
+    with pytest.raises(UserError, match="ckpt.pt"):
+        M.load_model(tmp_path / "ckpt.pt")
+
+
+def command(*args, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "model.py", *args], cwd=cwd, capture_output=True, text=True)
+
+
+def test_sampling_from_a_missing_checkpoint_exits_with_2_and_one_line(tmp_path):
+    done = command("sample", "missing.pt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "missing.pt" in done.stderr and "Traceback" not in done.stderr
+
+
+def main_in_process(monkeypatch, *args) -> int:
+    """The exit status of model.py with these arguments, without the seconds that a new process takes."""
+    monkeypatch.setattr(sys, "argv", ["model.py", *map(str, args)])
+    with pytest.raises(SystemExit) as e:
+        M.run(M.main)
+    return e.value.code
+
+
+def test_sampling_prints_the_prompt_and_the_same_text_for_the_same_seed(tmp_path, monkeypatch, capsys):
+    settings = dict(DENSE, vocab_size=320)                       # the 257 ids of "bytes" and some padding
+    torch.save(saved_dict(build(torch.float32, **settings), tokenizer="bytes"), tmp_path / "ckpt.pt")
+    texts = []
+    for seed in (1, 1, 2):
+        arguments = ("sample", tmp_path / "ckpt.pt", "--prompt", "def ", "--tokens", 30, "--seed", seed)
+        assert main_in_process(monkeypatch, *arguments) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("def ") and texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("arguments", [["--tokens", "-1"], ["--temperature", "-0.5"], ["--top_k", "0"], ["--tok", "3"],
+                                       ["--tokens", "many"]], ids=str)
+def test_bad_arguments_are_one_line_and_status_2(arguments, monkeypatch, capsys):
+    assert main_in_process(monkeypatch, "sample", "x.pt", *arguments) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and arguments[0] in err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    torch.save(saved_dict(build(torch.float32, **DENSE)), tmp_path / "ckpt.pt")
+    assert main_in_process(monkeypatch, "sample", tmp_path / "ckpt.pt") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

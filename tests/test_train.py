@@ -1,0 +1,813 @@
+"""train.py against what can be worked out without it: hand arithmetic, float64, plain loops, one rank against two.
+
+    python -m pytest -q tests/test_train.py                    # under a minute on two cores, no download
+    python -m pytest -q tests/test_train.py -k "two_ranks"     # the slow ones have names that say what they start
+"""
+import ast
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+
+import train
+from data import Corpus, eval_windows, prepare, train_windows
+from model import GPT, ModelConfig, UserError, load_checkpoint, load_model
+from train import TrainConfig, load_settings
+
+VOCAB = 320         # what train.py makes of the byte tokenizer's 257: the next multiple of 64
+TINY = dict(block_size=32, n_layer=2, n_head=2, n_embd=16, ffn_hidden=40, tokens_per_step=256, batch_size=2, max_steps=3,
+            warmup_steps=2, eval_interval=0, eval_tokens=320, stats_interval=0, save_interval=0, device="cpu", compile=False)
+MOE = dict(n_experts=4, top_k=2, expert_hidden=16)
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and one thread adds in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """The peak FLOP/s only scales the MFU on the terminal; measuring it would take most of the time of a tiny run."""
+    monkeypatch.setattr(train, "gemm_rate", lambda *_: 1e11)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A prepared corpus of 40 documents of words, about 20,000 byte tokens: something a tiny model learns quickly."""
+    texts, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(20)]
+    for i in range(40):
+        (texts / f"{i:02d}.txt").write_text(" ".join(draw.choices(words, k=110)) + "\n")
+    return prepare(str(texts), tmp_path_factory.mktemp("corpus") / "words", "bytes", val_fraction=0.1)
+
+
+@pytest.fixture
+def begin(corpus, tmp_path):
+    """begin(**settings) trains a tiny model and returns its out_dir."""
+    def run(**kwargs):
+        c = TrainConfig(**(TINY | {"data": str(corpus), "out_dir": str(tmp_path / "out")} | kwargs))
+        train.train(c)
+        return Path(c.out_dir)
+    return run
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def trained(request, corpus, tmp_path_factory):
+    """A run of 30 steps and what it was told: (out_dir, settings, log)."""
+    out = tmp_path_factory.mktemp(request.param)
+    told = TINY | dict(data=str(corpus), out_dir=str(out), max_steps=30, learning_rate=2e-2, batch_size=4, eval_interval=10,
+                       eval_tokens=512, stats_interval=7, seed=5) | (MOE if request.param == "moe" else {})
+    train.train(TrainConfig(**told))
+    return out, told, read_log(out)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def without_rates(log):
+    return [{k: v for k, v in record.items() if k != "tokens_per_s"} for record in log]
+
+
+def model_of(c):
+    """The model that a run with these settings starts from."""
+    torch.manual_seed(c["seed"] if isinstance(c, dict) else c.seed)
+    names = {f.name for f in fields(ModelConfig)}
+    given = c if isinstance(c, dict) else vars(c)
+    return GPT(ModelConfig(**{k: v for k, v in given.items() if k in names} | {"vocab_size": VOCAB}))
+
+
+def tokens_of(folder, split):
+    """The split's tokens, read without data.py; the tiny corpus has one file per split."""
+    (path,) = Path(folder).glob(f"{split}_*.bin")
+    return torch.from_numpy(np.fromfile(path, dtype=np.uint16).astype(np.int64))
+
+
+def windows_of(tokens, ids, T):
+    """Inputs and targets (B, T): window i starts at token i T."""
+    return (torch.stack([tokens[i * T:i * T + T] for i in ids]), torch.stack([tokens[i * T + 1:i * T + T + 1] for i in ids]))
+
+
+def global_batch(c, step):
+    tokens = tokens_of(c.data, "train")
+    return windows_of(tokens, train_windows(c.seed, step, c.tokens_per_step // c.block_size, (len(tokens) - 1) // c.block_size),
+                      c.block_size)
+
+
+def plain_loss(model, x, y):
+    """Cross-entropy from the logits, without the model's own loss."""
+    return F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+
+
+def auxiliary_losses(model, x):
+    """Load-balancing and z-loss of a MoE, averaged over layers, from the router's weights alone."""
+    stream, balance, z = model.embed(x), [], []
+    for block in model.blocks:
+        seen = block.ffn_norm(stream + block.attn_output(stream)).flatten(0, 1)
+        logits = seen @ block.ffn.router.weight.T
+        probs = logits.softmax(-1)
+        chosen = torch.zeros_like(probs).scatter(-1, probs.topk(block.ffn.top_k).indices, 1.0)
+        share = chosen.sum(0) / chosen.sum()
+        balance.append(probs.size(1) * (share * probs.mean(0)).sum())
+        z.append(logits.exp().sum(-1).log().pow(2).mean())
+        stream = block(stream)
+    return sum(balance) / len(balance), sum(z) / len(z)
+
+
+def adamw_by_hand(p, g, m, v, t, lr, decay, betas):
+    """Step t (from 1) of AdamW, arXiv 1711.05101, in float64: returns p, m, v."""
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    m_hat, v_hat = m / (1 - betas[0]**t), v / (1 - betas[1]**t)
+    return p - lr * decay * p - lr * m_hat / (v_hat.sqrt() + 1e-8), m, v
+
+
+def spy_on_steps(monkeypatch, look):
+    """Call look(optimizer) right before every optimizer step; returns the list of what it returned."""
+    seen, make = [], train.make_optimizer
+
+    def make_and_watch(*args):
+        optimizer = make(*args)
+        optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(look(optimizer)))
+        return optimizer
+    monkeypatch.setattr(train, "make_optimizer", make_and_watch)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_config_files_override_defaults_in_order_and_the_command_line_overrides_both(tmp_path):
+    a = write(tmp_path / "a.py", "n_layer = 3\nn_embd = 32\nmax_steps = 7")
+    b = write(tmp_path / "b.py", "n_embd = 64\nmax_steps = 8")
+    c, bench = load_settings([a, b, "--max_steps=9"])
+    assert (c.n_layer, c.n_embd, c.max_steps, bench) == (3, 64, 9, False)
+    assert c.block_size == 128                                       # nobody said anything: the default
+    c, _ = load_settings(["--max_steps=9", b, a])
+    assert (c.n_embd, c.max_steps) == (32, 9)                        # the order of the files decides, not the place of --
+
+
+def test_without_arguments_every_setting_has_its_default():
+    c, _ = load_settings([])
+    want = {f.name: f.default for f in fields(TrainConfig)} | {"out_dir": "out/run", "n_kv_head": 4, "ffn_hidden": 512}
+    assert vars(c) == want
+
+
+def test_a_config_starts_from_its_base_which_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "family").mkdir()
+    write(tmp_path / "family" / "root.py", "n_layer = 3\nn_embd = 32\nmax_steps = 5")
+    write(tmp_path / "family" / "child.py", "base = 'root.py'\nn_embd = 64")
+    leaf = write(tmp_path / "family" / "leaf.py", "max_steps = 6\nbase = 'child.py'")
+    monkeypatch.chdir("/")                                           # beside the file, not in the working directory
+    c, _ = load_settings([leaf])
+    assert (c.n_layer, c.n_embd, c.max_steps, c.out_dir) == (3, 64, 6, "out/leaf")
+
+
+def test_out_dir_is_named_after_the_last_config_unless_it_is_given(tmp_path):
+    a, b = write(tmp_path / "a.py", ""), write(tmp_path / "b.py", "")
+    assert load_settings([a, b])[0].out_dir == "out/b"
+    assert load_settings([a, b, "--out_dir=elsewhere"])[0].out_dir == "elsewhere"
+
+
+@pytest.mark.parametrize("text, name, want", [
+    ("1e6", "max_steps", 1_000_000), ("9007199254740993", "max_steps", 9007199254740993), ("1", "learning_rate", 1.0),
+    ("3e-4", "learning_rate", 3e-4), ("true", "tie_embeddings", True), ("False", "tie_embeddings", False),
+    ("auto", "compile", None), ("true", "compile", True), ("false", "compile", False), ("7", "data", "7"),
+])
+def test_a_value_on_the_command_line_takes_the_type_of_its_setting(text, name, want):
+    got = getattr(load_settings([f"--{name}={text}"])[0], name)
+    assert got == want and type(got) is type(want)                   # an odd integer above 2^53 must not pass by float
+
+
+@pytest.mark.parametrize("text, name, want", [
+    ("1e6", "max_steps", 1_000_000), ("1", "learning_rate", 1.0), ("True", "tie_embeddings", True),
+    ("None", "compile", None), ("'auto'", "compile", None), ("False", "compile", False), ("'there'", "data", "there"),
+])
+def test_a_value_in_a_config_takes_the_type_of_its_setting(tmp_path, text, name, want):
+    got = getattr(load_settings([write(tmp_path / "c.py", f"{name} = {text}")])[0], name)
+    assert got == want and type(got) is type(want)
+
+
+@pytest.mark.parametrize("text, name", [
+    ("2.5", "n_layer"), ("many", "n_layer"), ("1e400", "n_layer"), ("", "n_layer"), ("nan", "learning_rate"),
+    ("inf", "learning_rate"), ("fast", "learning_rate"), ("1", "tie_embeddings"), ("maybe", "compile"),
+])
+def test_an_ill_typed_value_on_the_command_line_is_refused_by_name(text, name):
+    with pytest.raises(UserError, match=f"command line.*{name}"):
+        load_settings([f"--{name}={text}"])
+
+
+@pytest.mark.parametrize("text, name", [
+    ("2.5", "n_layer"), ("True", "n_layer"), ("[3]", "n_layer"), ("None", "n_layer"), ("'fast'", "learning_rate"),
+    ("float('nan')", "learning_rate"), ("False", "learning_rate"), ("1", "tie_embeddings"), ("3", "data"),
+])
+def test_an_ill_typed_value_in_a_config_is_refused_by_name(tmp_path, text, name):
+    path = write(tmp_path / "c.py", f"{name} = {text}")
+    with pytest.raises(UserError, match=f"c.py.*{name}"):
+        load_settings([path])
+
+
+def test_an_unknown_setting_is_refused_with_the_closest_name(tmp_path):
+    path = write(tmp_path / "c.py", "learning_rat = 1")
+    with pytest.raises(UserError, match="c.py.*'learning_rat'.*'learning_rate'"):
+        load_settings([path])
+    for wrong in ("--learning_rat=1", "--learnin_rate"):             # abbreviations are unknown settings too
+        with pytest.raises(UserError, match="command line.*'learning_rate'"):
+            load_settings([wrong])
+    with pytest.raises(UserError, match="'qqqqqq'") as refused:
+        load_settings(["--qqqqqq=1"])
+    assert "did you mean" not in str(refused.value)                  # nothing is close
+
+
+@pytest.mark.parametrize("name, value", [
+    ("max_steps", 0), ("learning_rate", 0.0), ("tokens_per_step", 0), ("grad_clip", -1.0), ("batch_size", -1), ("beta2", 1.0),
+    ("beta1", -0.1), ("device", "tpu"), ("dtype", "float16"), ("n_head", 3), ("norm", "post"),
+])
+def test_a_value_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(UserError, match=f"^{name}={value!r}|{name}={value} |{name}={value}$"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("text", ["raise ValueError('no')", "n_layer = [", "n_layer = 1 / 0", "n_layer = len(PEAK)",
+                                  "base = 'nowhere.py'", "base = 'broken.py'"])
+def test_whatever_is_wrong_in_a_config_is_one_line_that_names_a_file(tmp_path, text):
+    with pytest.raises(UserError, match=r"(broken|nowhere)\.py") as refused:      # the last one is its own base
+        load_settings([write(tmp_path / "broken.py", text)])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_leaves_the_globals_of_train_alone_and_cannot_read_them(tmp_path):
+    # nanoGPT's configurator is an exec over globals: there, `learning_rate = 1` would replace the schedule's function.
+    before = dict(vars(train))
+    load_settings([write(tmp_path / "c.py", "learning_rate = 1\n_json = 2\n_PEAK = {}\n__name__ = 'x'")])
+    assert {k: id(v) for k, v in vars(train).items()} == {k: id(v) for k, v in before.items()}
+    with pytest.raises(UserError, match="'KERNELS'"):                # a global of train.py, but no setting
+        load_settings([write(tmp_path / "c.py", "KERNELS = ()")])
+    with pytest.raises(UserError, match="NameError"):
+        load_settings([write(tmp_path / "c.py", "n_layer = len(KERNELS)")])
+
+
+def test_help_lists_every_setting_with_its_default_and_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")                            # no line is broken inside a meaning
+    with pytest.raises(SystemExit) as exit:
+        load_settings(["--help"])
+    assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for f in fields(TrainConfig):
+        default = {"": "''", None: "auto"}.get(f.default, f.default)
+        assert f" --{f.name} {default} {f.metadata['help']} " in text + " "
+        assert len(f.metadata["help"]) > 5
+
+
+def test_there_are_configs_to_load():
+    assert {"dense", "moe", "gqa_deep"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_of_the_repository_loads_and_its_model_builds(path):
+    c, _ = load_settings([str(path)])
+    for node in ast.parse(path.read_text()).body:                    # what the file says, read without running it
+        if isinstance(node, ast.Assign) and node.targets[0].id != "base":
+            assert getattr(c, node.targets[0].id) == ast.literal_eval(node.value)
+    assert c.tokens_per_step % c.block_size == 0 and c.out_dir == f"out/{path.stem}"
+    c.vocab_size = c.vocab_size or VOCAB
+    with torch.device("meta"):
+        model = GPT(c)
+    idx = torch.empty(1, c.block_size, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        assert model.head(model.norm(model.embed(idx))).shape == (1, c.block_size, c.vocab_size)
+    assert len(model.blocks) == c.n_layer
+
+
+MISTAKES = {     # name -> (arguments, what the line must name)
+    "unknown setting": (["--n_layers=3"], "'n_layer'"),
+    "missing config": (["configs/nope.py"], "configs/nope.py"),
+    "bad shape": (["--n_head=3"], "n_head=3"),
+    "tokens_per_step": (["--block_size=32", "--tokens_per_step=100", "--data=CORPUS"], "tokens_per_step=100"),
+    "missing corpus": (["--data=nowhere"], "data.py"),
+    "missing checkpoint": (["--init_from=nowhere.pt"], "nowhere.pt"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes_made(corpus, tmp_path_factory):
+    """Every mistake made in a process of its own, two at a time, in an empty directory."""
+    def make(args):
+        args = [a.replace("CORPUS", str(corpus)) for a in args] + ["--device=cpu"]
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], cwd=tmp_path_factory.mktemp("empty"),
+                              env=ENV, capture_output=True, text=True)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(make, [args for args, _ in MISTAKES.values()])))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_of_the_user_is_one_line_on_stderr_and_status_2(mistake, mistakes_made):
+    done, (_, named) = mistakes_made[mistake], MISTAKES[mistake]
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert named in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one step
+
+
+def test_the_learning_rate_warms_up_linearly_then_falls_by_a_cosine_to_its_share_of_the_peak():
+    c = TrainConfig(learning_rate=2.0, warmup_steps=4, max_steps=104, min_lr_ratio=0.1)
+    assert [train.learning_rate(step, c) for step in range(4)] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert train.learning_rate(4, c) == pytest.approx(2.0)                               # the cosine starts at its top
+    assert train.learning_rate(4 + 25, c) == pytest.approx(2 * (0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2))   # cos 45 degrees
+    assert train.learning_rate(4 + 50, c) == pytest.approx(1.1)                          # midway between 2.0 and 0.2
+    assert train.learning_rate(104, c) == pytest.approx(0.2)
+    falling = [train.learning_rate(step, c) for step in range(4, 105)]
+    assert falling == sorted(falling, reverse=True)
+    c = TrainConfig(learning_rate=2.0, warmup_steps=0, max_steps=1)
+    assert train.learning_rate(0, c) == 2.0                                              # no warm-up, no division by zero
+
+
+@pytest.mark.parametrize("kind", [{}, MOE | {"shared_hidden": 8}, {"norm": "peri"}, {"tie_embeddings": True}],
+                         ids=["dense", "moe", "peri", "tied"])
+def test_every_matrix_is_decayed_and_no_norm_is(kind):
+    c = TrainConfig(**TINY | kind | {"weight_decay": 0.3})
+    model = model_of(c)
+    decay = {}
+    for group in train.make_optimizer(model, c).param_groups:
+        for p in group["params"]:
+            assert id(p) not in decay                                # in one group, once
+            decay[id(p)] = group["weight_decay"]
+    for name, p in model.named_parameters():
+        assert decay.pop(id(p)) == (0.0 if "norm" in name else 0.3), name
+    assert not decay
+
+
+def test_steps_of_the_optimizer_equal_adamw_written_by_hand_in_float64():
+    c = TrainConfig(**TINY | {"learning_rate": 0.01, "weight_decay": 0.3})
+    model = model_of(c)
+    optimizer = train.make_optimizer(model, c)
+    state = {name: (p.detach().double(), 0.0, 0.0) for name, p in model.named_parameters()}
+    for t in (1, 2, 3):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p) * 10.0 ** torch.randint(-9, 1, p.shape)         # down to where eps counts
+            state[name] = adamw_by_hand(state[name][0], p.grad.double(), *state[name][1:], t, 0.01,
+                                        0.0 if "norm" in name else 0.3, (0.9, 0.95))
+        optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.double(), state[name][0], atol=3e-7, rtol=3e-7, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.fixture
+def eight_windows():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(VOCAB, (8, 32), generator=generator) for _ in range(2)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(size, eight_windows):
+    c = TrainConfig(**TINY)
+    model, (x, y) = model_of(c).double(), eight_windows
+    loss = plain_loss(model, x, y)
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    sums = train.gradients(model, list(zip(x.split(size), y.split(size))), c, torch.float32, stats=False)
+    assert sums.keys() == {"loss"} and sums["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
+    for p, g in zip(model.parameters(), want):
+        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_of_a_moe_is_the_mean_of_its_micro_batches_gradients_auxiliary_losses_included(eight_windows):
+    # Load is balanced within a micro-batch, so here the micro-batch is part of the definition: no full-batch equality.
+    c = TrainConfig(**TINY | MOE | {"lb_loss_weight": 0.5, "z_loss_weight": 0.3, "init_std": 0.3})
+    model, (x, y) = model_of(c).double(), eight_windows
+    parameters = list(model.parameters())
+
+    def wanted(x, y):
+        balance, z = auxiliary_losses(model, x)
+        return torch.autograd.grad(plain_loss(model, x, y) + 0.5 * balance + 0.3 * z, parameters)
+    parts = [wanted(*xy) for xy in zip(x.split(2), y.split(2))]
+    train.gradients(model, list(zip(x.split(2), y.split(2))), c, torch.float32, stats=False)
+    for p, *gs in zip(parameters, *parts):
+        torch.testing.assert_close(p.grad, sum(gs) / 4, rtol=1e-8, atol=1e-12)
+    router = model.blocks[0].ffn.router.weight
+    whole = wanted(x, y)[[p is router for p in parameters].index(True)]
+    assert (whole - router.grad).abs().max() > 1e-3 * router.grad.abs().max()            # the distinction is not idle
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def test_the_log_has_one_object_per_step_with_the_promised_keys(trained):
+    _, told, log = trained
+    always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
+    statistics = {"variance", "attn_variance", "ffn_variance"}
+    statistics |= {"lb_loss", "z_loss", "expert_load"} if "n_experts" in told else set()
+    assert [record["step"] for record in log] == list(range(1, 31))
+    for record in log:
+        step = record["step"]
+        assert record.keys() == (always | ({"val_loss"} if step in (10, 20, 30) else set())      # 30: the end
+                                 | (statistics if step in (7, 14, 21, 28, 30) else set()))
+        assert record["tokens"] == 256 * step and record["tokens_per_s"] > 0 and record["grad_norm"] > 0
+        assert record["lr"] == pytest.approx(2e-2 * step / 2 if step <= 2 else
+                                             2e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - 3) / 28))))
+        if step in (7, 30):
+            assert [len(record[name]) for name in ("variance", "attn_variance", "ffn_variance")] == [3, 2, 2]
+            for layer in record.get("expert_load", []):
+                assert len(layer) == 4 and sum(layer) == pytest.approx(1) and min(layer) >= 0
+
+
+def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls_clearly(trained):
+    _, _, log = trained
+    assert log[0]["loss"] == pytest.approx(math.log(VOCAB), abs=0.1)
+    assert all(record["loss"] < log[0]["loss"] - 2.5 for record in log[-5:])
+    assert log[-1]["val_loss"] < log[9]["val_loss"] < log[0]["loss"] - 1
+
+
+def test_the_checkpoint_reloads_and_gives_the_logged_validation_loss_again(trained):
+    out, told, log = trained
+    model, saved = load_model(out / "ckpt.pt")
+    assert saved["step"] == 30 and saved["tokenizer"] == "bytes" and saved["settings"]["seed"] == 5
+    tokens = tokens_of(told["data"], "val")
+    losses = []
+    for i in eval_windows(512 // 32, (len(tokens) - 1) // 32):       # one window at a time, whatever the batches were
+        with torch.no_grad():
+            losses.append(plain_loss(model, *windows_of(tokens, [i], 32)).item())
+    assert len(losses) == 16
+    assert sum(losses) / 16 == pytest.approx(log[-1]["val_loss"], rel=1e-5)
+
+
+def test_intervals_of_zero_are_off_but_the_end_writes_a_checkpoint(begin):
+    out = begin(max_steps=3, eval_interval=0, stats_interval=0, save_interval=0)
+    always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
+    assert [record.keys() for record in read_log(out)] == [always] * 3
+    assert load_checkpoint(out / "ckpt.pt")["step"] == 3
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "ckpt.pt"}             # no half-written leftovers
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end(begin, tmp_path, monkeypatch):
+    path = tmp_path / "out" / "ckpt.pt"
+    seen = spy_on_steps(monkeypatch, lambda _: load_checkpoint(path)["step"] if path.exists() else None)
+    begin(max_steps=5, save_interval=2)
+    assert seen == [None, None, 2, 2, 4]
+    assert load_checkpoint(path)["step"] == 5
+
+
+@pytest.mark.parametrize("kind", [{}, {"n_kv_head": 1, "norm": "peri", "tie_embeddings": True, "grad_clip": 0.0}],
+                         ids=["dense", "gqa_peri_tied_unclipped"])
+def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, kind):
+    told = TINY | dict(max_steps=4, learning_rate=1e-2, weight_decay=0.2, grad_clip=0.5, init_std=0.1, seed=3) | kind
+    out = begin(**told)
+    c = TrainConfig(**told | {"data": str(corpus)})
+    model = model_of(c).double()
+    state = {name: (0.0, 0.0) for name, _ in model.named_parameters()}
+    for step, record in enumerate(read_log(out)):
+        loss = plain_loss(model, *global_batch(c, step))             # 8 windows at once, in train.py four times 2
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        shrink = min(1.0, 0.5 / norm) if c.grad_clip else 1.0
+        lr = 1e-2 * ((step + 1) / 2 if step < 2 else 0.1 + 0.45 * (1 + math.cos(math.pi * (step - 2) / 2)))
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)  # before it is clipped
+        assert record["lr"] == pytest.approx(lr)
+        assert c.grad_clip == 0 or norm > 0.5                        # else the clipping would go untested
+        with torch.no_grad():
+            for (name, p), g in zip(model.named_parameters(), grads):
+                new, *state[name] = adamw_by_hand(p, g * shrink, *state[name], step + 1, lr, 0.0 if "norm" in name else 0.2,
+                                                  (0.9, 0.95))
+                p.copy_(new)
+    saved = load_checkpoint(out / "ckpt.pt")["model"]
+    for name, p in model.named_parameters():
+        # Adam divides by the gradient's size: where that is near 0, float32's rounding becomes a part of a step.
+        assert (saved[name] - p).abs().mean() < 1e-6 and (saved[name] - p).abs().max() < 1e-3, name
+
+
+def test_the_gradient_norm_after_clipping_is_the_limit(begin, monkeypatch):
+    seen = spy_on_steps(monkeypatch, lambda optimizer: math.sqrt(
+        sum(p.grad.square().sum().item() for group in optimizer.param_groups for p in group["params"])))
+    clipped = [record["grad_norm"] for record in read_log(begin(max_steps=3, grad_clip=0.125))]
+    assert seen == pytest.approx([0.125] * 3, rel=1e-4) and min(clipped) > 0.25
+    seen.clear()
+    logged = [record["grad_norm"] for record in read_log(begin(max_steps=3, grad_clip=0.0))]
+    assert seen == pytest.approx(logged, rel=1e-5)                   # 0: no clipping
+    assert logged[0] == pytest.approx(clipped[0], rel=1e-6)          # the logged norm is the one before clipping
+
+
+def test_the_logged_statistics_are_those_of_a_forward_pass_of_the_weights_before_the_step(begin, corpus):
+    told = TINY | dict(max_steps=1, stats_interval=5, init_std=0.2, learning_rate=1.0, seed=2)
+    record, = read_log(begin(**told))
+    c = TrainConfig(**told | {"data": str(corpus)})
+    model, (x, _) = model_of(c).double(), global_batch(c, 0)
+
+    def variance(x):                                                 # over features, unbiased; then the mean over tokens
+        return np.var(x.detach().numpy(), axis=-1, ddof=1).mean()
+    stream = model.embed(x)
+    h, attn, ffn = [variance(stream)], [], []
+    for block in model.blocks:
+        a = block.attn(block.attn_norm(stream))
+        f = block.ffn(block.ffn_norm(stream + a))
+        stream = stream + a + f
+        h, attn, ffn = h + [variance(stream)], attn + [variance(a)], ffn + [variance(f)]
+    np.testing.assert_allclose(record["variance"], h, rtol=1e-5)
+    np.testing.assert_allclose(record["attn_variance"], attn, rtol=1e-5)
+    np.testing.assert_allclose(record["ffn_variance"], ffn, rtol=1e-5)
+
+
+def test_the_logged_router_statistics_are_the_means_over_micro_batches(begin, corpus):
+    told = TINY | MOE | dict(max_steps=1, stats_interval=1, init_std=0.3)
+    record, = read_log(begin(**told))
+    c = TrainConfig(**told | {"data": str(corpus)})
+    model, (x, _) = model_of(c).double(), global_batch(c, 0)
+    balance, z = zip(*[auxiliary_losses(model, part) for part in x.split(2)])
+    assert record["lb_loss"] == pytest.approx(sum(balance).item() / 4, rel=1e-5)
+    assert record["z_loss"] == pytest.approx(sum(z).item() / 4, rel=1e-5)
+    stream, first = model.embed(x), model.blocks[0]
+    logits = first.ffn_norm(stream + first.attn_output(stream)).flatten(0, 1) @ first.ffn.router.weight.T
+    load = np.bincount(logits.topk(2).indices.flatten(), minlength=4) / (256 * 2)
+    np.testing.assert_allclose(record["expert_load"][0], load, atol=1e-6)
+
+
+def test_the_reported_loss_of_a_moe_is_the_cross_entropy_alone(begin, corpus, tmp_path):
+    plain, = read_log(begin(**MOE, max_steps=1, lb_loss_weight=0.0, z_loss_weight=0.0))
+    heavy, = read_log(begin(**MOE, max_steps=1, lb_loss_weight=10.0, z_loss_weight=10.0))
+    assert plain["loss"] == heavy["loss"]
+    assert heavy["grad_norm"] > 1.1 * plain["grad_norm"]             # but they do train
+    c = TrainConfig(**TINY | MOE | {"data": str(corpus)})
+    assert plain["loss"] == pytest.approx(plain_loss(model_of(c), *global_batch(c, 0)).item(), rel=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(begin):
+    exact, = read_log(begin(max_steps=1, dtype="float32", init_std=0.2))
+    out = begin(max_steps=1, dtype="bfloat16", init_std=0.2)
+    rough, = read_log(out)
+    assert rough["loss"] != exact["loss"] and rough["loss"] == pytest.approx(exact["loss"], rel=0.02)
+    assert {w.dtype for w in load_checkpoint(out / "ckpt.pt")["model"].values()} == {torch.float32}
+
+
+def test_files_of_an_earlier_run_are_kept_as_old(begin):
+    out = begin(max_steps=1, seed=1)
+    before = {name: (out / name).read_bytes() for name in ("log.jsonl", "ckpt.pt")}
+    begin(max_steps=2, seed=2)
+    assert {name: (out / (name + ".old")).read_bytes() for name in before} == before
+    assert len(read_log(out)) == 2 and load_checkpoint(out / "ckpt.pt")["settings"]["seed"] == 2
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below"])
+def test_an_out_dir_that_cannot_be_made_is_one_clear_line(begin, tmp_path, place):
+    (tmp_path / "taken").write_text("a file, no folder")
+    with pytest.raises(UserError, match="out_dir") as refused:
+        begin(out_dir=str(tmp_path / place))
+    assert str(tmp_path / place) in str(refused.value) and "\n" not in str(refused.value)
+    assert (tmp_path / "taken").read_text() == "a file, no folder"
+
+
+def test_a_diverged_run_names_the_learning_rate_and_leaves_the_earlier_runs_checkpoint(begin):
+    out = begin(max_steps=1)
+    before = (out / "ckpt.pt").read_bytes()
+    with pytest.raises(UserError, match="learning_rate") as refused:
+        begin(max_steps=50, learning_rate=1e30)
+    assert "\n" not in str(refused.value) and "step" in str(refused.value)
+    assert before in [path.read_bytes() for path in out.glob("ckpt.pt*")]
+    assert all(math.isfinite(record["loss"]) for record in read_log(out))
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_run_that_diverges_stops_before_the_step_and_keeps_its_last_checkpoint(begin, tmp_path, monkeypatch, bad):
+    honest, calls = train.gradients, []
+
+    def diverge_at_step_4(model, *args, **kwargs):
+        sums = honest(model, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 4:
+            if bad == "loss":
+                sums["loss"] = sums["loss"] * math.inf
+            else:
+                next(model.parameters()).grad[0, 0] = math.nan
+        return sums
+    monkeypatch.setattr(train, "gradients", diverge_at_step_4)
+    steps = spy_on_steps(monkeypatch, lambda _: 1)
+    with pytest.raises(UserError, match="step 4.*learning_rate"):
+        begin(max_steps=9, save_interval=2)
+    saved = load_checkpoint(tmp_path / "out" / "ckpt.pt")
+    assert saved["step"] == 2 and all(w.isfinite().all() for w in saved["model"].values())
+    assert len(steps) == 3 and len(read_log(tmp_path / "out")) == 3
+
+
+def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(begin, tmp_path):
+    told = dict(max_steps=4, eval_interval=2, stats_interval=2, **MOE)
+    a, b, c = (begin(**told, seed=seed, out_dir=str(tmp_path / name)) for name, seed in [("a", 1), ("b", 1), ("c", 2)])
+    assert without_rates(read_log(a)) == without_rates(read_log(b))
+    weights = [load_checkpoint(out / "ckpt.pt")["model"] for out in (a, b, c)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert read_log(a)[0]["loss"] != read_log(c)[0]["loss"]
+    assert not torch.equal(weights[0]["embed.weight"], weights[2]["embed.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several ranks
+
+
+@pytest.mark.parametrize("kind", [{}, MOE | {"lb_loss_weight": 0.1}], ids=["dense", "moe"])
+def test_two_ranks_give_the_losses_statistics_and_weights_of_one(begin, corpus, tmp_path, kind):
+    # 8 windows a step in micro-batches of 2: four for one rank, two each for two ranks, the same ones. The 5 validation
+    # batches do not divide among 2 ranks, so a mean of the ranks' means would show.
+    told = TINY | kind | dict(max_steps=4, init_std=0.1, stats_interval=2, eval_interval=2, learning_rate=5e-3, grad_clip=0.5)
+    alone = begin(**told)
+    told |= {"data": str(corpus), "out_dir": str(tmp_path / "two")}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "train.py",
+                           *(f"--{k}={v}" for k, v in told.items())], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout                                  # two ranks, and only one of them talks
+    assert done.stdout.count("trained in") == 1
+    one, two = without_rates(read_log(alone)), without_rates(read_log(tmp_path / "two"))
+    assert [r.keys() for r in one] == [r.keys() for r in two] and "val_loss" in one[1] and "variance" in one[1]
+    for a, b in zip(one, two):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-8, err_msg=f"step {a['step']}: {name}")
+    one, two = (load_checkpoint(out / "ckpt.pt")["model"] for out in (alone, tmp_path / "two"))
+    assert one.keys() == two.keys()                                  # no "module." prefix
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused():
+    c = TrainConfig(**TINY | {"tokens_per_step": 6 * 32, "batch_size": 2})
+    assert train.batch_shape(c, 3) == (6, 2)
+    with pytest.raises(UserError, match="tokens_per_step=192.*2 ranks"):
+        train.batch_shape(c, 2)
+    c.batch_size = 0                                                 # the rank's whole share at once
+    assert train.batch_shape(c, 2) == (6, 3)
+    with pytest.raises(UserError, match="4 ranks"):
+        train.batch_shape(c, 4)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that looks as if it had two GPUs, under a bare `torchrun train.py`; returns the calls of execv."""
+    calls = []
+
+    def execv(*args):
+        calls.append(args)
+        raise InterruptedError("execv does not return")
+    precision = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/moe.py", "--seed=1"])
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    yield calls
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_torchrun_with_one_process_starts_over_on_every_gpu(two_gpus, device):
+    with pytest.raises(InterruptedError):
+        train.set_up(TrainConfig(device=device))
+    (program, argv), = two_gpus
+    assert program == argv[0] == sys.executable
+    assert argv[1:3] == ["-m", "torch.distributed.run"]
+    assert "--nproc-per-node=2" in argv and "--standalone" in argv
+    assert argv[-3:] == ["train.py", "configs/moe.py", "--seed=1"]   # after torchrun's own options
+
+
+def test_torchrun_does_not_start_over_for_the_cpu(two_gpus):
+    assert train.set_up(TrainConfig(device="cpu")) == (0, 1, torch.device("cpu"), torch.float32)
+    assert two_gpus == []
+
+
+def test_one_process_stays_one_where_it_is_all_that_was_asked_for(two_gpus, monkeypatch):
+    one = (0, 1, torch.device("cuda:0"), torch.bfloat16)
+    assert train.set_up(TrainConfig(device="cuda:0")) == one         # one GPU by name
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert train.set_up(TrainConfig()) == one                        # there is no other
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert train.set_up(TrainConfig()) == one                        # plain python
+    assert two_gpus == []
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda.*--device=cpu"):
+        train.set_up(TrainConfig(device="cuda"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from other weights
+
+
+def test_init_from_goes_on_with_the_architecture_and_the_weights_of_a_checkpoint(trained, tmp_path):
+    out, told, log = trained
+    c, _ = load_settings([f"--init_from={out / 'ckpt.pt'}", f"--data={told['data']}", f"--out_dir={tmp_path}", "--max_steps=1",
+                          "--tokens_per_step=256", "--seed=9", "--device=cpu", "--block_size=16", "--eval_interval=0"])
+    saved = load_checkpoint(out / "ckpt.pt")["settings"]
+    for f in fields(ModelConfig):                                    # block_size shapes no weight: it may change
+        assert getattr(c, f.name) == (16 if f.name == "block_size" else saved[f.name])
+    assert c.learning_rate == 3e-3                                   # what is no architecture is not taken over
+    train.train(c)
+    record, = read_log(tmp_path)
+    model, _ = load_model(out / "ckpt.pt")
+    with torch.no_grad():
+        want = plain_loss(model, *global_batch(c, 0)).item()
+    assert record["loss"] == pytest.approx(want, rel=1e-5) and want < log[0]["loss"] - 2
+
+
+@pytest.mark.parametrize("name, value", [("n_layer", 3), ("n_embd", 32), ("rope_theta", 500.0), ("norm", "lns")])
+def test_a_setting_that_contradicts_the_checkpoint_is_refused_by_name(begin, name, value):
+    path = begin(max_steps=1) / "ckpt.pt"
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        load_settings([f"--init_from={path}", f"--{name}={value}"])
+    assert load_settings([f"--init_from={path}", "--n_layer=2"])[0].n_layer == 2         # saying the same is fine
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(begin, tmp_path):
+    saved = torch.load(begin(max_steps=1) / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"tokenizer": "gpt2"}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="gpt2.*bytes"):
+        begin(init_from=str(tmp_path / "other.pt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed
+
+
+def test_bench_prints_one_line_of_json_and_needs_no_data(tmp_path):
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, ffn_hidden=64, block_size=32, tokens_per_step=256)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--bench", "--compile=false", "--device=cpu",
+                           *(f"--{k}={v}" for k, v in sizes.items())], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line, = done.stdout.splitlines()
+    result = json.loads(line)
+    assert {name: result[name] for name in ("n_layer", "n_embd", "block_size", "tokens_per_step")}.items() <= sizes.items()
+    eager = result["eager"]
+    assert "compiled" not in result and result["gemm_flops"] > 0 and eager["tokens_per_s"] > 0
+    assert 0 < eager["kernel_share"] < 1
+    # Forward 2 FLOPs per weight and 4 T d per layer for attention, backward twice that; the embedding is a look-up.
+    weights = 2 * (32 * 96 + 32 * 32 + 3 * 32 * 64) + 32 * VOCAB
+    assert eager["flops"] / eager["tokens_per_s"] == pytest.approx(3 * (2 * weights + 2 * 4 * 32 * 32), rel=1e-3)
+    assert list(tmp_path.iterdir()) == []                            # and leaves nothing behind
+
+
+def compiled_graphs():
+    from torch._dynamo.utils import counters
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def fresh_dynamo():
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [{}, MOE], ids=["dense", "moe"])
+def test_steps_statistics_and_validations_are_one_graph_each_and_are_never_compiled_again(
+        begin, monkeypatch, fresh_dynamo, kind):
+    compile = torch.compile                                          # the same capture, without generating code: seconds
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile(*args, **kwargs, backend="aot_eager"))
+    graphs = spy_on_steps(monkeypatch, lambda _: compiled_graphs())
+    begin(**TINY | kind | dict(max_steps=6, stats_interval=2, eval_interval=2, compile=True))
+    assert graphs == [1, 2, 3, 3, 3, 3] and compiled_graphs() == 3   # step 1, step 2 with statistics, its validation
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
+                    reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_run_gives_the_losses_of_an_eager_one(begin, monkeypatch, fresh_dynamo, tmp_path):
+    # A MoE, since its grouped matrix products are the part that torch.compile would rather not see.
+    told = TINY | MOE | dict(max_steps=3, n_layer=1, init_std=0.1)
+    eager = begin(**told)
+    graphs = spy_on_steps(monkeypatch, lambda _: compiled_graphs())
+    compiled = begin(**told | {"compile": True, "out_dir": str(tmp_path / "compiled")})
+    assert graphs == [1, 1, 1]
+    for a, b in zip(read_log(eager), read_log(compiled), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+    one, two = (load_checkpoint(out / "ckpt.pt")["model"] for out in (eager, compiled))
+    assert one.keys() == two.keys()                                  # no "_orig_mod." prefix
