@@ -97,21 +97,20 @@ class RoPE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.half, self.T, self.theta = config.n_embd // config.n_head // 2, config.block_size, config.rope_theta
-        self.register_buffer("cos", torch.empty(self.T, 1, self.half), persistent=False)
-        self.register_buffer("sin", torch.empty(self.T, 1, self.half), persistent=False)
+        self.register_buffer("cos", torch.empty(self.T, 1, 2 * self.half), persistent=False)
+        self.register_buffer("sin", torch.empty(self.T, 1, 2 * self.half), persistent=False)
 
     def reset(self) -> None:
         """Fill the tables: apart from __init__, since that may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         angle = torch.outer(torch.arange(self.T, dtype=torch.float64), freq)[:, None]          # (T, 1, head_dim / 2)
-        self.cos.copy_(angle.cos())
-        self.sin.copy_(angle.sin())
+        self.cos.copy_(torch.cat((angle.cos(), angle.cos()), dim=-1))
+        self.sin.copy_(torch.cat((-angle.sin(), angle.sin()), dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate queries or keys (B, T, heads, head_dim) by their position in the sequence."""
-        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]
-        x1, x2 = x.chunk(2, dim=-1)
-        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]                          # (T, 1, head_dim)
+        return x * cos + x.roll(self.half, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -263,13 +262,17 @@ class Block(nn.Module):
         peri = config.norm == "peri"                                       # Peri-LN: a norm after each sublayer as well
         self.attn_out_norm, self.ffn_out_norm = (norm(), norm()) if peri else (nn.Identity(), nn.Identity())
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """A norm's output as the sublayer gets it."""
+        return x if self.scale == 1.0 else x * self.scale
+
     def attn_output(self, x: Tensor) -> Tensor:
         """What attention adds to the stream x, (B, T, d)."""
-        return self.attn_out_norm(self.attn(self.attn_norm(x) * self.scale))
+        return self.attn_out_norm(self.attn(self.scaled(self.attn_norm(x))))
 
     def ffn_output(self, x: Tensor) -> tuple[Tensor, Router | None]:
         """What the FFN adds to the stream x (B, T, d), and what the router did if it is a MoE."""
-        y = self.ffn(self.ffn_norm(x) * self.scale)
+        y = self.ffn(self.scaled(self.ffn_norm(x)))
         y, router = y if isinstance(self.ffn, MoE) else (y, None)
         return self.ffn_out_norm(y), router
 

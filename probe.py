@@ -7,8 +7,8 @@
     python probe.py ckpt.pt --bench                                     # how much faster than the naive way?
 
 Block numbers and lists count from 0: block l turns the stream h_l into h_{l+1}, h_0 is the embedding's output, and the
-last stream is taken before the final norm. A micro-batch goes through the model once, and every intervention starts from
-the streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
+last stream is taken before the final norm. A micro-batch goes through the model once; every intervention starts from the
+streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
 """
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def attention_sums(block: Block, x: Tensor) -> Tensor:
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for sequence in x.split(1):                                              # T x T per head: one sequence at a time
-        q, k, _ = block.attn.heads(block.attn_norm(sequence) * block.scale)
+        q, k, _ = block.attn.heads(block.scaled(block.attn_norm(sequence)))
         T, G = q.size(2), q.size(1) // k.size(1)
         scores = wide(q) @ wide(k).repeat_interleave(G, dim=1).mT / math.sqrt(q.size(-1))        # (1, n_head, T, T)
         hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)

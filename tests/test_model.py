@@ -45,7 +45,7 @@ def tokens(settings: dict, B: int = 2, T: int = 12, seed: int = 1) -> torch.Tens
 
 
 def gradients(model: GPT, loss: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
+    return list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_moe_equals_a_loop_over_tokens_and_experts(variant, dtype, tolerance):
     y, router = moe(x)
     np.testing.assert_allclose(array(y).reshape(18, 32), naive_moe(moe, array(x).reshape(18, 32), config),
                                atol=tolerance, rtol=tolerance)
-    assert float(router.load[2]) == (0.2 if config.top_k == 5 else 0.0)
+    assert float(router.load[2]) == pytest.approx(0.2 if config.top_k == 5 else 0.0)
     assert y.dtype == dtype
 
 
@@ -222,7 +222,8 @@ def router_of(logits: list[list[float]], top_k: int) -> M.Router:
         moe.router.weight.copy_(torch.eye(E, 8))                 # the first E features are the logits
     x = torch.zeros(1, len(logits), 8, dtype=torch.float64)
     x[0, :, :E] = torch.tensor(logits, dtype=torch.float64)
-    return moe(x)[1]
+    with torch.no_grad():
+        return moe(x)[1]
 
 
 def test_router_losses_equal_those_computed_on_paper():
@@ -288,10 +289,10 @@ def test_dense_gqa_equals_the_llama_of_transformers():
     for i, block in enumerate(model.blocks):
         q, k, v = block.attn.qkv.weight.split((c.n_embd, kv, kv))
         weights |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": block.attn.proj.weight,
-            "mlp.gate_proj": block.ffn.gate.weight, "mlp.up_proj": block.ffn.up.weight,
-            "mlp.down_proj": block.ffn.down.weight, "input_layernorm": block.attn_norm.weight,
-            "post_attention_layernorm": block.ffn_norm.weight}.items()}
+            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+            "self_attn.o_proj": block.attn.proj.weight, "mlp.gate_proj": block.ffn.gate.weight,
+            "mlp.up_proj": block.ffn.up.weight, "mlp.down_proj": block.ffn.down.weight,
+            "input_layernorm": block.attn_norm.weight, "post_attention_layernorm": block.ffn_norm.weight}.items()}
     theirs.load_state_dict(weights)
     idx = tokens(DENSE)
     with torch.no_grad():
@@ -401,7 +402,8 @@ def test_loss_is_the_cross_entropy_and_its_gradient_includes_the_auxiliary_losse
 @pytest.mark.parametrize("at_once", [1, 100, 61 * 7, 61 * 23, 61 * 24])
 @pytest.mark.parametrize("settings", [DENSE, SPARSE, dict(DENSE, tie_embeddings=True)], ids=["dense", "moe", "tied"])
 def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once, monkeypatch):
-    model, idx, targets = build(**settings, lb_loss_weight=0.0, z_loss_weight=0.0), tokens(settings), tokens(settings, seed=2)
+    model = build(**settings, lb_loss_weight=0.0, z_loss_weight=0.0)
+    idx, targets = tokens(settings), tokens(settings, seed=2)
     plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
     monkeypatch.setattr(M, "LOGITS_AT_ONCE", at_once)
     logits, loss = model(idx, targets, return_logits=False)
@@ -423,8 +425,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_complete_logits_never_exist_when_the_loss_runs_in_chunks(monkeypatch):
-    settings = dict(DENSE, vocab_size=200)                   # B T V = 24 * 200; the head's gradient is 32 * 200 already
-    model, idx = build(torch.float32, **dict(settings, n_embd=8, n_head=2)), tokens(settings)
+    settings = dict(DENSE, vocab_size=200, n_embd=8, n_head=2)       # B T V = 24 * 200, the head itself is only 8 * 200
+    model, idx = build(torch.float32, **settings), tokens(settings)
     with Largest() as seen:
         model(idx, idx)[1].backward()
     assert seen.numel == 24 * 200, "as one piece they do exist: the recorder sees them"
@@ -504,7 +506,7 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
     product = {torch.ops.depth.grouped_mm: lambda x, w, ends, out_shape=None, **_: 2 * x[0] * x[1] * w[2],
                torch.ops.depth.grouped_outer: lambda x, y, ends, out_shape=None, **_: 2 * x[0] * x[1] * y[1]}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=product) as forward:
-        loss = model(idx, idx)[1]
+        loss = model(idx, idx, return_logits=False)[1]           # or the head runs twice
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=product) as backward:
         loss.backward()
     assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(forward.get_total_flops(), rel=0.01)
@@ -531,8 +533,9 @@ def test_every_matrix_starts_at_std_002_whatever_its_depth_and_every_norm_at_1(s
 
 
 def test_a_model_made_on_the_meta_device_is_the_same_after_init_weights():
-    torch.manual_seed(3)
     direct = GPT(ModelConfig(**SPARSE))
+    torch.manual_seed(3)
+    direct.init_weights()
     with torch.device("meta"):
         deferred = GPT(ModelConfig(**SPARSE))
     deferred.to_empty(device="cpu")
@@ -624,14 +627,14 @@ def test_generation_with_the_same_seed_repeats_itself_and_with_another_does_not(
 def test_generation_draws_with_the_frequencies_of_the_tempered_softmax_over_the_likeliest():
     model, idx = build(torch.float32, **DENSE), tokens(DENSE, B=1, T=4).expand(8000, 4)
     logits = array(model(idx[:1])[0])[0, -1]
-    drawn = M.generate(model, idx, 1, temperature=2.0, top_k=6, generator=torch.Generator().manual_seed(0))[:, -1].numpy()
-    likeliest = np.argsort(-logits)[:6]
-    p = naive_softmax(logits[likeliest] / 2.0)
+    text = M.generate(model, idx, 1, temperature=0.5, top_k=6, generator=torch.Generator().manual_seed(0))
+    drawn, likeliest = text[:, -1].numpy(), np.argsort(-logits)[:6]
+    p = naive_softmax(logits[likeliest] / 0.5)
     seen = np.array([(drawn == token).sum() for token in likeliest])
     assert seen.sum() == 8000, "nothing outside the likeliest six"
     chi2 = ((seen - 8000 * p) ** 2 / (8000 * p)).sum()
     assert chi2 < 25.7, "the 0.9999 quantile of chi-square with 5 degrees of freedom"
-    assert p.max() / p.min() > 1.5, "and the six are not equally likely"
+    assert p.max() / p.min() > 2, "and the six are not equally likely"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -683,7 +686,7 @@ def test_a_truncated_checkpoint_is_a_user_error_wherever_it_ends(tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save(saved_dict(build(torch.float32, **DENSE)), path)
     whole = path.read_bytes()
-    for size in (0, 1, 10, 1000, len(whole) // 2, len(whole) - 1):
+    for size in (0, 1, 10, 1000, len(whole) // 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match="ckpt.pt"):
             M.load_model(path)
@@ -714,10 +717,11 @@ GOOD = dataclasses.asdict(ModelConfig(**DENSE))
 
 
 @pytest.mark.parametrize("content", [
-    [1, 2, 3], {"weights": 1}, {"settings": GOOD}, {"model": {}, "settings": GOOD}, {"model": {}, "settings": {}},
+    [1, 2, 3], {"model": {}}, {"settings": GOOD}, {"model": {}, "settings": GOOD}, {"model": {}, "settings": {}},
     {"model": 3, "settings": GOOD}, {"model": {}, "settings": 3},
-    {"model": {}, "settings": GOOD | {"n_head": 3}}, {"model": {}, "settings": GOOD | {"n_head": "four"}},
-    {"model": {"embed.weight": torch.zeros(2, 2)}, "settings": GOOD}], ids=range(10))
+    {"model": {}, "settings": GOOD | {"n_head": 3}}, {"model": {"embed.weight": torch.zeros(2, 2)}, "settings": GOOD}],
+    ids=["list", "no settings", "no model", "no weights", "no vocabulary", "model no dict", "settings no dict",
+         "impossible", "other shape"])
 def test_a_file_that_is_no_checkpoint_is_a_user_error(content, tmp_path):
     torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(UserError):
