@@ -173,20 +173,28 @@ def documents(source: str) -> Iterator[str]:
 def read_text(path: Path) -> Iterator[str]:
     """A text file as one document, or several if it is long.
 
-    Cuts lie before a line that starts with a letter or digit: there every tiktoken encoding starts a new piece anyway,
-    so no token is lost to a cut. A single line longer than DOCUMENT_CHARS is cut where it must be.
+    Cuts lie between a line that ends in a letter or the like and one that starts with a letter or digit: there every
+    tiktoken encoding starts a new piece anyway, so no token is lost. Where no such place comes, it is cut all the same.
     """
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
         lines: list[str] = []
         size = 0
         while line := f.readline(DOCUMENT_CHARS):
-            if size >= DOCUMENT_CHARS and (line[0].isalnum() or size >= 2 * DOCUMENT_CHARS):
+            clean = line[0].isalnum() and lines and lines[-1][-1] == "\n" and lines[-1][-2:-1].strip()
+            if size >= DOCUMENT_CHARS and (clean or size >= 2 * DOCUMENT_CHARS):
                 yield "".join(lines)
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
         if lines:
             yield "".join(lines)
+
+
+def text_in(row: dict[str, Any]) -> list[str]:
+    """The "text" of a row, as a list that is empty where it is null; TypeError or KeyError where there is none."""
+    if row["text"] is not None and not isinstance(row["text"], str):
+        raise TypeError(f"\"text\" is a {type(row['text']).__name__}")
+    return [row["text"]] if row["text"] is not None else []
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -196,8 +204,8 @@ def read_jsonl(path: Path) -> Iterator[str]:
         try:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as e:
+                    yield from text_in(json.loads(line))
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
 
 
@@ -210,8 +218,9 @@ def read_parquet(path: Path) -> Iterator[str]:
         raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from e
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-            yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, OSError, IndexError) as e:
+            for row in batch.to_pylist():
+                yield from text_in(row)
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged or has no column \"text\" ({e})") from e
 
 
@@ -223,7 +232,7 @@ def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
         raise UserError(f"streaming {path} needs datasets: pip install datasets") from e
     try:
         for row in datasets.load_dataset(path, split="train", streaming=True, **kwargs):
-            yield row["text"]
+            yield from text_in(row)
     except OSError as e:      # its own errors and the network's alike
         raise UserError(f"could not stream {path} ({type(e).__name__}): the same command resumes it once online") from e
 
@@ -248,8 +257,12 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     try:
         out.mkdir(parents=True, exist_ok=True)
         if progress.exists():
-            before = json.loads(progress.read_text())
-            check(before["request"] == request, f"{out} was begun with other settings: delete it or change --out")
+            try:
+                before = json.loads(progress.read_text())
+                same = before["request"] == request and {"documents", "train", "val"} <= before.keys()
+            except (ValueError, KeyError, TypeError) as e:
+                raise UserError(f"{progress} is damaged: delete {out} and start over") from e
+            check(same, f"{out} was begun with other settings: delete it or change --out")
             done = before
         rest = itertools.islice(docs(source), done["documents"], None)
         encode_into(out, done, rest, enc, dtype, val_fraction, max_tokens)
@@ -274,7 +287,10 @@ def encode_into(out: Path, done: dict, docs: Iterator[str], enc: tiktoken.Encodi
     buffered, started, first = 0, time.time(), done["train"]["tokens"] + done["val"]["tokens"]
 
     def encode(text: str) -> np.ndarray:
-        return enc.encode_to_numpy(text, disallowed_special=())        # releases the GIL
+        try:
+            return enc.encode_to_numpy(text, disallowed_special=())    # releases the GIL
+        except UnicodeEncodeError:                                     # half of a surrogate pair, which JSON can spell
+            return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         full = False

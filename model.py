@@ -441,10 +441,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     check(Path(path).is_file(), f"no checkpoint {path}: make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
         raise UserError(f"{path} is damaged or no checkpoint ({str(e).splitlines()[0][:80]}): use another copy") from e
-    check(isinstance(saved, dict) and {"model", "settings"} <= saved.keys(),
-          f"{path} holds no model and settings: it is not a checkpoint of train.py")
+    kinds = {"model": dict, "settings": dict, "tokenizer": str}
+    check(isinstance(saved, dict) and all(isinstance(saved.get(key), kind) for key, kind in kinds.items()),
+          f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
     return saved
 
 

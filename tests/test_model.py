@@ -261,7 +261,7 @@ def test_logits_loss_and_statistics_equal_a_model_written_by_hand(settings, norm
     want = {key: np.stack([w[key] for w in want], axis=-3) for key in want[0]}        # the batch before (T, d)
     np.testing.assert_allclose(array(logits), want["logits"], atol=1e-10)
     p = naive_softmax(want["logits"])
-    assert float(loss) == pytest.approx(np.mean([-np.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(12)]))
+    assert loss.item() == pytest.approx(np.mean([-np.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(12)]))
     for got, key in (("variance", "streams"), ("attn_variance", "attn"), ("ffn_variance", "ffn")):
         np.testing.assert_allclose(array(stats[got]), want[key].var(-1, ddof=1).mean((1, 2)), rtol=1e-9, err_msg=got)
     assert len(stats["variance"]) == 4 and len(stats["ffn_variance"]) == 3
@@ -376,7 +376,7 @@ def test_loss_is_the_cross_entropy_and_its_gradient_includes_the_auxiliary_losse
     idx, targets = tokens(SPARSE), tokens(SPARSE, seed=2)
     logits, loss = model(idx, targets)
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert float(loss) == pytest.approx(float(plain), abs=1e-12)
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
 
     lb, z, x = 0.0, 0.0, model.embed(idx)                        # the losses a second time, layer by layer, by loops
     for block in model.blocks:
@@ -408,7 +408,7 @@ def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once, monkeyp
     monkeypatch.setattr(M, "LOGITS_AT_ONCE", at_once)
     logits, loss = model(idx, targets, return_logits=False)
     assert logits is None
-    assert float(loss) == pytest.approx(float(plain), abs=1e-12)
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
     for got, want in zip(gradients(model, loss), gradients(model, plain)):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -556,7 +556,7 @@ def test_compiling_into_one_graph_changes_neither_loss_nor_gradients(settings):
         loss = forward(idx, targets, return_logits=False)[1]
         results.append((loss, gradients(model, loss)))
     (want, want_grads), (got, got_grads) = results
-    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    assert got.item() == pytest.approx(want.item(), rel=1e-6)
     for a, b in zip(got_grads, want_grads):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -642,7 +642,7 @@ def test_generation_draws_with_the_frequencies_of_the_tempered_softmax_over_the_
 
 
 def saved_dict(model: GPT, **extra) -> dict:
-    return {"model": model.state_dict(), "settings": dataclasses.asdict(model.config), **extra}
+    return {"model": model.state_dict(), "settings": dataclasses.asdict(model.config), "tokenizer": "bytes", **extra}
 
 
 @pytest.mark.parametrize("extra", [dict(), dict(tie_embeddings=True), dict(n_experts=5, expert_hidden=16, norm="peri")],
