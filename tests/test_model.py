@@ -309,7 +309,7 @@ def test_statistics_of_a_moe_hold_each_layers_load_and_the_mean_losses():
         x, detail = block(x, detail=True)
         routers.append(detail.router)
     for name in ("lb_loss", "z_loss"):
-        assert float(stats[name]) == pytest.approx(float(sum(getattr(r, name) for r in routers)) / 3)
+        assert stats[name].item() == pytest.approx(sum(getattr(r, name).item() for r in routers) / 3)
     torch.testing.assert_close(stats["expert_load"], torch.stack([r.load for r in routers]))
 
 
@@ -434,6 +434,20 @@ def test_complete_logits_never_exist_when_the_loss_runs_in_chunks(monkeypatch):
     with Largest() as seen:
         model(idx, idx, return_logits=False)[1].backward()
     assert seen.numel == 8 * 200, "the largest is the head's own gradient, above a chunk of 5 rows"
+
+
+def test_no_chunk_of_logits_is_kept_for_the_backward_pass(monkeypatch):
+    settings = dict(DENSE, vocab_size=200)
+    model, idx, kept = build(torch.float32, **settings), tokens(settings), []
+
+    def widths_kept() -> bool:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+            model(idx, idx, return_logits=False)
+        return any(200 in shape for shape in kept)
+    assert widths_kept(), "as one piece they are: the recorder sees them"
+    monkeypatch.setattr(M, "LOGITS_AT_ONCE", 5 * 200)
+    assert not widths_kept() and kept
 
 
 def test_logits_come_back_without_targets_whatever_return_logits_says():
@@ -780,6 +794,8 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, monkeypatch, capsys)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
-    torch.save(saved_dict(build(torch.float32, **DENSE)), tmp_path / "ckpt.pt")
+    saved = saved_dict(build(torch.float32, **DENSE))
+    del saved["tokenizer"]
+    torch.save(saved, tmp_path / "ckpt.pt")
     assert main_in_process(monkeypatch, "sample", tmp_path / "ckpt.pt") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
