@@ -7,8 +7,8 @@
     python probe.py ckpt.pt --bench                                     # how much faster than the naive way?
 
 Block numbers and lists count from 0: block l turns the stream h_l into h_{l+1}, h_0 is the embedding's output, and the
-last stream is taken before the final norm. A micro-batch goes through the model once; every intervention starts from the
-streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
+last stream is taken before the final norm. A micro-batch goes through the model once; every intervention starts from
+the streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
 """
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def attention_sums(block: Block, x: Tensor) -> Tensor:
         scores = wide(q) @ wide(k).repeat_interleave(G, dim=1).mT / math.sqrt(q.size(-1))        # (1, n_head, T, T)
         hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         p = scores.masked_fill(hidden, -math.inf).softmax(-1)[0, :, 1:]                          # (n_head, T - 1, T)
-        visible = torch.arange(2, T + 1, device=x.device)
+        visible = torch.arange(2, T + 1, dtype=p.dtype, device=x.device)
         entropy = torch.special.entr(p).sum(-1)                                                  # (n_head, T - 1)
         needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
         for i, value in enumerate((entropy / visible.log(), needed / visible, entropy.exp() / visible)):
@@ -804,8 +804,9 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.only.split(","):
         check(name in EXPERIMENTS, f"--only {name}: no such experiment; there are {','.join(EXPERIMENTS)}")
-    check(args.pairs >= 0 and args.below >= 0 and (args.jacobian_samples or 1) > 0 and args.seed >= 0,
-          "--pairs, --below and --seed must not be negative, --jacobian_samples must be positive")
+    check(args.jacobian_samples is None or args.jacobian_samples > 0, "--jacobian_samples must be positive")
+    check(args.pairs >= 0 and args.below >= 0 and args.seed >= 0,
+          "--pairs, --below and --seed must not be negative")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
 

@@ -580,11 +580,12 @@ def regression_cases():
     duplicated = np.concatenate((plain, plain[:, :2]), axis=1)
     dependent = np.concatenate((plain, plain[:, :2] @ draw.normal(size=(2, 3))), axis=1)
     constant = np.concatenate((plain, np.full((400, 1), 0.1), np.zeros((400, 1)), np.full((400, 1), -3e5)), axis=1)
+    close = np.concatenate((plain, plain[:, :1] + 1e-5 * draw.normal(size=(400, 1))), axis=1)
     scaled = plain * 10.0 ** np.array([-6, -3, 0, 2, 4, 6])
     far = plain + np.array([1e3, -1e3, 0, 500, 1e4, 1])
     everything = np.concatenate((scaled, scaled[:, [0, 5]], np.full((400, 1), 7.7)), axis=1)
     return {"plain": plain, "duplicate_columns": duplicated, "dependent_columns": dependent,
-            "constant_columns": constant, "badly_scaled": scaled, "far_from_0": far,
+            "nearly_dependent_columns": close, "constant_columns": constant, "badly_scaled": scaled, "far_from_0": far,
             "far_from_0_and_duplicated": np.concatenate((far, far), axis=1), "all_at_once": everything,
             "fewer_tokens_than_features": plain[:4]}
 
@@ -593,15 +594,17 @@ def regression_cases():
 def test_the_affine_map_predicts_as_least_squares_on_all_tokens_does(name):
     X, draw = regression_cases()[name], np.random.default_rng(1)
     d = X.shape[1]
-    Z = (X - X.mean(0)) / np.where(X.std(0) > 1e-9, X.std(0), 1.0)                    # what suits least squares
+    scale = np.where(X.std(0) > 1e-9, X.std(0), 1.0)
+    Z = (X - X.mean(0)) / scale                                                         # what suits least squares
     Y = 3 * np.tanh(Z @ draw.normal(size=(d, d))) + draw.normal(size=X.shape) + 5
     Z1 = np.concatenate((Z, np.ones((len(X), 1))), axis=1)
-    want = Z1 @ np.linalg.lstsq(Z1, Y, rcond=1e-10)[0]
-
+    solution = np.linalg.lstsq(Z1, Y, rcond=1e-10)[0]                                   # the smallest, if there are many
     x, y = (torch.from_numpy(a).reshape(4, -1, d) for a in (X, Y))
     W, b = affine_map(sum(moments(x[i:i + 1], y[i:i + 1]) for i in range(4)))
-    got = (x @ W + b).flatten(0, 1).numpy()
+    got, want = (x @ W + b).flatten(0, 1).numpy(), Z1 @ solution
     assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
+    if name != "nearly_dependent_columns":                                              # there W itself is ill-conditioned
+        assert np.abs(scale[:, None] * W.numpy() - solution[:-1]).max() < 1e-6
 
 
 def test_the_affine_map_recovers_an_affine_map():
