@@ -71,6 +71,10 @@ class Corpus:
             self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
             dtype = np.dtype(self.meta["dtype"])
             self.shards = {split: self.meta[split]["shards"] for split in ("train", "val")}
+            check(isinstance(self.tokenizer, str) and isinstance(self.vocab_size, int)
+                  and all(isinstance(s["file"], str) and isinstance(s["tokens"], int)
+                          for shards in self.shards.values() for s in shards),
+                  f"{header} is damaged: prepare the corpus again")
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{header} is damaged ({e}): prepare the corpus again") from e
         self.arrays: dict[str, list[np.ndarray]] = {}
@@ -363,12 +367,14 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")
     parser.add_argument("--verify", action="store_true", help="NAME is a prepared folder: compare its checksums")
     args = parser.parse_args()
+    check(args.max_tokens > 0, f"--max_tokens {args.max_tokens} must be positive")
     if args.verify:
         Corpus(args.name).verify()
         return print(f"{args.name}: every checksum matches")
     out = prepare(args.name, args.out or Path("data") / Path(args.name).name.split(".")[0],
                   args.tokenizer or ("bytes" if args.name == "python" else "gpt2"),
-                  args.val_fraction or (0.001 if args.name == "fineweb-edu" else 0.05), args.max_tokens)
+                  (0.001 if args.name == "fineweb-edu" else 0.05) if args.val_fraction is None else args.val_fraction,
+                  args.max_tokens)
     meta = Corpus(out).meta
     print(f"{out}: {meta['documents']:,} documents, {meta['train']['tokens']:,} training and "
           f"{meta['val']['tokens']:,} validation tokens of {meta['tokenizer']}"

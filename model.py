@@ -449,6 +449,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return saved
 
 
+def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bool = False) -> None:
+    """Put a checkpoint's weights into a model; UserError where they do not fit."""
+    try:
+        model.load_state_dict(saved["model"], assign=assign)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: weights and settings disagree ({str(e).splitlines()[-1].strip()[:100]})") from e
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint in eval mode and the checkpoint itself."""
     saved = load_checkpoint(path)
@@ -456,10 +464,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     config = ModelConfig(**{k: v for k, v in saved["settings"].items() if k in names})
     with torch.device("meta"):
         model = GPT(config)
-    try:
-        model.load_state_dict(saved["model"], assign=True)
-    except RuntimeError as e:
-        raise UserError(f"{path}: weights and settings disagree ({str(e).splitlines()[1].strip()})") from e
+    load_weights(model, saved, path, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     rope = model.blocks[0].attn.rope

@@ -750,7 +750,8 @@ def drop_blocks(args: Any, path: str, model: GPT, saved: dict[str, Any], tokens:
     save_checkpoint(target, without_blocks(saved, drop))
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; loss {whole:.4f} -> {pruned:.4f}, "
           f"perplexity x{math.exp(pruned - whole):.3f}\n"
-          f"train it on:  python train.py --init_from={target} --out_dir=out/pruned")
+          f"train it on:  python train.py --init_from={target} --out_dir=out/pruned "
+          f"--data={saved['settings'].get('data', 'data/python')}")
 
 
 def measure(args: Any, path: str, model: GPT, tokens: Tensor, origin: str, label: str, out: Path) -> dict[str, Any]:
@@ -810,8 +811,11 @@ def main() -> None:
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
 
+    check(not args.save or (args.drop and len(args.checkpoints) == 1), "--save goes with --drop and one checkpoint")
+
     results: dict[str, dict[str, Any]] = {}
     several = len(args.checkpoints) > 1
+    same_folder = len({Path(path).resolve().parent for path in args.checkpoints}) < len(args.checkpoints)
     for path in args.checkpoints:
         model, saved = load_model(path)
         model = model.to(device, getattr(torch, args.dtype))
@@ -824,7 +828,8 @@ def main() -> None:
         else:
             label = Path(path).resolve().parent.name if Path(path).name == "ckpt.pt" else Path(path).stem
             label = path.replace("/", "_") if label in results else label
-            out = Path(args.out, label if several else "") if args.out else Path(path).parent
+            home = Path(args.out or Path(path).parent)
+            out = home / label if several and (args.out or same_folder) else home
             make_folder(out)
             results[label] = measure(args, path, model, tokens, origin, label, out)
     if len(results) > 1:

@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Corpus, eval_windows, prepare, train_windows
-from model import GPT, ModelConfig, Parser, UserError, check, load_checkpoint, run, save_checkpoint, setting
+from model import (GPT, ModelConfig, Parser, UserError, check, load_checkpoint, load_weights, run, save_checkpoint,
+                   setting)
 
 
 @dataclass
@@ -100,16 +101,18 @@ def typed(name: str, value: Any, where: str) -> Any:
     raise UserError(f"{where}: {name}={value!r} is no {'bool' if kind == bool | None else kind.__name__}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`. Names that begin with _ are its own."""
     neighbours = sorted(str(p) for p in path.parent.glob("*.py"))
     check(path.is_file(), f"no config {path}; there are: {' '.join(neighbours) or 'none in that folder'}")
     try:
         values = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith("_")}
-    except Exception as e:      # whatever the file raises is a mistake in the file
+    except (Exception, SystemExit) as e:      # whatever the file raises is a mistake in the file
         raise UserError(f"{path}: {type(e).__name__}: {e}") from e
-    base = values.pop("base", None)
-    return (read_config(path.parent / base) if base else {}) | {k: typed(k, v, str(path)) for k, v in values.items()}
+    base = values.pop("base", "")
+    check(isinstance(base, str) and depth < 10, f"{path}: base={base!r} must name another config, and not in a circle")
+    inherited = read_config(path.parent / base, depth + 1) if base else {}
+    return inherited | {k: typed(k, v, str(path)) for k, v in values.items()}
 
 
 def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
@@ -122,7 +125,8 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
         parser.add_argument(f"--{f.name}", default=None, metavar=str(default), help=f.metadata["help"])
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        typed(unknown[0].lstrip("-").split("=")[0], "", "command line")      # names the closest
+        typed(unknown[0].lstrip("-").split("=")[0], None, "command line")    # names the closest, if it is one
+        raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
     values: dict[str, Any] = {}
     for path in args.configs:
         values |= read_config(Path(path))
@@ -189,7 +193,6 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
              device: torch.device, dtype: torch.dtype) -> float:
     """Mean loss over eval_tokens of the validation split, in batches of `size`, in nats per token."""
     windows = eval_windows(max(1, c.eval_tokens // c.block_size), corpus.n_windows("val", c.block_size))
-    windows = windows[:max(1, len(windows) // size) * size]                  # whole batches: one shape, one compilation
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
     for ids in [windows[i:i + size] for i in range(0, len(windows), size)][rank::world]:
@@ -223,7 +226,7 @@ def train(c: TrainConfig) -> None:
         saved = load_checkpoint(c.init_from)
         check(saved["tokenizer"] == corpus.tokenizer,
               f"{c.init_from} was trained on {saved['tokenizer']!r} tokens and {c.data} has {corpus.tokenizer!r}")
-        raw.load_state_dict(saved["model"])
+        load_weights(raw, saved, c.init_from)
     raw.to(device)
     optimizer = make_optimizer(raw, c)
     compiled = torch.compile(raw, dynamic=False) if use_compile(c, device) else raw

@@ -538,12 +538,12 @@ def test_every_matrix_starts_at_std_002_whatever_its_depth_and_every_norm_at_1(s
             assert (p == 1).all(), name
         else:
             n = p.numel()         # five standard errors of a standard deviation and of a mean
-            assert float(p.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * n)), name
-            assert abs(float(p.mean())) < 5 * 0.02 / math.sqrt(n), name
+            assert p.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * n)), name
+            assert abs(p.mean().item()) < 5 * 0.02 / math.sqrt(n), name
     # over a whole block a factor of 1/sqrt(2 L) or 1/sqrt(layer) would be tens of standard errors
     for block in model.blocks:
         matrices = torch.cat([p.flatten() for p in block.parameters() if p.dim() > 1])
-        assert float(matrices.std()) == pytest.approx(0.02, rel=5 / math.sqrt(2 * matrices.numel()))
+        assert matrices.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * matrices.numel()))
 
 
 def test_a_model_made_on_the_meta_device_is_the_same_after_init_weights():

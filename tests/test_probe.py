@@ -595,15 +595,15 @@ def test_the_affine_map_predicts_as_least_squares_on_all_tokens_does(name):
     X, draw = regression_cases()[name], np.random.default_rng(1)
     d = X.shape[1]
     scale = np.where(X.std(0) > 1e-9, X.std(0), 1.0)
-    Z = (X - X.mean(0)) / scale                                                         # what suits least squares
+    Z = (X - X.mean(0)) / scale                                             # what suits least squares
     Y = 3 * np.tanh(Z @ draw.normal(size=(d, d))) + draw.normal(size=X.shape) + 5
     Z1 = np.concatenate((Z, np.ones((len(X), 1))), axis=1)
-    solution = np.linalg.lstsq(Z1, Y, rcond=1e-10)[0]                                   # the smallest, if there are many
+    solution = np.linalg.lstsq(Z1, Y, rcond=1e-10)[0]                       # the smallest, if there are many
     x, y = (torch.from_numpy(a).reshape(4, -1, d) for a in (X, Y))
     W, b = affine_map(sum(moments(x[i:i + 1], y[i:i + 1]) for i in range(4)))
     got, want = (x @ W + b).flatten(0, 1).numpy(), Z1 @ solution
     assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
-    if name != "nearly_dependent_columns":                                              # there W itself is ill-conditioned
+    if name != "nearly_dependent_columns":                                  # there W itself is ill-conditioned
         assert np.abs(scale[:, None] * W.numpy() - solution[:-1]).max() < 1e-6
 
 
