@@ -74,7 +74,7 @@ def trained(request, corpus, tmp_path_factory):
     """A run of 30 steps and what it was told: (out_dir, settings, log)."""
     out = tmp_path_factory.mktemp(request.param)
     told = TINY | dict(data=str(corpus), out_dir=str(out), max_steps=30, learning_rate=2e-2, batch_size=4, seed=5,
-                       eval_interval=10, eval_tokens=512, stats_interval=7) | (MOE if request.param == "moe" else {})
+                       eval_interval=10, eval_tokens=448, stats_interval=7) | (MOE if request.param == "moe" else {})
     train.train(TrainConfig(**told))
     return out, told, read_log(out)
 
@@ -243,6 +243,9 @@ def test_an_unknown_setting_is_refused_with_the_closest_name(tmp_path):
     for wrong in ("--learning_rat=1", "--learnin_rate"):             # abbreviations are unknown settings too
         with pytest.raises(UserError, match="command line.*'learning_rate'"):
             load_settings([wrong])
+    for wrong in ("-out_dir=elsewhere", "-compile=true"):            # one dash too few must not pass in silence
+        with pytest.raises(UserError, match=wrong[1:8]):
+            load_settings([wrong])
     with pytest.raises(UserError, match="'qqqqqq'") as refused:
         load_settings(["--qqqqqq=1"])
     assert "did you mean" not in str(refused.value)                  # nothing is close
@@ -259,9 +262,10 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("text", ["raise ValueError('no')", "n_layer = [", "n_layer = 1 / 0", "n_layer = len(PEAK)",
-                                  "base = 'nowhere.py'"])
+                                  "import sys; sys.exit(3)", "base = 'nowhere.py'", "base = 3",
+                                  "base = 'broken.py'"])
 def test_whatever_is_wrong_in_a_config_is_one_line_that_names_a_file(tmp_path, text):
-    with pytest.raises(UserError, match=r"(broken|nowhere)\.py") as refused:
+    with pytest.raises(UserError, match=r"(broken|nowhere)\.py") as refused:      # the last one is its own base
         load_settings([write(tmp_path / "broken.py", text)])
     assert "\n" not in str(refused.value)
 
@@ -456,11 +460,11 @@ def test_the_checkpoint_reloads_and_gives_the_logged_validation_loss_again(train
     assert saved["step"] == 30 and saved["tokenizer"] == "bytes" and saved["settings"]["seed"] == 5
     tokens = tokens_of(told["data"], "val")
     losses = []
-    for i in eval_windows(512 // 32, (len(tokens) - 1) // 32):       # one window at a time, whatever the batches were
+    for i in eval_windows(448 // 32, (len(tokens) - 1) // 32):       # one window at a time, whatever the batches were
         with torch.no_grad():
             losses.append(plain_loss(model, *windows_of(tokens, [i], 32)).item())
-    assert len(losses) == 16
-    assert sum(losses) / 16 == pytest.approx(log[-1]["val_loss"], rel=1e-5)
+    assert len(losses) == 14                                         # of batches of 4, the last is half a one
+    assert sum(losses) / 14 == pytest.approx(log[-1]["val_loss"], rel=1e-5)
 
 
 def test_intervals_of_zero_are_off_but_the_end_writes_a_checkpoint(begin):
