@@ -204,6 +204,9 @@ def test_the_pieces_of_a_long_text_add_up_to_it(tmp_path, monkeypatch):
     line = "é" * 10_001
     cut = pieces(tmp_path, line)
     assert "".join(cut) == line and len(cut) >= 3 and max(map(len, cut)) <= 3 * 2000
+    # a line that is longer than a document should be but not twice as long stays whole
+    cut = pieces(tmp_path, ("word " * 500 + "end\n" + "and another line\n" * 20) * 5)
+    assert len(cut) == 6 and all(piece.endswith("\n") for piece in cut)
     assert pieces(tmp_path, "short\n") == ["short\n"] and pieces(tmp_path, "") == []
 
 

@@ -620,6 +620,20 @@ def test_the_affine_map_of_constant_features_is_the_mean():
     assert torch.equal(W, torch.zeros_like(W)) and torch.allclose(b, y.double().mean((0, 1)))
 
 
+def test_a_swap_that_lowers_the_loss_counts_as_much_as_one_that_raises_it():
+    model, tokens = make_model(**MODELS["dense"]), make_tokens()              # random: some swaps lower the loss
+    P, blocks = probe.probe(model, tokens, ["permutation"])["permutation"], list(model.blocks)
+    with torch.no_grad():
+        loss = loss_by_hand(model, tokens, blocks)
+        change = {}
+        for i in range(5):
+            for j in range(i + 1, 5):
+                swapped = with_layer(with_layer(blocks, i, blocks[j]), j, blocks[i])
+                change[i, j] = loss_by_hand(model, tokens, swapped) / loss - 1
+    assert min(change.values()) < 0 < max(change.values())
+    assert [P[i][j] for i, j in change] == pytest.approx([abs(x) for x in change.values()], rel=1e-8)
+
+
 def test_sampled_pairs_are_a_reproducible_part_of_all_pairs():
     model, tokens = make_model(**MODELS["dense"]), own_tokens("dense")
     full = np.array(by_hand("dense")["permutation"])
