@@ -469,7 +469,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         model.head.weight = model.embed.weight
     rope = model.blocks[0].attn.rope
     rope.to_empty(device="cpu").reset()
-    return model.requires_grad_(True).to(device).eval(), saved
+    return model.to(device).eval(), saved
 
 
 @torch.no_grad()

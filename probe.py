@@ -225,7 +225,7 @@ def weight_sparsity(model: GPT, below: float) -> dict[str, dict[str, list[float]
 # `released`: what the authors' scripts compute, with the three confirmed departures from the definitions
 #
 # 1. Every model: the least-squares W of y = x W + b is copied into a Linear.weight without transposing, so that
-#    x W^T + b is evaluated: see `fit` in `probe`, which transposes.
+#    x W^T + b is evaluated: `maps["released"]` in `probe`.
 # 2. Dense models: the last stream is recorded after the final norm: `recorded`.
 # 3. Dense models: a skipped block leaves no stream in the record, so later g are one place early: `released_row`.
 
@@ -291,11 +291,12 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
                     maps["heldout"] = [affine_map(m) for m in fits[:n]]
                 streams = streams_of(model, idx)[0]
                 fits = [m + moments(x, y) for m, x, y in zip(fits, streams, streams[1:])] + fits[n:]
-                if "released" in want:
+                if "released" in want and dense:
                     fits[n] = fits[n] + moments(streams[n - 1], recorded(model, streams)[n])
         maps["usefulness"] = [affine_map(m) for m in fits[:n]]
         if "released" in want:
-            maps["released"] = [(W.T, b) for W, b in (*maps["usefulness"][:-1], affine_map(fits[n]))]
+            last = affine_map(fits[n]) if dense else maps["usefulness"][-1]
+            maps["released"] = [(W.T, b) for W, b in (*maps["usefulness"][:-1], last)]
 
     for k, (a, idx) in enumerate(chunks):
         def losses(cases: Iterable[tuple[int, Tensor]]) -> list[float]:
@@ -304,8 +305,9 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
 
         with stage("streams", k):
             streams, details = streams_of(model, idx)
-            add("loss", nll(model, streams[n], idx))
-            add("loss heldout", nll(model, streams[n], idx) if a >= half else 0.0)
+            loss = nll(model, streams[n], idx)
+            add("loss", loss)
+            add("loss heldout", loss if a >= half else 0.0)
         if want & {"variance", "released"}:
             with stage("variance", k):
                 attn, ffn, _ = zip(*details)
@@ -314,13 +316,16 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
                     add(name, [token_variance(x).item() * idx.numel() for x in xs])
         if want & {"causal", "released", "removal"}:
             with stage("causal and single removal", k):
+                removed = []
                 for s, g in skipped(blocks, streams):
                     if want & {"causal", "released"}:
                         add(f"causal {s}", causal_row(streams, g, s))
                     if "released" in want:
                         add(f"released causal {s}", released_row(model, streams, g, s))
                     if "removal" in want:
-                        add("removal 1", [nll(model, g[n], idx) if l == s else 0.0 for l in range(n)])
+                        removed.append(nll(model, g[n], idx))
+                if removed:
+                    add("removal 1", removed)
         if "removal" in want:
             with stage("removal of runs and sublayers", k):
                 for r in sorted(set(remove) - {1}):
@@ -591,7 +596,7 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
     passed = "blocks passed (0: embedding)"
     for name, key, get, labels in (
             ("variance", "variance", lambda r: r["variance"],
-             dict(title="Variance of the residual stream", xlabel=passed, ylabel="mean over tokens", yscale="log")),
+             dict(title="Variance of the residual stream", xlabel=passed, ylabel="variance", yscale="log")),
             ("jacobian", "jacobian", lambda r: r["jacobian"]["deviation"],
              dict(title="Distance of the Jacobian from the identity", xlabel="block", ylabel=r"$\|J - I\|_F\,/\,d$")),
             ("lens", "lens", lambda r: r["lens"]["kl"],
@@ -610,8 +615,9 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
             ratio = np.array(r["usefulness"]["ratio"])
             ax.bar(np.arange(len(ratio)) + (k - (len(rs) - 1) / 2) * width, ratio - 1, width, bottom=1, label=label)
         ax.axhline(USEFUL, color="black", linestyle="--", linewidth=1, label=f"useful above {USEFUL}")
-        ax.legend(fontsize=8)
-        finish(fig, ax, "usefulness", title="Loss with an affine block", xlabel="block", ylabel="loss ratio")
+        fig.legend(fontsize=8, loc="outside lower center", ncols=4)             # below: bars may be anywhere above
+        finish(fig, ax, "usefulness", title="Loss with a block replaced by its best affine map", xlabel="block",
+               ylabel="loss ratio")
     for name, title, xlabel, ylabel in (("causal", "Causal score C[s, l]", "later block l", "skipped block s"),
                                         ("permutation", "Relative change of the loss by a swap", "block j", "block i")):
         if all(name in r and len(r[name]) > 1 for r in rs):

@@ -229,7 +229,8 @@ def train(c: TrainConfig) -> None:
         load_weights(raw, saved, c.init_from)
     raw.to(device)
     optimizer = make_optimizer(raw, c)
-    compiled = torch.compile(raw, dynamic=False) if use_compile(c, device) else raw
+    wants_compile = c.compile if c.compile is not None else device.type == "cuda"
+    compiled = torch.compile(raw, dynamic=False) if wants_compile else raw
     model = DDP(compiled, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else compiled
 
     def load(step: int) -> list[tuple[Tensor, Tensor]]:
@@ -259,7 +260,7 @@ def train(c: TrainConfig) -> None:
         record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
         check(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]),
               f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate="
-              f"{c.learning_rate}; the last checkpoint is intact")
+              f"{c.learning_rate}; no checkpoint was written of this step")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -309,10 +310,6 @@ def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
 def compute_dtype(c: TrainConfig, device: torch.device) -> torch.dtype:
     """bfloat16 by default on a GPU; float32 on a CPU, where bfloat16 is anything from faster to 100 times slower."""
     return getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-
-
-def use_compile(c: TrainConfig, device: torch.device) -> bool:
-    return c.compile if c.compile is not None else device.type == "cuda"
 
 
 def open_corpus(folder: str, rank: int, world: int) -> Corpus:

@@ -11,7 +11,6 @@ import gc
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 from dataclasses import asdict
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 
 import probe
-from data import prepare
 from model import GPT, Block, ModelConfig, load_model, run, save_checkpoint
 from probe import EXPERIMENTS, affine_map, cheapest_drops, moments, without_blocks
 from train import TrainConfig
@@ -879,16 +877,6 @@ def test_the_cheapest_drops_take_no_more_block_evaluations_than_single_removals(
 
 
 CLI = dict(vocab_size=264, block_size=16, n_layer=4, n_head=2, n_kv_head=1, n_embd=8, ffn_hidden=24, init_std=0.4)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A prepared corpus of 40 documents of words, in byte tokens."""
-    texts, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(20)]
-    for i in range(40):
-        (texts / f"{i:02d}.txt").write_text(" ".join(draw.choices(words, k=60)) + "\n")
-    return prepare(str(texts), tmp_path_factory.mktemp("corpus") / "words", "bytes", val_fraction=0.1)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import ast
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import eval_windows, prepare, train_windows
+from data import eval_windows, train_windows
 from model import GPT, ModelConfig, UserError, load_checkpoint, load_model
 from train import TrainConfig, load_settings
 
@@ -47,16 +46,6 @@ def one_thread():
 def no_measuring(monkeypatch):
     """The peak FLOP/s only scales the MFU on the terminal; measuring it would take most of the time of a tiny run."""
     monkeypatch.setattr(train, "gemm_rate", lambda *_: 1e11)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A prepared corpus of 40 documents of words, about 20,000 byte tokens: something a tiny model learns quickly."""
-    texts, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(20)]
-    for i in range(40):
-        (texts / f"{i:02d}.txt").write_text(" ".join(draw.choices(words, k=110)) + "\n")
-    return prepare(str(texts), tmp_path_factory.mktemp("corpus") / "words", "bytes", val_fraction=0.1)
 
 
 @pytest.fixture
