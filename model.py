@@ -15,6 +15,7 @@ import contextlib
 import os
 import pickle
 import sys
+import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
@@ -23,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**26      # the loss holds at most this many logits at a time: 256 MB in float32
@@ -89,6 +91,13 @@ def check(ok: bool, message: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the blocks
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose gain follows the stream: under FSDP2's mixed precision it comes in bfloat16, the stream is float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RoPE(nn.Module):
@@ -254,7 +263,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
         def norm():
-            return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+            return RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn_norm, self.ffn_norm = norm(), norm()
         self.attn = Attention(config, rope)
         self.ffn = MoE(config) if config.n_experts else SwiGLU(config.n_embd, config.ffn_hidden)
@@ -301,11 +310,11 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         check(config.vocab_size > 0, "vocab_size=0: the model needs the size of its vocabulary")
-        self.config = config
+        self.config, self.recompute = config, False
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         rope = RoPE(config)
         self.blocks = nn.ModuleList(Block(config, layer, rope) for layer in range(1, config.n_layer + 1))
-        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -315,10 +324,12 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Every matrix ~ N(0, init_std), every norm 1; no depth-scaled residual init: the paper's regime.
 
-        On the meta device this does nothing; call it again after `to_empty`.
+        On the meta device this does nothing; call it again after `to_empty`. Drawn on the CPU one whole matrix at a
+        time: the same weights on every device, and on any number of ranks that hold shards of them.
         """
-        for name, p in self.named_parameters():
-            nn.init.normal_(p, std=self.config.init_std) if p.dim() > 1 else nn.init.ones_(p)
+        for p in self.parameters():
+            if not p.is_meta:
+                put(p, torch.empty(p.shape).normal_(std=self.config.init_std) if p.dim() > 1 else torch.ones(p.shape))
         self.blocks[0].attn.rope.reset()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False, return_logits: bool = True):
@@ -332,7 +343,10 @@ class GPT(nn.Module):
         x = self.embed(idx)                                                           # (B, T, d)
         streams, details = [x], []
         for block in self.blocks:
-            x, detail = block(x, detail=True)
+            if self.recompute and self.training:
+                x, detail = checkpoint(block, x, True, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, detail = block(x, detail=True)
             if stats:
                 streams.append(x)
                 details.append(detail)
@@ -416,15 +430,28 @@ def statistics(streams: list[Tensor], details: list[Detail]) -> dict[str, Tensor
 # checkpoints, sampling, and the command line that the scripts share
 
 
-def save_checkpoint(path: Path, saved: dict[str, Any]) -> None:
-    """Write a checkpoint that appears by rename: a reader sees the old one or the new one, never half of one."""
-    tmp = path.with_name(path.name + ".tmp")
+def put(p: Tensor, whole: Tensor) -> Tensor:
+    """Copy a whole tensor into p, which may be this rank's shard of one (FSDP2); returns p."""
+    if isinstance(p, DTensor):
+        whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return p.copy_(whole)
+
+
+def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
+    """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1 before it stay.
+
+    They are ckpt.1.pt, the one before, ckpt.2.pt, ...; should the machine stop between two renames, none is lost.
+    """
+    tmp, names = path.with_name(path.name + ".tmp"), [path, *(path.with_suffix(f".{k}.pt") for k in range(1, keep))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "wb") as f:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
+        for newer, older in reversed(list(zip(names, names[1:]))):
+            if newer.exists():
+                os.replace(newer, older)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
@@ -450,11 +477,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bool = False) -> None:
-    """Put a checkpoint's weights into a model; UserError where they do not fit."""
-    try:
-        model.load_state_dict(saved["model"], assign=assign)
-    except (RuntimeError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: weights and settings disagree ({str(e).splitlines()[-1].strip()[:100]})") from e
+    """Put a checkpoint's weights into a model; UserError where they do not fit. assign: take the tensors themselves."""
+    own, theirs = model.state_dict(), saved["model"]
+    wrong = [name for name in own.keys() | theirs.keys()
+             if getattr(own.get(name), "shape", None) != getattr(theirs.get(name), "shape", 0)]
+    check(not wrong, f"{path}: weights and settings disagree, for example about {min(wrong, default='')}")
+    if assign:
+        model.load_state_dict(theirs, assign=True)
+    else:
+        for name, p in own.items():
+            put(p, theirs[name])
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
@@ -499,6 +531,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as e:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)               # what rank 0 says as well is said once: torchrun stops us meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,12 +2,15 @@
 
     torchrun train.py configs/gqa_deep.py                              # five minutes on two cores, no download
     torchrun --nproc-per-node=2 train.py configs/moe.py --seed=1       # two ranks; any setting can be overridden
+    torchrun --nproc-per-node=8 train.py configs/paper/moe_1b.py --parallel=fsdp --resume      # goes on where it was
     python train.py configs/dense.py configs/wide.py --max_steps=200   # configs apply in order, then the command line
     python train.py --init_from=pruned.pt --out_dir=out/healed         # go on from other weights
+    python train.py configs/paper/moe_1b.py --plan --gpus=8            # parameters, memory, hours; allocates nothing
     python train.py configs/dense.py --bench                           # how fast is a step? one line of JSON
 
 A config is a Python file of assignments to the settings below; `base = "other.py"` in it starts from a neighbour.
-Writes out_dir/log.jsonl (one object per step) and out_dir/ckpt.pt. Every setting, with its default:
+Writes out_dir/log.jsonl (one object per step) and out_dir/ckpt.pt, the one before as ckpt.1.pt; SIGTERM
+saves and stops. Several nodes need an out_dir that all of them see. Every setting, with its default:
 """
 from __future__ import annotations
 
@@ -17,22 +20,30 @@ import json
 import math
 import os
 import runpy
+import signal
 import sys
 import time
 import typing
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+import weakref
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data import Corpus, eval_windows, prepare, train_windows
-from model import (GPT, ModelConfig, Parser, UserError, check, load_checkpoint, load_weights, run, save_checkpoint,
-                   setting)
+from model import (GPT, ModelConfig, Parser, UserError, check, load_checkpoint, load_weights, put, run,
+                   save_checkpoint, setting)
 
 
 @dataclass
@@ -55,6 +66,9 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = setting(65536, "validation tokens, the same ones every time")
     stats_interval: int = setting(50, "steps between per-layer statistics; 0: never")
     save_interval: int = setting(500, "steps between checkpoints; 0: only at the end")
+    keep_checkpoints: int = setting(2, "how many of the newest stay: ckpt.pt, ckpt.1.pt, ...; at most 10")
+    parallel: str = setting("ddp", "ddp | fsdp (FSDP2: weights, gradients and optimizer sharded), with several ranks")
+    recompute: bool = setting(False, "recompute a block's activations in the backward pass: less memory, more FLOPs")
     seed: int = setting(0, "of the weights and of the order of the data")
     device: str = setting("auto", "auto | cpu | cuda; auto: every GPU there is, else the CPU")
     dtype: str = setting("auto", "auto | float32 | bfloat16 (autocast, master weights float32); auto: bfloat16 on GPU")
@@ -69,8 +83,10 @@ class TrainConfig(ModelConfig):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        check(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is none of auto, cpu, cuda")
-        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r} is none of auto, float32, bfloat16")
+        check(1 <= self.keep_checkpoints <= 10, f"keep_checkpoints={self.keep_checkpoints} must be 1 to 10")
+        for name, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16")),
+                            ("parallel", ("ddp", "fsdp"))):
+            check(getattr(self, name) in known, f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,11 +131,17 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     return inherited | {k: typed(k, v, str(path)) for k, v in values.items()}
 
 
-def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
-    """The settings of a command line, and whether --bench was asked for."""
+def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
+    """The settings of a command line, and its switches: resume, plan, gpus, mfu, bench."""
     parser = Parser(prog="train.py", description=__doc__, usage="train.py [CONFIG.py ...] [--setting=value ...]")
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="files of settings, applied in order")
+    parser.add_argument("--resume", action="store_true", help="go on from out_dir's newest whole checkpoint, if any")
+    parser.add_argument("--plan", action="store_true", help="print parameters, FLOPs, memory and hours, and stop")
+    parser.add_argument("--gpus", type=int, default=8, help="of --plan (default 8)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="of --plan: share of the peak FLOP/s (default 0.4)")
     parser.add_argument("--bench", action="store_true", help="time a step instead of training; needs no data")
+    parser.add_argument("--families", action="store_true", help="of --bench: also its GQA, MoE and long context kin")
+    switches = {action.dest for action in parser._actions}
     for f in fields(TrainConfig):
         default = "auto" if f.default is None else repr(f.default) if f.default == "" else f.default
         parser.add_argument(f"--{f.name}", default=None, metavar=str(default), help=f.metadata["help"])
@@ -130,8 +152,7 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
     values: dict[str, Any] = {}
     for path in args.configs:
         values |= read_config(Path(path))
-    given = {k: v for k, v in vars(args).items() if v is not None and k not in ("configs", "bench")}
-    values |= {k: typed(k, v, "command line") for k, v in given.items()}
+    values |= {k: typed(k, v, "command line") for k, v in vars(args).items() if v is not None and k not in switches}
     values["out_dir"] = values.get("out_dir") or "out/" + (Path(args.configs[-1]).stem if args.configs else "run")
     if values.get("init_from"):
         saved = load_checkpoint(values["init_from"])["settings"]
@@ -140,7 +161,7 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, bool]:
             check(free or values.get(name, saved[name]) == saved[name],
                   f"{name}={values.get(name)}, but {values['init_from']} has {name}={saved[name]}: leave it out")
             values.setdefault(name, saved[name])
-    return TrainConfig(**values), args.bench
+    return TrainConfig(**values), args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,13 +214,15 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
              device: torch.device, dtype: torch.dtype) -> float:
     """Mean loss over eval_tokens of the validation split, in batches of `size`, in nats per token."""
     windows = eval_windows(max(1, c.eval_tokens // c.block_size), corpus.n_windows("val", c.block_size))
+    batches = [windows[i:i + size] for i in range(0, len(windows), size)]
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
-    for ids in [windows[i:i + size] for i in range(0, len(windows), size)][rank::world]:
+    for i in range(rank, -(-len(batches) // world) * world, world):                 # every rank equally often, since
+        ids = batches[i % len(batches)]                                             # FSDP's passes are collective
         x, y = (t.to(device) for t in corpus.batch("val", ids, c.block_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             _, loss = model(x, y, return_logits=False)
-        total += torch.tensor([loss.item() * len(ids), len(ids)], dtype=torch.float64)
+        total += torch.tensor([loss.item(), 1], dtype=torch.float64) * len(ids) * (i < len(batches))
     model.train()
     total = total.to(device)
     if world > 1:
@@ -211,7 +234,7 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
 # the run
 
 
-def train(c: TrainConfig) -> None:
+def train(c: TrainConfig, resume: bool = False) -> None:
     """Train to max_steps; see the module's docstring for what is written."""
     rank, world, device, dtype = set_up(c)
     per_step, size = batch_shape(c, world)
@@ -219,19 +242,19 @@ def train(c: TrainConfig) -> None:
     c.vocab_size = c.vocab_size or -(-corpus.vocab_size // 64) * 64
     check(c.vocab_size >= corpus.vocab_size, f"vocab_size={c.vocab_size}, but {c.data} needs {corpus.vocab_size}")
     n_windows = corpus.n_windows("train", c.block_size)
+    if c.eval_interval:
+        corpus.n_windows("val", c.block_size)               # a split that is too short shows now, not after hours
 
-    torch.manual_seed(c.seed)
-    raw = GPT(c)
-    if c.init_from:
+    raw, model = build(c, world, device, dtype)
+    optimizer = make_optimizer(raw, c)
+    first = 0
+    if resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        first = restore(c, raw, optimizer, rank, world)
+    if c.init_from and not first:
         saved = load_checkpoint(c.init_from)
         check(saved["tokenizer"] == corpus.tokenizer,
               f"{c.init_from} was trained on {saved['tokenizer']!r} tokens and {c.data} has {corpus.tokenizer!r}")
         load_weights(raw, saved, c.init_from)
-    raw.to(device)
-    optimizer = make_optimizer(raw, c)
-    wants_compile = c.compile if c.compile is not None else device.type == "cuda"
-    compiled = torch.compile(raw, dynamic=False) if wants_compile else raw
-    model = DDP(compiled, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else compiled
 
     def load(step: int) -> list[tuple[Tensor, Tensor]]:
         ids = train_windows(c.seed, step, per_step, n_windows)
@@ -240,46 +263,165 @@ def train(c: TrainConfig) -> None:
 
     peak = peak_flops(device, dtype) * world
     if rank == 0:
-        open_out_dir(out)
+        open_out_dir(out, first)
         n = raw.count_parameters()
         print(f"{out}: {n['total'] / 1e6:.2f}M parameters ({n['active'] / 1e6:.2f}M active), {c.n_layer} layers, "
-              f"{c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, {world} x {device.type}, {dtype}")
-    loader = ThreadPoolExecutor(1)                       # the next step's batches are read while this step computes
-    upcoming = loader.submit(load, 0)
-    started, record = time.time(), {}
-    for step in range(1, c.max_steps + 1):
-        begun = time.time()
-        batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
-        if step < c.max_steps:
-            upcoming = loader.submit(load, step)
-        lr = learning_rate(step - 1, c)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums = gradients(model, batches, c, dtype, stats=due(step, c.stats_interval, c))
-        sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf)
-        record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
-        check(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]),
-              f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate="
-              f"{c.learning_rate}; no checkpoint was written of this step")
-        optimizer.step()
-        optimizer.zero_grad()
+              f"{c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, {world} x {device.type}, {dtype}"
+              + f", from step {first}" * (first > 0))
+    started, waited, saving_took, stopping, record = time.time(), 0.0, 0.0, False, {}
+    with sigterm() as stop, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver:
+        upcoming = loader.submit(load, first)            # the next step's batches are read while this step computes
+        saving: Future | None = None                     # and the last checkpoint is written
+        for step in range(first + 1, c.max_steps + 1):
+            begun = time.time()
+            batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
+            waited += time.time() - begun
+            if step < c.max_steps:
+                upcoming = loader.submit(load, step)
+            lr = learning_rate(step - 1, c)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            sums = gradients(model, batches, c, dtype, stats=due(step, c.stats_interval, c))
+            sums["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf))
+            sums["stop"] = torch.tensor(float(len(stop)), device=device)          # one rank's SIGTERM stops them all
+            record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
+            check(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]),
+                  f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate="
+                  f"{c.learning_rate}; no checkpoint was written of this step")
+            stopping = record.pop("stop") > 0
+            optimizer.step()
+            optimizer.zero_grad()
 
-        rate = record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
-        if due(step, c.eval_interval, c):
-            record["val_loss"] = evaluate(compiled, corpus, c, size, rank, world, device, dtype)
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(record) + "\n")
-            left = (time.time() - started) / step * (c.max_steps - step)
-            show(record, c, raw.flops_per_token() * rate / peak, left)
-            if step == c.max_steps or due(step, c.save_interval, c):
-                save_checkpoint(out / "ckpt.pt", {"model": raw.state_dict(), "optimizer": optimizer.state_dict(),
-                                                  "settings": asdict(c), "step": step, "tokenizer": corpus.tokenizer})
-    loader.shutdown()
-    if rank == 0:
-        summary(record, corpus, out, time.time() - started)
+            rate = record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
+            if due(step, c.eval_interval, c):
+                record["val_loss"] = evaluate(model, corpus, c, size, rank, world, device, dtype)
+            if rank == 0:
+                log(out, record)
+                left = (time.time() - started) / (step - first) * (c.max_steps - step)
+                show(record, c, raw.flops_per_token() * rate / peak, left)
+            begun = time.time()
+            if saving and (saving.done() or due(step, c.save_interval, c)):
+                saving = saving.result()                 # None, or the error of a full disk
+            if step == c.max_steps or due(step, c.save_interval, c) or stopping:
+                weights, moments = snapshot(raw, optimizer, rank)
+                saved = {"model": weights, "optimizer": moments, "settings": asdict(c), "step": step,
+                         "tokenizer": corpus.tokenizer}
+                if rank == 0:
+                    saving = saver.submit(save_checkpoint, out / "ckpt.pt", saved, c.keep_checkpoints)
+            if saving and (stopping or step == c.max_steps):
+                saving.result()
+            saving_took += time.time() - begun
+            if stopping:
+                break
+    if rank == 0 and stopping:
+        print(f"stopped by SIGTERM after step {step}; {out / 'ckpt.pt'} is saved, --resume goes on from there")
+    elif rank == 0:
+        summary(record, corpus, out, time.time() - started, waited, saving_took)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def build(c: TrainConfig, world: int, device: torch.device, dtype: torch.dtype) -> tuple[GPT, torch.nn.Module]:
+    """The model with its first weights, and the same one as a step calls it: compiled, and parallel if world > 1."""
+    compiled = c.compile if c.compile is not None else device.type == "cuda"
+    torch.manual_seed(c.seed)
+    if world > 1 and c.parallel == "fsdp":
+        with torch.device("meta"):                       # a model that fits no single GPU is never whole on one
+            raw = GPT(c)
+        raw.recompute = c.recompute
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in raw.blocks:
+            if compiled:
+                block.compile(dynamic=False)             # FSDP2's own work stays outside of the graphs
+            fully_shard(block, mp_policy=policy)
+        fully_shard(raw)                                 # embedding, norm and head stay float32, as the stream does
+        raw.to_empty(device=device)
+        raw.init_weights()
+        return raw, raw
+    raw = GPT(c).to(device)
+    raw.recompute = c.recompute
+    model = torch.compile(raw, dynamic=False) if compiled else raw
+    if world > 1:
+        model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                    broadcast_buffers=False)             # the only buffers are RoPE's tables
+    return raw, model
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor of which t is this rank's shard under FSDP; all ranks must ask."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> tuple[dict, dict]:
+    """Weights and AdamW's moments by name, whole, in rank 0's host memory: the same whatever engine ran them."""
+    def copy(t: Tensor) -> Tensor | None:
+        t = whole(t.detach())
+        return t.to("cpu", copy=True) if rank == 0 else None
+    weights = {name: copy(p) for name, p in raw.state_dict().items()}
+    moments = {name: {k: copy(v) for k, v in optimizer.state[p].items()} for name, p in raw.named_parameters()}
+    return weights, moments
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of a run, None if it has none; damaged ones are named and passed over."""
+    found = [path for path in (out / "ckpt.pt", *sorted(out.glob("ckpt.[0-9].pt"))) if path.exists()]
+    for path in found:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()              # reads all of it: a checkpoint is a zip file with checksums
+        except (OSError, ValueError, zipfile.BadZipFile) as e:
+            damaged = e
+        if damaged is None:
+            return path
+        print(f"{path} is damaged ({damaged}): trying the one before", flush=True)
+    check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
+    return None
+
+
+@torch.no_grad()
+def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: int, world: int) -> int:
+    """Weights and optimizer from out_dir's newest whole checkpoint; returns its step, 0 where there is none."""
+    found = [newest_checkpoint(Path(c.out_dir)) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    if found[0] is None:
+        if rank == 0:
+            print(f"nothing to resume in {c.out_dir}: starting afresh")
+        return 0
+    path, saved = found[0], load_checkpoint(found[0])
+    check("optimizer" in saved and "step" in saved, f"{path} holds no optimizer to resume with: use --init_from={path}")
+    fixed = {f.name for f in fields(ModelConfig)} | {"seed", "tokens_per_step"}
+    for name, value in asdict(c).items():
+        theirs = saved["settings"].get(name, value)
+        check(value == theirs or name not in fixed,
+              f"{name}={value}, but {path} was trained with {name}={theirs}: give it, or another --out_dir")
+        if value != theirs and rank == 0:
+            print(f"resuming with {name}={value} instead of {theirs}")
+    load_weights(raw, saved, path)
+    for name, p in raw.named_parameters():
+        optimizer.state[p] = {k: put(torch.zeros_like(p), v) if v.dim() else v.to(p.device, copy=True)
+                              for k, v in saved["optimizer"][name].items()}
+    return saved["step"]
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[list[int]]:
+    """A list that is empty until SIGTERM comes."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def log(out: Path, record: dict[str, Any]) -> None:
+    """Append a line to log.jsonl."""
+    try:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): mend that and --resume") from e
 
 
 def due(step: int, interval: int, c: TrainConfig) -> bool:
@@ -332,15 +474,18 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
     return per_step, size
 
 
-def open_out_dir(out: Path) -> None:
-    """Make out_dir; an earlier run's log and checkpoint there are kept as *.old."""
+def open_out_dir(out: Path, first: int) -> None:
+    """Make out_dir. A run that resumes keeps its log up to step `first`; else an earlier run's files become *.old."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("log.jsonl", "ckpt.pt"):
-            if (out / name).exists():
-                os.replace(out / name, out / (name + ".old"))
-                print(f"{out / name} of an earlier run is now {name}.old")
-        (out / "log.jsonl").touch()
+        lines = (out / "log.jsonl").read_text().splitlines(True) if first else []
+        for path in [] if first else [out / "log.jsonl", *sorted(out.glob("ckpt*.pt"))]:
+            if path.exists():
+                os.replace(path, f"{path}.old")
+                print(f"{path} of an earlier run is now {path.name}.old")
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+        (out / "log.jsonl.tmp").write_text("".join(kept))
+        os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
     except OSError as e:
         raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
 
@@ -367,8 +512,10 @@ def show(record: dict[str, Any], c: TrainConfig, mfu: float, left: float) -> Non
         print("\r" + line.ljust(100), end="", flush=True)
 
 
-def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float) -> None:
+def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, waited: float, saving: float) -> None:
     """What the run came to, layer by layer, and what to do next."""
+    if not record:
+        return print(f"{out} has all its steps already: --max_steps=... to go on")
     if "variance" in record:
         v, a, f, loads = (record.get(k) for k in ("variance", "attn_variance", "ffn_variance", "expert_load"))
         print("\nblock  variance   growth  attention       FFN" + "  busiest, idlest expert; 1 is fair" * bool(loads))
@@ -377,7 +524,8 @@ def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float) -
             load = f"  {max(loads[l]) * len(loads[l]):.2f} {min(loads[l]) * len(loads[l]):.2f}" if loads else ""
             print(f"{l:5d}  {v[l + 1]:8.4f}  x{v[l + 1] / v[l]:6.2f}  {a[l]:9.4f}  {f[l]:8.4f}{load}")
     entropy = corpus.meta.get("bigram_entropy")
-    print(f"\ntrained in {seconds / 60:.1f} min; loss {record['loss']:.4f}"
+    print(f"\ntrained in {seconds / 60:.1f} min, of which {waited / seconds:.2%} waiting for data and "
+          f"{saving / seconds:.2%} for checkpoints; loss {record['loss']:.4f}"
           + (f", validation loss {record['val_loss']:.4f} nats per token" if "val_loss" in record else "")
           + (f"; the corpus's bigram entropy is {entropy:.4f}" if entropy else ""))
     print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
@@ -402,8 +550,12 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 
 def timed(f: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that f takes."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    """Seconds that f takes, on all ranks."""
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
     synchronize()
     begun = time.perf_counter()
     f()
@@ -415,40 +567,57 @@ KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_
            "aten::_flash_attention", "aten::_efficient_attention")
 
 
-def bench(c: TrainConfig) -> dict[str, Any]:
-    """Time whole training steps on random tokens: tokens/s, FLOP/s, a GEMM's FLOP/s, and kernel_share.
+def bench(c: TrainConfig, families: bool = False) -> dict[str, Any]:
+    """Time whole training steps on random tokens, several ways in turn: tokens/s, FLOP/s, kernel_share, relative speed.
 
+    One rank: eager and compiled, unless `compile` says which; with `families` the same model dense, with GQA, with
+    experts of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2.
     kernel_share is the share of a step's time inside its own matrix products and attention kernels (self time by
-    torch.profiler); it drifts less with a shared machine than rates do. Eager and compiled in turn, unless `compile`
-    says which.
+    torch.profiler); it drifts less with a shared machine than rates do. Speed is relative to the first way.
     """
-    _, world, device, dtype = set_up(c)
-    check(world == 1, "--bench runs on one rank: python train.py CONFIG.py --bench")
+    rank, world, device, dtype = set_up(c)
     c.vocab_size = c.vocab_size or 320                              # the byte tokenizer's 257, rounded up
-    per_step, size = batch_shape(c, world)
-    idx = torch.randint(c.vocab_size, (per_step, c.block_size + 1), device=device)
-    batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in idx.split(size)]
-    ways = ["eager", "compiled"] if c.compile is None else ["compiled" if c.compile else "eager"]
-    steps = {}
-    for way in ways:
-        torch.manual_seed(c.seed)
-        raw = GPT(c).to(device)
-        steps[way] = bench_step(raw, torch.compile(raw, dynamic=False) if way == "compiled" else raw, batches, c, dtype)
-        steps[way](), steps[way]()                                  # compile, allocate
+    dense = replace(c, n_experts=0, n_kv_head=c.n_head)
+    configs = {"dense ": dense, "gqa ": replace(dense, n_kv_head=1),
+               "moe ": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
+               "long ": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
+    configs = configs if families else {"": c}
+    ways = {f"{name}{'compiled' if kind else 'eager'}": (replace(config, compile=kind), 1)
+            for kind in ([False, True] if c.compile is None else [c.compile]) for name, config in configs.items()}
+    if world > 1:
+        ways = {"alone": (c, 1)} | {name: (replace(c, parallel=name), world) for name in ("ddp", "fsdp")}
+    steps = {way: bench_step(config, rank, ranks, device, dtype) for way, (config, ranks) in ways.items()}
+    for step in steps.values():
+        step(), step()                                              # compile, allocate
     rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(8)]
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
     out: dict[str, Any] = {name: getattr(c, name) for name in shape}
-    out["gemm_flops_per_s"] = round(gemm_rate(device, dtype, 1024))
-    for way in ways:
-        rate = c.tokens_per_step / min(r[way][0] for r in rounds)
+    out |= {"ranks": world, "threads": torch.get_num_threads(),
+            "gemm_flops_per_s": round(gemm_rate(device, dtype, 1024))}
+    for way, (config, _) in ways.items():
+        best = {w: min(r[w][0] for r in rounds) for w in ways}
         shares = sorted(r[way][1] for r in rounds)
-        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(raw.flops_per_token() * rate),
-                    "kernel_share": round(shares[len(shares) // 2], 3)}
+        rate = c.tokens_per_step / best[way]
+        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(config).flops_per_token() * rate),
+                    "kernel_share": round(shares[len(shares) // 2], 3),
+                    "speed": round(best[next(iter(ways))] / best[way], 3)}
     return out
 
 
-def bench_step(raw: GPT, model: torch.nn.Module, batches: list, c: TrainConfig, dtype: torch.dtype) -> Callable:
-    """A closure that does one whole step, as `train` does."""
+def bare(c: ModelConfig) -> GPT:
+    """The model without storage, to be counted."""
+    with torch.device("meta"):
+        return GPT(c)
+
+
+def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """A closure that does one whole step, as `train` does; ranks beyond `world` do nothing."""
+    if rank >= world:
+        return lambda: None
+    per_step, size = batch_shape(c, world)
+    idx = torch.randint(c.vocab_size, (per_step // world, c.block_size + 1), device=device)
+    batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in idx.split(size)]
+    raw, model = build(c, world, device, dtype)
     optimizer = make_optimizer(raw, c)
 
     def step() -> None:
@@ -470,12 +639,107 @@ def kernel_share(step: Callable[[], None], device: torch.device) -> float:
     return inside / 1e6 / seconds
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run would take
+
+
+def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
+    """Parameters, FLOPs, tokens, hours, and the memory of a GPU under DDP and FSDP2. Nothing is allocated."""
+    check(gpus > 0 and 0 < mfu <= 1, f"--gpus={gpus} must be positive and --mfu={mfu} above 0 and at most 1")
+    c.vocab_size = c.vocab_size or 50304                            # GPT-2's 50257, rounded up
+    model, (_, size) = bare(c), batch_shape(c, gpus)
+    n, tokens, flops = model.count_parameters(), c.max_steps * c.tokens_per_step, model.flops_per_token()
+    parts: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        part = next(part for part in ("norm", "embed", "head", "attn", "router", "ffn") if part in name)
+        parts[part] = parts.get(part, 0) + p.numel()
+    hours = flops * tokens / (gpus * PEAK["H100"] * mfu) / 3600
+    lines = [f"parameters   {n['total']:,} total, {n['active']:,} active for a token",
+             "             " + ", ".join(f"{part} {count:,}" for part, count in parts.items()),
+             f"FLOPs        {flops:,.0f} per token of training at T={c.block_size}",
+             f"tokens       {tokens:,} in {c.max_steps:,} steps of {c.tokens_per_step:,}",
+             f"hours        {hours:,.1f} on {gpus} H100 at {mfu:.0%} of their {PEAK['H100'] / 1e12:.0f} TFLOP/s",
+             f"\nGB per GPU of {gpus}, {size} sequences of {c.block_size} per pass, eager (torch.compile needs less)",
+             f"{'':22}{'weights':>10}{'gradients':>10}{'optimizer':>10}{'passing':>10}{'total':>10}"]
+    for parallel in ("ddp", "fsdp"):
+        for recompute in (False, True):
+            parts = memory(replace(c, parallel=parallel, recompute=recompute), gpus)
+            lines.append(f"{parallel + ', recompute' * recompute:22}"
+                         + "".join(f"{n / 1e9:10.2f}" for n in (*parts, sum(parts)))
+                         + ("  fits" if sum(parts) < 80e9 else "  does not fit") + " 80 GB")
+    return "\n".join(lines)
+
+
+def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
+    """Bytes on one GPU: weights, gradients, AdamW's moments, and at most what comes and goes in a pass."""
+    model, (per_step, size) = bare(c), batch_shape(c, gpus)
+    bf16 = c.dtype != "float32"
+    P = model.count_parameters()["total"]
+    passing = traced_peak(c, size, bf16, gpus)
+    if c.parallel == "ddp" or gpus == 1:
+        return 4 * P, 4 * P, 8 * P, passing
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    root = P - c.n_layer * block
+    # Whole at a time: two blocks' weights (the next is fetched ahead) and one's gradients, both as computed and in
+    # float32 for the reduction, and the weights and gradients of embedding and head.
+    gathered = block * (3 * (2 if bf16 else 4) + 4) + root * 8
+    return 4 * P // gpus, 4 * P // gpus, 8 * P // gpus, passing + gathered
+
+
+def traced_peak(c: TrainConfig, size: int, bf16: bool, gpus: int) -> int:
+    """Peak bytes of activations and temporaries of a forward and backward pass over (size, T) tokens.
+
+    The pass really runs, on fake tensors that have a shape and no storage; what lives is counted storage by storage.
+    """
+    live, now, peak = set(), 0, 0
+
+    def free(key: int, n: int) -> None:
+        nonlocal now
+        live.remove(key)
+        now -= n
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal now, peak
+            out = func(*args, **(kwargs or {}))
+            for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+                if storage._cdata not in live:
+                    live.add(storage._cdata)
+                    now += storage.nbytes()
+                    weakref.finalize(storage, free, storage._cdata, storage.nbytes())
+            peak = max(peak, now)
+            return out
+
+    with FakeTensorMode():
+        model, idx = GPT(c), torch.zeros(size, c.block_size, dtype=torch.long)
+        model.recompute = c.recompute
+        if c.parallel == "fsdp" and gpus > 1 and bf16:
+            for module in model.blocks.modules():        # as FSDP2 gathers them: autocast makes no copies
+                for name, p in module.named_parameters(recurse=False):
+                    setattr(module, name, torch.nn.Parameter(p.bfloat16()))
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with Count():
+            gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
+    return peak
+
+
 def main() -> None:
-    c, wants_bench = load_settings(sys.argv[1:])
-    if wants_bench:
-        print(json.dumps(bench(c)))
+    c, args = load_settings(sys.argv[1:])
+    if args.bench:
+        out = bench(c, args.families)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(out))
+    elif args.plan:
+        print(plan(c, args.gpus, args.mfu))
     else:
-        train(c)
+        try:
+            train(c, args.resume)
+        except RuntimeError as e:      # a rank that is gone shows as a closed connection, in whatever we were doing
+            lost = dist.is_initialized() and ("onnection" in str(e) or isinstance(e, dist.DistError))
+            check(not lost, f"rank {os.environ.get('RANK')} lost another rank: what that one says is the cause; "
+                            "--resume goes on from the last checkpoint")
+            raise
 
 
 if __name__ == "__main__":

@@ -158,8 +158,8 @@ def write(path, text):
 def test_config_files_override_defaults_in_order_and_the_command_line_overrides_both(tmp_path):
     a = write(tmp_path / "a.py", "n_layer = 3\nn_embd = 32\nmax_steps = 7")
     b = write(tmp_path / "b.py", "n_embd = 64\nmax_steps = 8")
-    c, bench = load_settings([a, b, "--max_steps=9"])
-    assert (c.n_layer, c.n_embd, c.max_steps, bench) == (3, 64, 9, False)
+    c, args = load_settings([a, b, "--max_steps=9"])
+    assert (c.n_layer, c.n_embd, c.max_steps, args.bench) == (3, 64, 9, False)
     assert c.block_size == 128                                       # nobody said anything: the default
     c, _ = load_settings(["--max_steps=9", b, a])
     assert (c.n_embd, c.max_steps) == (32, 9)                        # the files' order decides, wherever -- stands
