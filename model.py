@@ -316,8 +316,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, rope) for layer in range(1, config.n_layer + 1))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embed.weight
         self.init_weights()
 
     @torch.no_grad()
@@ -327,6 +325,8 @@ class GPT(nn.Module):
         On the meta device this does nothing; call it again after `to_empty`. Drawn on the CPU one whole matrix at a
         time: the same weights on every device, and on any number of ranks that hold shards of them.
         """
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight          # again, since `to_empty` makes two of one
         for p in self.parameters():
             if not p.is_meta:
                 put(p, torch.empty(p.shape).normal_(std=self.config.init_std) if p.dim() > 1 else torch.ones(p.shape))
@@ -367,7 +367,7 @@ class GPT(nn.Module):
         """total; active: without the experts a token does not visit; non_embedding: active without embed and head."""
         total = sum(p.numel() for p in self.parameters())
         c = self.config
-        idle = sum((c.n_experts - c.top_k) * p[0].numel() for p in self.parameters() if p.dim() == 3)
+        idle = sum((c.n_experts - c.top_k) * p.numel() // c.n_experts for p in self.parameters() if p.dim() == 3)
         tables = self.embed.weight.numel() * (1 if c.tie_embeddings else 2)
         return {"total": total, "active": total - idle, "non_embedding": total - idle - tables}
 

@@ -261,7 +261,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         mine = range(rank * size, per_step, world * size)
         return [corpus.batch("train", ids[i:i + size], c.block_size) for i in mine]
 
-    peak = peak_flops(device, dtype) * world
+    peak, flops = peak_flops(device, dtype) * world, raw.flops_per_token()
     if rank == 0:
         open_out_dir(out, first)
         n = raw.count_parameters()
@@ -298,7 +298,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             if rank == 0:
                 log(out, record)
                 left = (time.time() - started) / (step - first) * (c.max_steps - step)
-                show(record, c, raw.flops_per_token() * rate / peak, left)
+                show(record, c, flops * rate / peak, left)
             begun = time.time()
             if saving and (saving.done() or due(step, c.save_interval, c)):
                 saving = saving.result()                 # None, or the error of a full disk
@@ -324,27 +324,31 @@ def train(c: TrainConfig, resume: bool = False) -> None:
 def build(c: TrainConfig, world: int, device: torch.device, dtype: torch.dtype) -> tuple[GPT, torch.nn.Module]:
     """The model with its first weights, and the same one as a step calls it: compiled, and parallel if world > 1."""
     compiled = c.compile if c.compile is not None else device.type == "cuda"
-    torch.manual_seed(c.seed)
-    if world > 1 and c.parallel == "fsdp":
-        with torch.device("meta"):                       # a model that fits no single GPU is never whole on one
-            raw = GPT(c)
-        raw.recompute = c.recompute
+    sharded = world > 1 and c.parallel == "fsdp"
+    raw = bare(c)                                        # what fits no single GPU is never whole on one
+    raw.recompute = c.recompute
+    if sharded:
+        torch._dynamo.config.recompile_limit = 4 * c.n_layer + 8     # under LayerNorm Scaling each block is a graph
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in raw.blocks:
             if compiled:
                 block.compile(dynamic=False)             # FSDP2's own work stays outside of the graphs
             fully_shard(block, mp_policy=policy)
         fully_shard(raw)                                 # embedding, norm and head stay float32, as the stream does
-        raw.to_empty(device=device)
-        raw.init_weights()
-        return raw, raw
-    raw = GPT(c).to(device)
-    raw.recompute = c.recompute
-    model = torch.compile(raw, dynamic=False) if compiled else raw
-    if world > 1:
+    raw.to_empty(device=device)
+    torch.manual_seed(c.seed)
+    raw.init_weights()
+    model = torch.compile(raw, dynamic=False) if compiled and not sharded else raw
+    if world > 1 and not sharded:
         model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
                     broadcast_buffers=False)             # the only buffers are RoPE's tables
     return raw, model
+
+
+def bare(c: ModelConfig) -> GPT:
+    """The model without storage."""
+    with torch.device("meta"):
+        return GPT(c)
 
 
 def whole(t: Tensor) -> Tensor:
@@ -602,12 +606,6 @@ def bench(c: TrainConfig, families: bool = False) -> dict[str, Any]:
                     "kernel_share": round(shares[len(shares) // 2], 3),
                     "speed": round(best[next(iter(ways))] / best[way], 3)}
     return out
-
-
-def bare(c: ModelConfig) -> GPT:
-    """The model without storage, to be counted."""
-    with torch.device("meta"):
-        return GPT(c)
 
 
 def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
