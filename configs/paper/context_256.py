@@ -1,0 +1,3 @@
+base = "context_2048.py"
+block_size = 256
+batch_size = 64

@@ -1,0 +1,3 @@
+base = "context_2048.py"
+block_size = 8192
+batch_size = 2

@@ -1,0 +1,3 @@
+base = "depth_16.py"
+n_layer = 32
+batch_size = 4

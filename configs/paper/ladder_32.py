@@ -1,0 +1,7 @@
+# The recipe's baseline: L = 32 at the recipe's width. The steps below it each start from the last one that helped.
+base = "base.py"
+n_layer = 32
+n_embd = 1120
+ffn_hidden = 8960           # our choice: what a token visits in ladder_moe.py, 8 x 1120; 1.24B parameters
+batch_size = 4
+block_size = 2048           # our choice: the ladder goes on to 4096

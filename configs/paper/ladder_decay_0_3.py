@@ -1,0 +1,3 @@
+# The ladder: + weight decay 0.3.
+base = "ladder_t4096.py"
+weight_decay = 0.3
