@@ -47,7 +47,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = tiktoken.list_encoding_names()
     if name not in known and Path(name).exists():
-        return tokenizer_of_folder(Path(name))
+        return folder_tokenizer(Path(name))
     if name not in known:
         close = difflib.get_close_matches(name, known + ["bytes"], n=1)
         raise UserError(f"no tokenizer {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
@@ -59,58 +59,56 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
 
 
-def tokenizer_of_folder(path: Path) -> SimpleNamespace:
+def folder_tokenizer(path: Path) -> SimpleNamespace:
     """A tokenizer.json of Hugging Face, or that of a folder, with what is used here of tiktoken.Encoding."""
     try:
         import tokenizers
     except ImportError as e:
         raise UserError(f"reading {path} needs tokenizers: pip install tokenizers") from e
-    path, config = (path / "tokenizer.json" if path.is_dir() else path).resolve(), {}
+    file, said = (path / "tokenizer.json" if path.is_dir() else path).resolve(), {}
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-        for other in ("tokenizer_config.json", "config.json"):                                  # the last has the say
-            if (path.parent / other).is_file():
-                config |= json.loads((path.parent / other).read_text())
+        inner = tokenizers.Tokenizer.from_file(str(file))
+        for other in ("tokenizer_config.json", "generation_config.json", "config.json"):         # the last has the say
+            if (file.parent / other).is_file():
+                said |= {k: v for k, v in json.loads((file.parent / other).read_text()).items() if v is not None}
     except Exception as e:                      # all that tokenizers raises
-        raise UserError(f"{path} is missing or damaged ({e}): get it again") from e
-    inner.encode_special_tokens = True          # as text: a text that spells <|endoftext|> does not end its document
+        raise UserError(f"{file} is missing or damaged ({e}): get it again") from e
+    inner.encode_special_tokens = True          # as text: a document that spells <|endoftext|> does not end there
     inner.no_truncation()
-    eos = config.get("eos_token_id", config.get("eos_token"))
+    eos = said.get("eos_token_id", said.get("eos_token"))
     eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
     eos = inner.token_to_id(eos) if isinstance(eos, str) else eos
-    check(isinstance(eos, int), f"{path.parent}: no config.json there has an eos_token_id, which ends documents")
+    check(isinstance(eos, int), f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
 
     def encode(text: str, **_: Any) -> list[int]:
         return inner.encode(text, add_special_tokens=False).ids
-    return SimpleNamespace(name=str(path), encode_ordinary=encode, eot_token=eos, n_vocab=max(inner.get_vocab().values()) + 1,
-                           encode_to_numpy=lambda text, **_: np.array(encode(text)),
-                           decode=lambda ids: inner.decode(ids, skip_special_tokens=False))
+    return SimpleNamespace(name=str(file), encode_ordinary=encode, encode_to_numpy=lambda text, **_: np.array(encode(text)),
+                           decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
+                           n_vocab=max(inner.get_vocab().values()) + 1, eot_token=eos)
 
 
 def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
-    """Write the tokenizer for AutoTokenizer, with the same ids; returns what config.json has to say of it."""
-    enc = get_tokenizer(name)
-    if Path(name).exists():
-        for file in Path(name).parent.glob("*token*.json"):
+    """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to say of it."""
+    if Path(name).suffix == ".json":            # of another folder
+        for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
             shutil.copy(file, folder)
-    elif name not in ("bytes", "gpt2"):
-        print(f"{folder}: the tokenizer {name} has no Hugging Face form here and was left out")
-    else:
+        return {}
+    enc = get_tokenizer(name)
+    if name in ("bytes", "gpt2"):
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]          # GPT-2 writes each byte as a letter
         other = [b for b in range(256) if b not in printable]
         letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(other)}
         ids = {"".join(letter[b] for b in enc.decode_single_token_bytes(i)): i for i in range(enc.eot_token)}
         merges = [(x[:k], x[k:]) for x in ids for k in range(1, len(x)) if x[:k] in ids and x[k:] in ids]
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
-        end = {"id": enc.eot_token, "content": EOT, "special": True, "single_word": False, "lstrip": False,
-               "rstrip": False, "normalized": False}
-        write_json(folder / "tokenizer.json", {
-            "version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
-            "model": {"type": "BPE", "vocab": ids, "merges": merges}})
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT,
-                                                      "bos_token": EOT})
-    return {"eos_token_id": enc.eot_token, "bos_token_id": enc.eot_token} | (
-        {} if Path(name).exists() else {"tokenizer": name})
+        end = {"id": enc.eot_token, "content": EOT, "special": True}
+        end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        write_json(folder / "tokenizer.json", {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level,
+                                               "decoder": level, "model": {"type": "BPE", "vocab": ids, "merges": merges}})
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT})
+    else:
+        print(f"{folder}: tokenizer {name} not written, it has no Hugging Face form here")
+    return {"tokenizer": name, "eos_token_id": enc.eot_token}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

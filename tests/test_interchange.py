@@ -110,7 +110,7 @@ def logits_differ_by(ours, theirs, block_size=None):
     idx = tokens_for(ours.config)
     with torch.no_grad():
         a, b = ours(idx)[0], theirs(idx).logits
-    assert b.std() > 0.5 and (b[:, 1:] - b[:, :-1]).std() > 0.5
+    assert b.std() > 0.3 and (b[:, 1:] - b[:, :-1]).std() > 0.3
     return (a - b).abs().max().item()
 
 
@@ -185,10 +185,8 @@ def test_weights_stored_in_bfloat16_are_read_exactly_into_the_wanted_dtype(tmp_p
         model, saved = M.load_model(path, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {dtype} == {w.dtype for w in saved["model"].values()}
         assert torch.equal(model.embed.weight, theirs.get_input_embeddings().weight.to(dtype))
-    exact = M.load_model(path, dtype=torch.float64)[0]
-    with torch.no_grad():
-        difference = exact(tokens_for(exact.config))[0] - theirs.double()(tokens_for(exact.config)).logits
-    assert difference.abs().max() < 1e-4                               # transformers' RoPE tables are in float32
+    again = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert logits_differ_by(M.load_model(path)[0], again) < 1e-4
 
 
 REFUSED = {
@@ -211,11 +209,11 @@ REFUSED = {
     "linear_attention": ("qwen3", {"layer_types": ["linear_attention"] * 3}, "linear_attention"),
     "unknown": ("llama", {"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
     "no_heads": ("llama", {"num_attention_heads": ...}, "lacks num_attention_heads"),
-    "no_width": ("llama", {"hidden_size": ...}, "embed_tokens.weight is .*config.json says"),
+    "no_width": ("llama", {"hidden_size": ...}, r"is \[70, 32\], config.json says \[70, 128\]"),
     "text_for_a_number": ("llama", {"hidden_size": "wide"}, "damaged or incomplete"),
     "too_many_layers": ("llama", {"num_hidden_layers": 4}, "lacks model.layers.3"),
     "too_few_layers": ("llama", {"num_hidden_layers": 2}, "has no use for model.layers.2"),
-    "wrong_shape": ("llama", {"intermediate_size": 32}, r"is \[24, 32\], config.json says \[32, 32\]"),
+    "wrong_shape": ("llama", {"intermediate_size": 32}, r"mlp.down_proj.weight is \[32, 24\], config.json says \[32, 32\]"),
     "biases": ("llama", {"model_type": "qwen2"}, "lacks model.layers.0.self_attn.k_proj.bias"),
     "untied": ("llama_tied", {"tie_word_embeddings": False}, "lacks lm_head.weight"),
     "experts_not_of_8": ("olmoe", {"intermediate_size": 20}, "expert_hidden=20 must be a multiple of 8"),
@@ -268,20 +266,22 @@ def test_a_damaged_folder_is_one_line(tmp_path):
 
 
 MEASURE = """
-import json, resource, sys, torch
-import model, safetensors.torch
-torch.zeros(8) @ torch.zeros(8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import sys, torch, model, safetensors.torch
+def peak():                 # in kB, of this process alone: ru_maxrss begins at the peak of the process that started it
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = peak()
 gpt, _ = model.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-size = sum(p.numel() * p.element_size() for p in gpt.parameters()) / 1024
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / size)
+print((peak() - before) * 1024 / sum(p.numel() * p.element_size() for p in gpt.parameters()))
 """
 
 
 @pytest.mark.parametrize("stored, wanted, sharded", [("float32", "float32", False), ("bfloat16", "bfloat16", False),
                                                      ("bfloat16", "float32", True), ("float32", "bfloat16", True)])
 def test_loading_takes_at_most_a_fifth_more_memory_than_the_model(stored, wanted, sharded, tmp_path):
-    """Peak resident memory of a process that loads a model of 70M weights, over that of one that only imports."""
+    """The peak of resident memory, mapped files included, that loading adds to a process, for 70M weights."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("the peak of resident memory is read from Linux's /proc")
     config = transformers.MixtralConfig(
         vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=8,
         num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=64)
@@ -422,7 +422,7 @@ def write_words_tokenizer(folder, **config):
     words.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     words.enable_truncation(3)
     words.save(str(folder / "tokenizer.json"))
-    rewrite(folder, {"eos_token_id": ...} | config)
+    rewrite(folder, {"eos_token_id": None} | config)
     return folder
 
 
@@ -451,7 +451,7 @@ def test_a_tokenizer_without_a_hugging_face_form_is_left_out_with_a_line(tmp_pat
     enc = D.get_tokenizer("bytes")
     monkeypatch.setattr(D, "get_tokenizer", lambda name: enc)
     M.export(tmp_path / "ckpt.pt", tmp_path / "hf")
-    assert "cl100k_base has no Hugging Face form" in capsys.readouterr().out
+    assert "tokenizer cl100k_base not written" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
     assert M.load_checkpoint(tmp_path / "hf")["tokenizer"] == "cl100k_base"
 
@@ -459,7 +459,7 @@ def test_a_tokenizer_without_a_hugging_face_form_is_left_out_with_a_line(tmp_pat
 def test_the_tokenizer_of_a_folder_adds_and_cuts_nothing(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     enc = D.get_tokenizer(str(write_words_tokenizer(tmp_path, eos_token_id=2)))
-    assert enc.encode_ordinary("cat a b </s> cat") == [9, 3, 4, 0, 9] and enc.n_vocab == 10
+    assert enc.encode_ordinary("cat a b cat</s>a cat") == [9, 3, 4, 0, 9] and enc.n_vocab == 10
     assert enc.decode([1, 9, 3, 2]).split() == ["<s>", "cat", "a", "</s>"]
 
 
@@ -467,7 +467,8 @@ def test_the_tokenizer_of_a_folder_adds_and_cuts_nothing(tmp_path):
     ({"config.json": {"eos_token_id": 9}}, 9), ({"config.json": {"eos_token_id": [2, 9]}}, 2),
     ({"tokenizer_config.json": {"eos_token": "</s>"}}, 2),
     ({"tokenizer_config.json": {"eos_token": {"content": "</s>"}}, "config.json": {"eos_token_id": None}}, 2),
-    ({"tokenizer_config.json": {"eos_token": "</s>"}, "config.json": {"eos_token_id": 9}}, 9), ({}, None)], ids=str)
+    ({"tokenizer_config.json": {"eos_token": "</s>"}, "config.json": {"eos_token_id": 9}}, 9),
+    ({"generation_config.json": {"eos_token_id": [4, 9]}}, 4), ({}, None)], ids=str)
 def test_the_end_of_text_is_what_the_folder_says(files, eot, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     write_words_tokenizer(tmp_path)
