@@ -15,12 +15,14 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
@@ -44,6 +46,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = tiktoken.list_encoding_names()
+    if name not in known and Path(name).exists():
+        return folder_tokenizer(Path(name))
     if name not in known:
         close = difflib.get_close_matches(name, known + ["bytes"], n=1)
         raise UserError(f"no tokenizer {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
@@ -53,6 +57,58 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     except (OSError, ValueError) as e:      # requests' errors are OSErrors; a damaged cache is a ValueError
         raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set "
                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
+
+
+def folder_tokenizer(path: Path) -> SimpleNamespace:
+    """A tokenizer.json of Hugging Face, or that of a folder, with what is used here of tiktoken.Encoding."""
+    try:
+        import tokenizers
+    except ImportError as e:
+        raise UserError(f"reading {path} needs tokenizers: pip install tokenizers") from e
+    file, said = (path / "tokenizer.json" if path.is_dir() else path).resolve(), {}
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(file))
+        for other in ("tokenizer_config.json", "generation_config.json", "config.json"):         # the last has the say
+            if (file.parent / other).is_file():
+                said |= {k: v for k, v in json.loads((file.parent / other).read_text()).items() if v is not None}
+    except Exception as e:                      # all that tokenizers raises
+        raise UserError(f"{file} is missing or damaged ({e}): get it again") from e
+    inner.encode_special_tokens = True          # as text: a document that spells <|endoftext|> does not end there
+    inner.no_truncation()
+    eos = said.get("eos_token_id", said.get("eos_token"))
+    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
+    eos = inner.token_to_id(eos) if isinstance(eos, str) else eos
+    check(isinstance(eos, int), f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
+
+    def encode(text: str, **_: Any) -> list[int]:
+        return inner.encode(text, add_special_tokens=False).ids
+    return SimpleNamespace(name=str(file), encode_ordinary=encode, encode_to_numpy=lambda text, **_: np.array(encode(text)),
+                           decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
+                           n_vocab=max(inner.get_vocab().values()) + 1, eot_token=eos)
+
+
+def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
+    """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to say of it."""
+    if Path(name).suffix == ".json":            # of another folder
+        for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
+            shutil.copy(file, folder)
+        return {}
+    enc = get_tokenizer(name)
+    if name in ("bytes", "gpt2"):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]          # GPT-2 writes each byte as a letter
+        other = [b for b in range(256) if b not in printable]
+        letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(other)}
+        ids = {"".join(letter[b] for b in enc.decode_single_token_bytes(i)): i for i in range(enc.eot_token)}
+        merges = [(x[:k], x[k:]) for x in ids for k in range(1, len(x)) if x[:k] in ids and x[k:] in ids]
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
+        end = {"id": enc.eot_token, "content": EOT, "special": True}
+        end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        write_json(folder / "tokenizer.json", {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level,
+                                               "decoder": level, "model": {"type": "BPE", "vocab": ids, "merges": merges}})
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT})
+    else:
+        print(f"{folder}: tokenizer {name} not written, it has no Hugging Face form here")
+    return {"tokenizer": name, "eos_token_id": enc.eot_token}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +305,7 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     rename, progress.json says what they cover, and meta.json is written last: a folder that has it is complete.
     """
     out, enc = Path(out), get_tokenizer(tokenizer)
+    tokenizer = tokenizer if not Path(tokenizer).exists() else enc.name                   # a folder's full path
     request = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "max_tokens": str(max_tokens)}
     if (out / "meta.json").exists():
         check(Corpus(out).meta["request"] == request,
