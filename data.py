@@ -201,17 +201,13 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
 # writing: documents in, shards out
 
 
-def python_files() -> list[Path]:
-    """The Python sources of the installed torch and of the standard library."""
-    stdlib = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
-    return sorted(Path(torch.__file__).parent.rglob("*.py")) + [p for p in stdlib if "site-packages" not in p.parts]
-
-
 def documents(source: str) -> Iterator[str]:
     """The documents of a source, always in the same order: "python", "fineweb-edu", a file or a folder."""
     if source == "python":
-        for path in python_files():
-            yield from read_text(path)
+        for root in (Path(torch.__file__).parent, Path(sysconfig.get_paths()["stdlib"])):
+            for path in sorted(root.rglob("*.py")):
+                if "site-packages" not in path.relative_to(root).parts:
+                    yield from read_text(path)
     elif source == "fineweb-edu":
         yield from stream_dataset("HuggingFaceFW/fineweb-edu", name="sample-100BT")
     else:
@@ -224,7 +220,7 @@ def documents(source: str) -> Iterator[str]:
             if path.name.endswith((".jsonl", ".jsonl.gz")):
                 yield from read_jsonl(path)
             elif path.suffix == ".parquet":
-                yield from read_parquet(path)
+                yield from stream_dataset("parquet", data_files=str(path))
             else:
                 check(path.name.endswith(SUFFIXES), f"{path} is none of {' '.join(SUFFIXES)}")
                 yield from read_text(path)
@@ -269,32 +265,19 @@ def read_jsonl(path: Path) -> Iterator[str]:
             raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
 
 
-def read_parquet(path: Path) -> Iterator[str]:
-    """The column "text" of a .parquet file, a few rows at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from e
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
-            for row in batch.to_pylist():
-                yield from text_in(row)
-    except (pyarrow.ArrowException, OSError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged or has no column \"text\" ({e})") from e
-
-
 def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
     """The "text" of a Hugging Face data set's train split, streamed: nothing but the current rows is held."""
+    where = kwargs.get("data_files", path)
     try:
         import datasets
     except ImportError as e:
-        raise UserError(f"streaming {path} needs datasets: pip install datasets") from e
+        raise UserError(f"reading {where} needs datasets: pip install datasets") from e
     try:
         for row in datasets.load_dataset(path, split="train", streaming=True, **kwargs):
             yield from text_in(row)
-    except OSError as e:      # its own errors and the network's alike
-        raise UserError(f"could not stream {path} ({type(e).__name__}): the same command resumes it once online") from e
+    except Exception as e:      # its own errors, Arrow's and the network's
+        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}): "
+                        "with that mended the same command goes on") from e
 
 
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
