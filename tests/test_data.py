@@ -127,6 +127,7 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_one_line_that_names_the_cache(
 
 def write_sources(folder: Path) -> list[str]:
     """One file of each kind, and the documents they hold in the order of their names."""
+    pytest.importorskip("datasets")
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (folder / "sub").mkdir(parents=True)
     rows = [json.dumps({"id": i, "text": f"a{i} {TEXT}"}) + "\n" for i in range(3)]
@@ -228,7 +229,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_p
     ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100)[:40]), ("x.parquet", b"not parquet" * 10)], ids=str)
 def test_a_damaged_source_is_a_user_error_that_names_the_file(name, content, tmp_path):
     if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("datasets")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         prepare(str(tmp_path / name), tmp_path / "out")
@@ -267,7 +268,8 @@ def test_a_null_among_the_texts_does_not_silently_end_the_corpus(kind, where, tm
     values[where] = None
     path = tmp_path / f"x.{kind}"
     if kind == "parquet":
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pytest.importorskip("datasets")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"text": values}), path)
     else:
         path.write_text("".join(json.dumps({"text": v}) + "\n" for v in values))
