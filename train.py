@@ -684,31 +684,29 @@ def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
     return 4 * P // gpus, 4 * P // gpus, 8 * P // gpus, passing + gathered
 
 
+class Peak(TorchDispatchMode):
+    """Follows the storages that live, in bytes, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
 def traced_peak(c: TrainConfig, size: int, bf16: bool, gpus: int) -> int:
     """Peak bytes of activations and temporaries of a forward and backward pass over (size, T) tokens.
 
-    The pass really runs, on fake tensors that have a shape and no storage; what lives is counted storage by storage.
+    The pass really runs, on fake tensors, which have a shape and no storage.
     """
-    live, now, peak = set(), 0, 0
-
-    def free(key: int, n: int) -> None:
-        nonlocal now
-        live.remove(key)
-        now -= n
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal now, peak
-            out = func(*args, **(kwargs or {}))
-            for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-                if storage._cdata not in live:
-                    live.add(storage._cdata)
-                    now += storage.nbytes()
-                    weakref.finalize(storage, free, storage._cdata, storage.nbytes())
-            peak = max(peak, now)
-            return out
-
-    with FakeTensorMode(), Count():
+    with FakeTensorMode(), Peak() as memory:
         model, idx = GPT(c), torch.zeros(size, c.block_size, dtype=torch.long)
         model.recompute = c.recompute
         if c.parallel == "fsdp" and gpus > 1 and bf16:
@@ -717,9 +715,9 @@ def traced_peak(c: TrainConfig, size: int, bf16: bool, gpus: int) -> int:
                     setattr(module, name, torch.nn.Parameter(p.bfloat16()))
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        resting = peak = now
+        resting = memory.peak = sum(memory.live.values())
         gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
-    return peak - resting
+    return memory.peak - resting
 
 
 def main() -> None:
