@@ -111,10 +111,7 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     return {"tokenizer": name, "eos_token_id": enc.eot_token}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# reading: a prepared corpus
-
-
+# ---- reading: a prepared corpus --------------------------------------------------------------------------------------
 class Corpus:
     """A prepared corpus. Tokens stay on disk; windows of T + 1 tokens are read as they are asked for."""
 
@@ -197,10 +194,7 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
     return np.arange(count) * n_windows // count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# writing: documents in, shards out
-
-
+# ---- writing: documents in, shards out -------------------------------------------------------------------------------
 def documents(source: str) -> Iterator[str]:
     """The documents of a source, always in the same order: "python", "fineweb-edu", a file or a folder."""
     if source == "python":

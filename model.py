@@ -113,10 +113,7 @@ def llama3_scaling(text: str) -> list[float]:
     return [float(x) for x in numbers]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the blocks
-
-
+# ---- the blocks ------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the stream: under FSDP2's mixed precision it comes in bfloat16, the stream is float32."""
 
@@ -329,10 +326,7 @@ class Block(nn.Module):
         return (x, Detail(attn, ffn, router)) if detail else x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
-
-
+# ---- the model -------------------------------------------------------------------------------------------------------
 class GPT(nn.Module):
     """embed -> blocks -> norm -> head, all public: a probe recombines them without hooks.
 
@@ -463,10 +457,7 @@ def statistics(streams: list[Tensor], details: list[Detail]) -> dict[str, Tensor
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints, sampling, and the command line that the scripts share
-
-
+# ---- checkpoints, sampling, and the command line that the scripts share ----------------------------------------------
 def put(p: Tensor, whole: Tensor) -> Tensor:
     """Copy a whole tensor into p, which may be this rank's shard of one (FSDP2); returns p."""
     if isinstance(p, DTensor):
@@ -550,9 +541,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     return model.to(device, dtype).eval(), saved
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face folders, in and out
-
+# ---- Hugging Face folders, in and out --------------------------------------------------------------------------------
 FAMILIES: dict[str, dict[str, Any]] = {       # model_type: what it implies where config.json is silent
     "llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"},
     "mixtral": {"rope_theta": 1e6, "norm_eps": 1e-5}, "olmoe": {"qk_norm": "full", "norm_eps": 1e-5, "top_k": 8},

@@ -89,10 +89,7 @@ class TrainConfig(ModelConfig):
             check(getattr(self, name) in known, f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# settings: defaults < config files < command line
-
-
+# ---- settings: defaults < config files < command line ----------------------------------------------------------------
 def typed(name: str, value: Any, where: str) -> Any:
     """The value of a setting in the setting's type, from Python or from the command line, or a UserError."""
     kinds = typing.get_type_hints(TrainConfig)
@@ -164,10 +161,7 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     return TrainConfig(**values), args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# one step
-
-
+# ---- one step --------------------------------------------------------------------------------------------------------
 def learning_rate(step: int, c: TrainConfig) -> float:
     """Linear warm-up, then a cosine to min_lr_ratio of the peak; step counts from 0."""
     if step < c.warmup_steps:
@@ -230,10 +224,7 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
     return (total[0] / total[1]).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
-
-
+# ---- the run ---------------------------------------------------------------------------------------------------------
 def train(c: TrainConfig, resume: bool = False) -> None:
     """Train to max_steps; see the module's docstring for what is written."""
     rank, world, device, dtype = set_up(c)
@@ -494,10 +485,7 @@ def open_out_dir(out: Path, first: int) -> None:
         raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is shown
-
-
+# ---- what is shown ---------------------------------------------------------------------------------------------------
 def numbers(values: list[float]) -> str:
     return " ".join(f"{v:.2g}" for v in values)
 
@@ -637,10 +625,7 @@ def kernel_share(step: Callable[[], None], device: torch.device) -> float:
     return inside / 1e6 / seconds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run would take
-
-
+# ---- what a run would take -------------------------------------------------------------------------------------------
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
     """Parameters, FLOPs, tokens, hours, and the memory of a GPU under DDP and FSDP2. Nothing is allocated."""
     check(gpus > 0 and 0 < mfu <= 1, f"--gpus={gpus} must be positive and --mfu={mfu} above 0 and at most 1")
