@@ -15,12 +15,14 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import sys
 import sysconfig
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
@@ -28,7 +30,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import Parser, UserError, check, run
+from model import Parser, UserError, check, need, run
 
 EOT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -39,11 +41,13 @@ BATCH_CHARS = 1 << 22        # text handed to the encoder's threads at a time
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """A tiktoken encoding by name, or "bytes": 256 single-byte ranks and EOT, so that nothing has to be downloaded."""
+    """A tiktoken encoding by name, a tokenizer.json or its folder by path, or "bytes": 256 bytes and EOT, offline."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens={EOT: 256})
     known = tiktoken.list_encoding_names()
+    if name not in known and Path(name).exists():
+        return folder_tokenizer(Path(name))
     if name not in known:
         close = difflib.get_close_matches(name, known + ["bytes"], n=1)
         raise UserError(f"no tokenizer {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
@@ -53,6 +57,57 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     except (OSError, ValueError) as e:      # requests' errors are OSErrors; a damaged cache is a ValueError
         raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set "
                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
+
+
+def folder_tokenizer(path: Path) -> SimpleNamespace:
+    """A tokenizer.json of Hugging Face, or that of a folder, with what is used here of tiktoken.Encoding."""
+    tokenizers = need("tokenizers", f"reading {path}")
+    file, said = (path / "tokenizer.json" if path.is_dir() else path).resolve(), {}
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(file))
+        for other in ("tokenizer_config.json", "generation_config.json", "config.json"):         # the last has the say
+            if (file.parent / other).is_file():
+                said |= {k: v for k, v in json.loads((file.parent / other).read_text()).items() if v is not None}
+    except Exception as e:                      # all that tokenizers raises
+        raise UserError(f"{file} is missing or damaged ({e}): get it again") from e
+    inner.encode_special_tokens = True          # as text: a document that spells <|endoftext|> does not end there
+    inner.no_truncation()
+    token = said.get("eos_token", "")
+    token = inner.token_to_id(token["content"] if isinstance(token, dict) else token)
+    eos = np.atleast_1d(said.get("eos_token_id", token))[0]                        # the first, where there are several
+    check(eos is not None, f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
+
+    def encode(text: str, **_: Any) -> list[int]:
+        return inner.encode(text, add_special_tokens=False).ids
+    return SimpleNamespace(
+        name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos), encode_ordinary=encode,
+        encode_to_numpy=lambda text, **_: np.array(encode(text), dtype=np.int64),
+        decode=lambda ids: inner.decode(ids, skip_special_tokens=False))
+
+
+def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
+    """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to say of it."""
+    if Path(name).suffix == ".json":            # of another folder
+        for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
+            shutil.copy(file, folder)
+        return {}
+    enc = get_tokenizer(name)
+    if name in ("bytes", "gpt2"):
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]          # GPT-2 writes each byte as a letter
+        other = [b for b in range(256) if b not in printable]
+        letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(other)}
+        ids = {"".join(letter[b] for b in enc.decode_single_token_bytes(i)): i for i in range(enc.eot_token)}
+        merges = [(x[:k], x[k:]) for x in ids for k in range(1, len(x)) if x[:k] in ids and x[k:] in ids]
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
+        end = {"id": enc.eot_token, "content": EOT, "special": True}
+        end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        write_json(folder / "tokenizer.json", {
+            "version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
+            "model": {"type": "BPE", "vocab": ids, "merges": merges}})
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT})
+    else:
+        print(f"{folder}: tokenizer {name} not written, it has no Hugging Face form here")
+    return {"tokenizer": name, "eos_token_id": enc.eot_token}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,11 +270,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
 
 def read_parquet(path: Path) -> Iterator[str]:
     """The column "text" of a .parquet file, a few rows at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow") from e
+    pyarrow = need("pyarrow.parquet", f"reading {path}")
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text"]):
             for row in batch.to_pylist():
@@ -230,10 +281,7 @@ def read_parquet(path: Path) -> Iterator[str]:
 
 def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
     """The "text" of a Hugging Face data set's train split, streamed: nothing but the current rows is held."""
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f"streaming {path} needs datasets: pip install datasets") from e
+    datasets = need("datasets", f"streaming {path}")
     try:
         for row in datasets.load_dataset(path, split="train", streaming=True, **kwargs):
             yield from text_in(row)
@@ -249,6 +297,7 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     rename, progress.json says what they cover, and meta.json is written last: a folder that has it is complete.
     """
     out, enc = Path(out), get_tokenizer(tokenizer)
+    tokenizer = tokenizer if not Path(tokenizer).exists() else enc.name                   # a folder's full path
     request = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "max_tokens": str(max_tokens)}
     if (out / "meta.json").exists():
         check(Corpus(out).meta["request"] == request,
@@ -361,7 +410,8 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder of texts")
-    parser.add_argument("--tokenizer", help="bytes or any tiktoken encoding (default: bytes for python, else gpt2)")
+    parser.add_argument("--tokenizer", help="bytes, any tiktoken encoding or a model's folder "
+                                            "(default: bytes for python, else gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float, help="share of documents (default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")

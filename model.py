@@ -1,7 +1,9 @@
 """The model: a Llama-style Pre-RMSNorm transformer in which every knob of the paper is a flag.
 
     python model.py sample out/gqa_deep/ckpt.pt --prompt "def "    # a checkpoint of train.py writes some text
+    python model.py export out/gqa_deep/ckpt.pt my_model           # a Hugging Face folder for transformers, vLLM, ...
 
+Checkpoints may also be Hugging Face folders (config.json, *.safetensors) of the FAMILIES below.
 Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389.
   GQA      n_kv_head < n_head: G = n_head / n_kv_head query heads share one key/value head
   MoE      n_experts > 0: each token goes to top_k of the experts, no token is ever dropped
@@ -12,10 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import pickle
+import re
 import sys
-from dataclasses import dataclass, field, fields
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
 
@@ -58,6 +64,11 @@ class ModelConfig:
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm")
     init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth")
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
+    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
+    qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
+    qk_norm: str = setting("", "RMSNorm of queries and keys: head, of each head (Qwen3) | full, of all heads (OLMoE)")
+    rope_scaling: str = setting("", "Llama 3's longer wavelengths, llama3:FACTOR,LOW,HIGH,CONTEXT; empty: none")
+    shared_gate: bool = setting(False, "weigh the shared expert by a sigmoid gate, as Qwen2-MoE")
     norm: str = setting("pre", "pre | lns (LayerNorm Scaling, arXiv 2502.05795) | peri (Peri-LN, arXiv 2502.02732)")
 
     def __post_init__(self) -> None:
@@ -69,11 +80,18 @@ class ModelConfig:
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         for name in ("vocab_size", "n_experts", "shared_hidden", "lb_loss_weight", "z_loss_weight", "init_std"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        check(self.n_embd // self.n_head % 2 == 0,
-              f"n_embd/n_head={self.n_embd // self.n_head} is odd, but RoPE rotates pairs: change n_head={self.n_head}")
+        if not self.head_dim:
+            check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
+        check(self.head_dim > 0 and self.head_dim % 2 == 0,
+              f"head_dim={self.head_dim} must be even, RoPE rotates pairs: change it, or n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         check(self.norm in ("pre", "lns", "peri"), f"norm={self.norm!r} is none of pre, lns, peri")
+        check(self.qk_norm in ("", "head", "full"), f"qk_norm={self.qk_norm!r} is neither empty nor head nor full")
+        check(re.fullmatch(r"(llama3:\d+(\.\d+)?(,\d+(\.\d+)?){3})?", self.rope_scaling) is not None,
+              f"rope_scaling={self.rope_scaling!r} is not like llama3:8,1,4,8192")
+        check(not self.shared_gate or (self.n_experts and self.shared_hidden),
+              "shared_gate=True gates a shared expert, and there is none: set n_experts and shared_hidden")
         if self.n_experts:
             check(0 < self.top_k <= self.n_experts, f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
             for name in ("n_embd", "expert_hidden"):   # grouped_mm wants rows of a multiple of 16 bytes
@@ -87,6 +105,15 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+def need(package: str, purpose: str) -> Any:
+    """Import an optional package, which comes back as its top level, or say how to get it."""
+    try:
+        return __import__(package)
+    except ImportError as e:
+        name = package.split(".")[0]
+        raise UserError(f"{purpose} needs {name}: pip install {name}") from e
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the blocks
 
@@ -96,13 +123,18 @@ class RoPE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.half, self.T, self.theta = config.n_embd // config.n_head // 2, config.block_size, config.rope_theta
+        self.half, self.T, self.theta = config.head_dim // 2, config.block_size, config.rope_theta
+        self.scaling = [float(x) for x in config.rope_scaling.removeprefix("llama3:").split(",") if x]
         self.register_buffer("cos", torch.empty(self.T, 1, 2 * self.half), persistent=False)
         self.register_buffer("sin", torch.empty(self.T, 1, 2 * self.half), persistent=False)
 
     def reset(self) -> None:
         """Fill the tables: apart from __init__, since that may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
+        if self.scaling:       # wavelengths that did not fit into the original context grow, with a ramp in between
+            factor, low, high, context = self.scaling
+            kept = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            freq = freq * (kept + (1 - kept) / factor)
         angle = torch.outer(torch.arange(self.T, dtype=torch.float64), freq)[:, None]          # (T, 1, head_dim / 2)
         self.cos.copy_(torch.cat((angle.cos(), angle.cos()), dim=-1))
         self.sin.copy_(torch.cat((-angle.sin(), angle.sin()), dim=-1))
@@ -119,9 +151,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.n_embd // config.n_head
-        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        def norm(heads):
+            return nn.RMSNorm(self.head_dim * (heads if config.qk_norm == "full" else 1), eps=config.norm_eps)
+        self.q_norm, self.k_norm = (norm(self.n_head), norm(self.n_kv_head)) if config.qk_norm else (None, None)
         self.rope = rope                                       # one table, shared by all blocks
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,14 +164,16 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
+        if self.q_norm is not None:
+            parts = zip((self.q_norm, self.k_norm), qk.split((self.n_head, self.n_kv_head), dim=2))
+            qk = torch.cat([norm(y.reshape(B, T, -1, *norm.normalized_shape)).view_as(y) for norm, y in parts], dim=2)
         q, k = self.rope(qk).split((self.n_head, self.n_kv_head), dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, d = x.shape
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
-        return self.proj(y.transpose(1, 2).reshape(B, T, d))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -212,6 +249,7 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(E, d, h))
         self.down = nn.Parameter(torch.empty(E, h, d))
         self.shared = SwiGLU(d, config.shared_hidden) if config.shared_hidden else None
+        self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Router]:
         shape, E = x.shape, self.router.out_features
@@ -233,7 +271,7 @@ class MoE(nn.Module):
         y = rows.index_select(0, order.argsort()).view(-1, self.top_k, shape[-1])     # back in the tokens' order
         y = (y * weight.unsqueeze(-1).to(dtype)).sum(1)                               # (N, d)
         if self.shared is not None:
-            y = y + self.shared(x)
+            y = y + (self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x))
 
         load = count / expert.numel()
         lb_loss = E * (load * probs.mean(0)).sum()              # eq. 4 of Switch, arXiv 2101.03961; gradient by probs
@@ -313,12 +351,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Every matrix ~ N(0, init_std), every norm 1; no depth-scaled residual init: the paper's regime.
+        """Every matrix ~ N(0, init_std), every norm 1, every bias 0; no depth-scaled residual init: the paper's regime.
 
         On the meta device this does nothing; call it again after `to_empty`.
         """
         for name, p in self.named_parameters():
-            nn.init.normal_(p, std=self.config.init_std) if p.dim() > 1 else nn.init.ones_(p)
+            nn.init.normal_(p, std=self.config.init_std) if p.dim() > 1 else p.fill_(0 if "bias" in name else 1)
         self.blocks[0].attn.rope.reset()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False, return_logits: bool = True):
@@ -360,13 +398,14 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs of a training step per token at context T (default block_size); a forward pass is a third of it.
 
-        Forward: 2 per active matrix parameter (the head counts, the embedding is a look-up), and 4 T d per layer for
-        q k^T and the weighted sum of values over all T keys, the causal half not subtracted (appendix B of PaLM).
+        Forward: 2 per active matrix parameter (the head counts, the embedding is a look-up), and 4 T d per layer, d the
+        width of all heads, for q k^T and the weighted sum of values over all T keys, the causal half not subtracted
+        (appendix B of PaLM).
         """
         c = self.config
         gains = sum(p.numel() for p in self.parameters() if p.dim() == 1)
         matrices = self.count_parameters()["non_embedding"] - gains + self.head.weight.numel()
-        forward = 2 * matrices + 4 * (T or c.block_size) * c.n_embd * c.n_layer
+        forward = 2 * matrices + 4 * (T or c.block_size) * c.n_head * c.head_dim * c.n_layer
         return (3 if backward else 1) * forward
 
 
@@ -433,11 +472,14 @@ def save_checkpoint(path: Path, saved: dict[str, Any]) -> None:
                         "place; what was there is intact") from e
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The dict that train.py saved: model, optimizer, settings, step, ... ; tensors only, nothing is executed.
 
     Raises UserError if the file is missing, truncated or not a checkpoint. Memory-mapped: what is not used is not read.
+    Of a Hugging Face folder: model, in `dtype`, settings, step and tokenizer.
     """
+    if (Path(path) / "config.json").is_file():
+        return load_hf(Path(path), dtype)
     check(Path(path).is_file(), f"no checkpoint {path}: make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -457,9 +499,10 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bo
         raise UserError(f"{path}: weights and settings disagree ({str(e).splitlines()[-1].strip()[:100]})") from e
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
-    """The model of a checkpoint in eval mode and the checkpoint itself."""
-    saved = load_checkpoint(path)
+def load_model(path: str | Path, device: str | torch.device = "cpu",
+               dtype: torch.dtype = torch.float32) -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself."""
+    saved = load_checkpoint(path, dtype)
     names = {f.name for f in fields(ModelConfig)}
     config = ModelConfig(**{k: v for k, v in saved["settings"].items() if k in names})
     with torch.device("meta"):
@@ -469,7 +512,174 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         model.head.weight = model.embed.weight
     rope = model.blocks[0].attn.rope
     rope.to_empty(device="cpu").reset()
-    return model.to(device).eval(), saved
+    return model.to(device, dtype).eval(), saved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders, in and out
+
+FAMILIES: dict[str, dict[str, Any]] = {       # model_type: what it implies where config.json is silent
+    "llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"},
+    "mixtral": {"rope_theta": 1e6, "norm_eps": 1e-5}, "olmoe": {"qk_norm": "full", "norm_eps": 1e-5, "top_k": 8},
+    "qwen2_moe": {"qkv_bias": True, "shared_gate": True, "top_k": 4}, "qwen3_moe": {"qk_norm": "head", "top_k": 8}}
+FIELDS = {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+          "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
+          "hidden_size": "n_embd", "intermediate_size": "ffn_hidden", "rms_norm_eps": "norm_eps",
+          "initializer_range": "init_std", "tie_word_embeddings": "tie_embeddings", "rope_theta": "rope_theta"}
+MOE_FIELDS = {"num_experts": "n_experts", "num_local_experts": "n_experts", "num_experts_per_tok": "top_k",
+              "moe_intermediate_size": "expert_hidden", "shared_expert_intermediate_size": "shared_hidden",
+              "norm_topk_prob": "norm_topk_prob", "qkv_bias": "qkv_bias"}
+LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "partial_rotary_factor": 1}
+HARMLESS = """model_type architectures dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id
+    pad_token_id unk_token_id tokenizer attention_dropout router_jitter_noise router_aux_loss_coef output_router_logits
+    pretraining_tp max_window_layers layer_types sliding_window use_sliding_window rope_scaling rope_parameters
+    is_llama_config rope_interleaved transformers.js_config""".split()
+NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",       # ours: theirs; below, of a block
+         "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
+         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ffn.gate": "mlp.gate_proj",
+         "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj", "ffn.router": "mlp.gate",
+         "ffn.shared_gate": "mlp.shared_expert_gate", "ffn.shared.gate": "mlp.shared_expert.gate_proj",
+         "ffn.shared.up": "mlp.shared_expert.up_proj", "ffn.shared.down": "mlp.shared_expert.down_proj"}
+
+
+def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
+    """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means.
+
+    UserError names what the model lacks and every field that is not known to leave the function alone.
+    """
+    family = hf.get("model_type")
+    check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
+    hf = {"sliding_window": 4096 if family == "mistral" else None} | hf                # its default is not null
+    hf = {name: value for name, value in hf.items() if value is not None}
+    for name, value in hf.items():
+        check(value == ONLY.get(name, value), f"{path}: {name}={value!r} is not supported, only {ONLY.get(name)!r} is")
+        check(name in (*FIELDS, *MOE_FIELDS, *ONLY, *HARMLESS) or name[0] == "_",
+              f"{path}: {name}={value!r} is unknown and may change what the model computes: if not, delete it there")
+    for name in ("num_attention_heads", "max_position_embeddings"):                   # no tensor's shape tells these
+        check(name in hf, f"{path} lacks {name}")
+    values = FAMILIES[family] | {ours: hf[name] for name, ours in (FIELDS | MOE_FIELDS).items() if name in hf}
+    if "n_experts" in values:
+        values = {"expert_hidden": hf.get("intermediate_size")} | values
+        values["norm_topk_prob"] = hf.get("norm_topk_prob", False) or family == "mixtral"
+
+    rope = {"type": "default", "partial_rotary_factor": 1} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    kind = rope.pop("rope_type", rope.pop("type"))
+    values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+    if kind == "llama3":
+        values["rope_scaling"] = "llama3:" + ",".join(str(rope.pop(name)) for name in LLAMA3_FIELDS)
+    check(kind in ("default", "llama3") and rope == {"partial_rotary_factor": 1},
+          f"{path}: RoPE of rope_type={kind} with {rope} is not supported, only default and llama3 are")
+
+    kinds, longest = set(hf.get("layer_types", [])), values["block_size"]
+    check(kinds <= {"full_attention", "sliding_attention"}, f"{path}: layer_types={sorted(kinds)} is not supported")
+    if hf.get("use_sliding_window", "qwen" not in family) or "sliding_attention" in kinds:
+        values["block_size"] = min(longest, hf.get("sliding_window") or longest)
+    if values["block_size"] < longest:                                         # so short a sequence meets no window
+        print(f"{path}: block_size={values['block_size']}, its sliding_window, not {longest}", file=sys.stderr)
+    return ModelConfig(**values)
+
+
+def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under the names and in the shapes of transformers: views, to be read into or to be written out."""
+    views, widths = {}, [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    for name, w in weights.items():
+        _, l, name = name.split(".", 2) if name.startswith("blocks.") else ("", "", name)
+        layer, (name, _, kind) = f"model.layers.{l}." if l else "", name.rpartition(".")
+        if w.dim() == 3:
+            views |= {f"{layer}mlp.experts.{e}.{kind}_proj.weight": expert.T for e, expert in enumerate(w)}
+        elif name == "attn.qkv":
+            views |= {f"{layer}self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", w.split(widths))}
+        elif not (name == "head" and c.tie_embeddings):
+            views[f"{layer}{NAMES[name]}.{kind}"] = w
+    return views
+
+
+def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A Hugging Face folder as `load_checkpoint` returns a checkpoint, the weights in `dtype`.
+
+    Every stored tensor has its place and every place its tensor, or there is a UserError.
+    """
+    safetensors, stored = need("safetensors", f"reading {folder}"), {}
+    index = folder / "model.safetensors.index.json"
+    try:
+        hf = json.loads((folder / "config.json").read_text())
+        files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+        for file in sorted({folder / name for name in files}):
+            with safetensors.safe_open(file, "pt") as f:
+                for key in f.keys():                                     # Mixtral has names of its own for the same
+                    if key.endswith("rotary_emb.inv_freq"):              # of old files: config.json says as much
+                        continue
+                    name = key.replace("block_sparse_moe", "mlp").replace(".w1.", ".gate_proj.")
+                    stored[name.replace(".w2.", ".down_proj.").replace(".w3.", ".up_proj.")] = file, key
+        c = hf_config(hf, folder / "config.json")
+        c.tie_embeddings &= "lm_head.weight" not in stored               # a stored head counts, as in transformers 5
+        with torch.device("meta"):
+            weights = {name: torch.empty(w.shape, dtype=dtype, device="cpu") for name, w in GPT(c).state_dict().items()}
+        views = hf_views(c, weights)
+        for names, what in ((views.keys() - stored.keys(), "lacks"), (stored.keys() - views.keys(), "has no use for")):
+            check(not names, f"{folder}: what config.json describes {what} {', '.join(sorted(names)[:3])}")
+        for name, (file, key) in stored.items():
+            with safetensors.safe_open(file, "pt") as f:      # anew each time: what was read stays mapped until it ends
+                part, view = f.get_slice(key), views[name]
+                check(part.get_shape() == list(view.shape) and part.get_dtype() in ("F64", "F32", "F16", "BF16"),
+                      f"{file}: {key} is {part.get_dtype()} {part.get_shape()}, config.json says {list(view.shape)}")
+                view.copy_(f.get_tensor(key))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder} is damaged or incomplete ({type(e).__name__}: {e}): get it again") from e
+    if c.tie_embeddings:
+        weights["head.weight"] = weights["embed.weight"]
+    return {"model": weights, "settings": asdict(c), "step": 0,
+            "tokenizer": hf.get("tokenizer", str((folder / "tokenizer.json").resolve()))}
+
+
+@torch.no_grad()
+def export(path: str | Path, folder: str | Path) -> None:
+    """Write a checkpoint as a Hugging Face folder that AutoModelForCausalLM loads; it appears by rename.
+
+    Llama, or Qwen2 or Qwen3 where biases or norms ask for it; a MoE as Qwen2-MoE, whose shared expert is weighed by a
+    sigmoid: a gate of zeros halves it, so a doubled down-projection restores it, and a zero one makes it nothing.
+    """
+    from data import write_json, write_tokenizer
+    safetensors, out = need("safetensors.torch", "export"), Path(folder)
+    model, saved = load_model(path)
+    c, w = model.config, model.state_dict()
+    families = {(False, ""): "qwen2" if c.qkv_bias else "llama", (False, "head"): "qwen3",
+                (True, ""): "qwen2_moe", (True, "head"): "qwen3_moe", (True, "full"): "olmoe"}
+    family = families.get((c.n_experts > 0, c.qk_norm), "")
+    check(c.norm != "peri" and family and not (c.qk_norm and (c.qkv_bias or c.n_experts and c.shared_hidden)),
+          f"{path}: no Hugging Face family has norm={c.norm}, n_experts={c.n_experts}, qk_norm={c.qk_norm!r}, "
+          f"qkv_bias={c.qkv_bias} and shared_hidden={c.shared_hidden} at once")
+    if family == "qwen2_moe":
+        down = 1 if c.shared_gate else 2
+        c = replace(c, qkv_bias=True, shared_gate=True, shared_hidden=c.shared_hidden or 1)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(c).state_dict().items() if name not in w}
+        w |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+        w |= {name: p * down for name, p in w.items() if name.endswith("shared.down.weight")}
+    w |= {f"blocks.{l}.{name}.weight": block.get_submodule(name).weight * block.scale
+          for l, block in enumerate(model.blocks) for name in ("attn_norm", "ffn_norm")}        # LayerNorm Scaling
+    hf = {theirs: getattr(c, ours) for theirs, ours in (FIELDS | (MOE_FIELDS if c.n_experts else {})).items()}
+    hf |= {"model_type": family, "architectures": [family.title().replace("_", "") + "ForCausalLM"],
+           "torch_dtype": "float32", "hidden_act": "silu"}
+    if family == "olmoe":
+        hf["intermediate_size"] = c.expert_hidden
+    if c.rope_scaling:
+        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, model.blocks[0].attn.rope.scaling))
+    try:
+        check(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+            new = Path(tmp) / out.name
+            new.mkdir()
+            views = {name: view.contiguous() for name, view in hf_views(c, w).items()}
+            safetensors.torch.save_file(views, new / "model.safetensors", metadata={"format": "pt"})
+            write_json(new / "config.json", hf | write_tokenizer(saved["tokenizer"], new))
+            os.replace(new, out)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"cannot write {out} ({e}): free some space or choose another folder") from e
+    print(f"{out}: {path} as {hf['architectures'][0]} in float32")
 
 
 @torch.no_grad()
@@ -527,7 +737,12 @@ def main() -> None:
     sample.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     sample.add_argument("--top_k", type=int, default=50, help="draw among the likeliest k (default 50)")
     sample.add_argument("--seed", type=int, default=0)
+    to_hf = commands.add_parser("export", help="write a Hugging Face folder")
+    to_hf.add_argument("checkpoint")
+    to_hf.add_argument("folder", metavar="DIR")
     args = parser.parse_args()
+    if args.command == "export":
+        return export(args.checkpoint, args.folder)
     check(args.tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
           "--tokens and --temperature must not be negative, --top_k must be positive")
 
@@ -535,6 +750,7 @@ def main() -> None:
     model, saved = load_model(args.checkpoint)
     enc = get_tokenizer(saved["tokenizer"])
     idx = torch.tensor([enc.encode_ordinary(args.prompt) or [enc.eot_token]])
+    check(idx.max() < model.config.vocab_size, f"--prompt has tokens beyond vocab_size={model.config.vocab_size}")
     generator = torch.Generator().manual_seed(args.seed)
     idx = generate(model, idx, args.tokens, args.temperature, args.top_k, enc.n_vocab, generator)
     print(enc.decode(idx[0].tolist()))
