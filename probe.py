@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus, write_json
+from data import Corpus, documents, get_tokenizer, write_json
 from model import (GPT, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run, save_checkpoint,
                    token_variance)
 
@@ -707,12 +707,19 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
               f"--tokens {args.tokens}: it must hold one array of integers of shape (B, T)")
     else:
         folder = args.data or saved["settings"].get("data", "data/python")
-        corpus, T, origin = Corpus(folder), args.length or min(512, limit), f"{folder} (validation)"
-        check(corpus.tokenizer == saved["tokenizer"],
-              f"{folder} has {corpus.tokenizer!r} tokens, the model knows {saved['tokenizer']!r}: give another --data")
+        T = args.length or min(512, limit)
         check(2 <= T <= limit, f"--length {T}: must be 2 to the model's block_size={limit}")
-        picked = np.random.default_rng(args.seed).permutation(corpus.n_windows("val", T))[:max(args.samples, 0)]
-        array = np.array([corpus.read("val", int(i) * T, T) for i in np.sort(picked)]).reshape(-1, T)
+        if Path(folder).is_file():
+            enc, origin = get_tokenizer(saved["tokenizer"]), folder
+            ids = np.array([i for text in documents(folder) for i in (*enc.encode_ordinary(text), enc.eot_token)])
+            n, read = (len(ids) - 1) // T, lambda start: ids[start:start + T]
+        else:
+            corpus, origin = Corpus(folder), f"{folder} (validation)"
+            check(corpus.tokenizer == saved["tokenizer"], f"{folder} has {corpus.tokenizer!r} tokens, the model knows "
+                  f"{saved['tokenizer']!r}: give another --data")
+            n, read = corpus.n_windows("val", T), lambda start: corpus.read("val", start, T)
+        picked = np.random.default_rng(args.seed).permutation(n)[:max(args.samples, 0)]
+        array = np.array([read(int(i) * T) for i in np.sort(picked)]).reshape(-1, T)
     B, T = array.shape
     check(B >= 2 and 2 <= T <= limit, f"{B} sequences of {T} tokens: 2 or more of 2 to block_size={limit} are needed")
     check(0 <= array.min() and array.max() < V, f"{origin}: token {array.max()} is not one of the model's {V}")
@@ -793,7 +800,7 @@ def main() -> None:
     parser = Parser(prog="probe.py", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="ckpt.pt")
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="experiments (default: %(default)s)")
-    parser.add_argument("--data", help="prepared corpus whose validation split to use (default: the run's)")
+    parser.add_argument("--data", help="prepared corpus, its validation split is used, or a text (default: the run's)")
     parser.add_argument("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
     parser.add_argument("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
     parser.add_argument("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of a corpus")
@@ -823,8 +830,7 @@ def main() -> None:
     several = len(args.checkpoints) > 1
     same_folder = len({Path(path).resolve().parent for path in args.checkpoints}) < len(args.checkpoints)
     for path in args.checkpoints:
-        model, saved = load_model(path)
-        model = model.to(device, getattr(torch, args.dtype))
+        model, saved = load_model(path, device, getattr(torch, args.dtype))
         tokens, origin = read_tokens(args, model, saved)
         tokens = tokens.to(device)
         if args.drop:
