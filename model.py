@@ -666,7 +666,8 @@ def export(path: str | Path, folder: str | Path) -> None:
     if family == "olmoe":
         hf["intermediate_size"] = c.expert_hidden
     if c.rope_scaling:
-        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, model.blocks[0].attn.rope.scaling))
+        *factors, context = model.blocks[0].attn.rope.scaling
+        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, (*factors, int(context))))
     try:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another folder")
         out.parent.mkdir(parents=True, exist_ok=True)
