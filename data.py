@@ -30,7 +30,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import Parser, UserError, check, run
+from model import Parser, UserError, check, need, run
 
 EOT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -41,7 +41,7 @@ BATCH_CHARS = 1 << 22        # text handed to the encoder's threads at a time
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """A tiktoken encoding by name, or "bytes": 256 single-byte ranks and EOT, so that nothing has to be downloaded."""
+    """A tiktoken encoding by name, a tokenizer.json or its folder by path, or "bytes": 256 bytes and EOT, offline."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens={EOT: 256})
@@ -61,10 +61,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 def folder_tokenizer(path: Path) -> SimpleNamespace:
     """A tokenizer.json of Hugging Face, or that of a folder, with what is used here of tiktoken.Encoding."""
-    try:
-        import tokenizers
-    except ImportError as e:
-        raise UserError(f"reading {path} needs tokenizers: pip install tokenizers") from e
+    tokenizers = need("tokenizers", f"reading {path}")
     file, said = (path / "tokenizer.json" if path.is_dir() else path).resolve(), {}
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
@@ -75,16 +72,17 @@ def folder_tokenizer(path: Path) -> SimpleNamespace:
         raise UserError(f"{file} is missing or damaged ({e}): get it again") from e
     inner.encode_special_tokens = True          # as text: a document that spells <|endoftext|> does not end there
     inner.no_truncation()
-    eos = said.get("eos_token_id", said.get("eos_token"))
-    eos = eos[0] if isinstance(eos, list) else eos.get("content") if isinstance(eos, dict) else eos
-    eos = inner.token_to_id(eos) if isinstance(eos, str) else eos
-    check(isinstance(eos, int), f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
+    token = said.get("eos_token", "")
+    token = inner.token_to_id(token["content"] if isinstance(token, dict) else token)
+    eos = np.atleast_1d(said.get("eos_token_id", token))[0]                        # the first, where there are several
+    check(eos is not None, f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
 
     def encode(text: str, **_: Any) -> list[int]:
         return inner.encode(text, add_special_tokens=False).ids
-    return SimpleNamespace(name=str(file), encode_ordinary=encode, encode_to_numpy=lambda text, **_: np.array(encode(text)),
-                           decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
-                           n_vocab=max(inner.get_vocab().values()) + 1, eot_token=eos)
+    return SimpleNamespace(
+        name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos), encode_ordinary=encode,
+        encode_to_numpy=lambda text, **_: np.array(encode(text), dtype=np.int64),
+        decode=lambda ids: inner.decode(ids, skip_special_tokens=False))
 
 
 def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
@@ -103,8 +101,9 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
         end = {"id": enc.eot_token, "content": EOT, "special": True}
         end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        write_json(folder / "tokenizer.json", {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level,
-                                               "decoder": level, "model": {"type": "BPE", "vocab": ids, "merges": merges}})
+        write_json(folder / "tokenizer.json", {
+            "version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
+            "model": {"type": "BPE", "vocab": ids, "merges": merges}})
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT})
     else:
         print(f"{folder}: tokenizer {name} not written, it has no Hugging Face form here")
@@ -262,16 +261,13 @@ def read_jsonl(path: Path) -> Iterator[str]:
 def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
     """The "text" of a Hugging Face data set's train split, streamed: nothing but the current rows is held."""
     where = kwargs.get("data_files", path)
-    try:
-        import datasets
-    except ImportError as e:
-        raise UserError(f"reading {where} needs datasets: pip install datasets") from e
+    datasets = need("datasets", f"reading {where}")
     try:
         for row in datasets.load_dataset(path, split="train", streaming=True, **kwargs):
             yield from text_in(row)
     except Exception as e:      # its own errors, Arrow's and the network's
-        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}): "
-                        "with that mended the same command goes on") from e
+        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): with that mended the same "
+                        "command goes on") from e
 
 
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
@@ -395,7 +391,8 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder of texts")
-    parser.add_argument("--tokenizer", help="bytes or any tiktoken encoding (default: bytes for python, else gpt2)")
+    parser.add_argument("--tokenizer", help="bytes, any tiktoken encoding or a model's folder "
+                                            "(default: bytes for python, else gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float, help="share of documents (default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")

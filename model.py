@@ -18,10 +18,11 @@ import json
 import math
 import os
 import pickle
-import shutil
+import re
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
 
@@ -85,11 +86,12 @@ class ModelConfig:
             check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
             self.head_dim = self.n_embd // self.n_head
         check(self.head_dim > 0 and self.head_dim % 2 == 0,
-              f"head_dim={self.head_dim} (n_embd/n_head) is not even, but RoPE rotates pairs: change n_head={self.n_head}")
+              f"head_dim={self.head_dim} must be even, RoPE rotates pairs: change it, or n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         check(self.norm in ("pre", "lns", "peri"), f"norm={self.norm!r} is none of pre, lns, peri")
         check(self.qk_norm in ("", "head", "full"), f"qk_norm={self.qk_norm!r} is neither empty nor head nor full")
-        llama3_scaling(self.rope_scaling)
+        check(re.fullmatch(r"(llama3:\d+(\.\d+)?(,\d+(\.\d+)?){3})?", self.rope_scaling) is not None,
+              f"rope_scaling={self.rope_scaling!r} is not like llama3:8,1,4,8192")
         check(not self.shared_gate or (self.n_experts and self.shared_hidden),
               "shared_gate=True gates a shared expert, and there is none: set n_experts and shared_hidden")
         if self.n_experts:
@@ -105,17 +107,18 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def llama3_scaling(text: str) -> list[float]:
-    """The numbers of rope_scaling="llama3:FACTOR,LOW,HIGH,CONTEXT"; [] of ""."""
-    numbers = text.removeprefix("llama3:").split(",") if text else []
-    check(len(numbers) in (0, 4) and all(x.replace(".", "", 1).isdigit() for x in numbers),
-          f"rope_scaling={text!r} must be like llama3:8,1,4,8192 (FACTOR,LOW,HIGH,CONTEXT)")
-    return [float(x) for x in numbers]
+def need(package: str, purpose: str) -> Any:
+    """Import an optional package, which comes back as its top level, or say how to get it."""
+    try:
+        return __import__(package)
+    except ImportError as e:
+        name = package.split(".")[0]
+        raise UserError(f"{purpose} needs {name}: pip install {name}") from e
 
 
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose gain follows the stream: under FSDP2's mixed precision it comes in bfloat16, the stream is float32."""
+    """RMSNorm whose gain follows the stream: FSDP2's mixed precision gives it in bfloat16, the stream is float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -127,7 +130,7 @@ class RoPE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.half, self.T, self.theta = config.head_dim // 2, config.block_size, config.rope_theta
-        self.scaling = llama3_scaling(config.rope_scaling)
+        self.scaling = [float(x) for x in config.rope_scaling.removeprefix("llama3:").split(",") if x]
         self.register_buffer("cos", torch.empty(self.T, 1, 2 * self.half), persistent=False)
         self.register_buffer("sin", torch.empty(self.T, 1, 2 * self.half), persistent=False)
 
@@ -492,7 +495,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
     """The dict that train.py saved: model, optimizer, settings, step, ... ; tensors only, nothing is executed.
 
     Raises UserError if the file is missing, truncated or not a checkpoint. Memory-mapped: what is not used is not read.
-    A Hugging Face folder gives model (read into `dtype`), settings, step and tokenizer.
+    Of a Hugging Face folder: model, in `dtype`, settings, step and tokenizer.
     """
     if (Path(path) / "config.json").is_file():
         return load_hf(Path(path), dtype)
@@ -520,17 +523,12 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bo
             put(p, theirs[name])
 
 
-def config_of(saved: dict[str, Any]) -> ModelConfig:
-    """The architecture of a checkpoint."""
-    names = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{k: v for k, v in saved["settings"].items() if k in names})
-
-
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself."""
     saved = load_checkpoint(path, dtype)
-    config = config_of(saved)
+    names = {f.name for f in fields(ModelConfig)}
+    config = ModelConfig(**{k: v for k, v in saved["settings"].items() if k in names})
     with torch.device("meta"):
         model = GPT(config)
     load_weights(model, saved, path, assign=True)
@@ -577,17 +575,16 @@ def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
     check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
     hf = {"sliding_window": 4096 if family == "mistral" else None} | hf                # its default is not null
     hf = {name: value for name, value in hf.items() if value is not None}
-    values = FAMILIES[family] | {ours: hf[name] for name, ours in (FIELDS | MOE_FIELDS).items() if name in hf}
     for name, value in hf.items():
         check(value == ONLY.get(name, value), f"{path}: {name}={value!r} is not supported, only {ONLY.get(name)!r} is")
         check(name in (*FIELDS, *MOE_FIELDS, *ONLY, *HARMLESS) or name[0] == "_",
               f"{path}: {name}={value!r} is unknown and may change what the model computes: if not, delete it there")
     for name in ("num_attention_heads", "max_position_embeddings"):                   # no tensor's shape tells these
         check(name in hf, f"{path} lacks {name}")
-    if family == "mixtral":
-        values["norm_topk_prob"] = True
+    values = FAMILIES[family] | {ours: hf[name] for name, ours in (FIELDS | MOE_FIELDS).items() if name in hf}
     if "n_experts" in values:
-        values.setdefault("expert_hidden", values["ffn_hidden"])
+        values = {"expert_hidden": hf.get("intermediate_size")} | values
+        values["norm_topk_prob"] = hf.get("norm_topk_prob", False) or family == "mixtral"
 
     rope = {"type": "default", "partial_rotary_factor": 1} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.pop("rope_type", rope.pop("type"))
@@ -597,13 +594,12 @@ def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
     check(kind in ("default", "llama3") and rope == {"partial_rotary_factor": 1},
           f"{path}: RoPE of rope_type={kind} with {rope} is not supported, only default and llama3 are")
 
-    kinds, window = set(hf.get("layer_types", [])), hf.get("sliding_window") or values["block_size"]
+    kinds, longest = set(hf.get("layer_types", [])), values["block_size"]
     check(kinds <= {"full_attention", "sliding_attention"}, f"{path}: layer_types={sorted(kinds)} is not supported")
-    used = hf.get("use_sliding_window", "qwen" not in family) or "sliding_attention" in kinds
-    if used and window < values["block_size"]:
-        print(f"{path}: sliding_window={window}, which is not supported: block_size={window} instead of "
-              f"{values['block_size']}, since sequences that short never meet it", file=sys.stderr)
-        values["block_size"] = window
+    if hf.get("use_sliding_window", "qwen" not in family) or "sliding_attention" in kinds:
+        values["block_size"] = min(longest, hf.get("sliding_window") or longest)
+    if values["block_size"] < longest:                                         # so short a sequence meets no window
+        print(f"{path}: block_size={values['block_size']}, its sliding_window, not {longest}", file=sys.stderr)
     return ModelConfig(**values)
 
 
@@ -622,48 +618,39 @@ def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return views
 
 
-def import_safetensors() -> Any:
-    """The package safetensors, or a UserError that says how to get it."""
-    try:
-        import safetensors.torch
-    except ImportError as e:
-        raise UserError("Hugging Face folders need safetensors: pip install safetensors") from e
-    return safetensors
-
-
 def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A Hugging Face folder as `load_checkpoint` returns a checkpoint, the weights in `dtype`.
 
     Every stored tensor has its place and every place its tensor, or there is a UserError.
     """
-    safetensors, stored, index = import_safetensors(), {}, folder / "model.safetensors.index.json"
+    safetensors, stored = need("safetensors", f"reading {folder}"), {}
+    index = folder / "model.safetensors.index.json"
     try:
         hf = json.loads((folder / "config.json").read_text())
-        c = hf_config(hf, folder / "config.json")
         files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
         for file in sorted({folder / name for name in files}):
             with safetensors.safe_open(file, "pt") as f:
                 for key in f.keys():                                     # Mixtral has names of its own for the same
+                    if key.endswith("rotary_emb.inv_freq"):              # of old files: config.json says as much
+                        continue
                     name = key.replace("block_sparse_moe", "mlp").replace(".w1.", ".gate_proj.")
                     stored[name.replace(".w2.", ".down_proj.").replace(".w3.", ".up_proj.")] = file, key
+        c = hf_config(hf, folder / "config.json")
+        c.tie_embeddings &= "lm_head.weight" not in stored               # a stored head counts, as in transformers 5
         with torch.device("meta"):
-            shapes = {name: w.shape for name, w in GPT(c).state_dict().items()}
-        weights = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+            weights = {name: torch.empty(w.shape, dtype=dtype, device="cpu") for name, w in GPT(c).state_dict().items()}
         views = hf_views(c, weights)
-        if c.tie_embeddings and "lm_head.weight" in stored:
-            views["lm_head.weight"] = weights["head.weight"]
         for names, what in ((views.keys() - stored.keys(), "lacks"), (stored.keys() - views.keys(), "has no use for")):
             check(not names, f"{folder}: what config.json describes {what} {', '.join(sorted(names)[:3])}")
         for name, (file, key) in stored.items():
             with safetensors.safe_open(file, "pt") as f:      # anew each time: what was read stays mapped until it ends
-                shape, view = f.get_slice(key).get_shape(), views[name]
-                check(shape == list(view.shape), f"{file}: {key} is {shape}, config.json says {list(view.shape)}")
+                part, view = f.get_slice(key), views[name]
+                check(part.get_shape() == list(view.shape) and part.get_dtype() in ("F64", "F32", "F16", "BF16"),
+                      f"{file}: {key} is {part.get_dtype()} {part.get_shape()}, config.json says {list(view.shape)}")
                 view.copy_(f.get_tensor(key))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} is damaged or incomplete ({type(e).__name__}: {e}): get it again") from e
     if c.tie_embeddings:
-        check("lm_head.weight" not in stored or torch.equal(weights["head.weight"], weights["embed.weight"]),
-              f"{folder}: lm_head.weight is not the embedding, though config.json has tie_word_embeddings=true")
         weights["head.weight"] = weights["embed.weight"]
     return {"model": weights, "settings": asdict(c), "step": 0,
             "tokenizer": hf.get("tokenizer", str((folder / "tokenizer.json").resolve()))}
@@ -677,45 +664,43 @@ def export(path: str | Path, folder: str | Path) -> None:
     sigmoid: a gate of zeros halves it, so a doubled down-projection restores it, and a zero one makes it nothing.
     """
     from data import write_json, write_tokenizer
-    safetensors, saved, out = import_safetensors(), load_checkpoint(path), Path(folder)
-    c, w = config_of(saved), dict(saved["model"])
+    safetensors, out = need("safetensors.torch", "export"), Path(folder)
+    model, saved = load_model(path)
+    c, w = model.config, model.state_dict()
     families = {(False, ""): "qwen2" if c.qkv_bias else "llama", (False, "head"): "qwen3",
                 (True, ""): "qwen2_moe", (True, "head"): "qwen3_moe", (True, "full"): "olmoe"}
     family = families.get((c.n_experts > 0, c.qk_norm), "")
     check(c.norm != "peri" and family and not (c.qk_norm and (c.qkv_bias or c.n_experts and c.shared_hidden)),
           f"{path}: no Hugging Face family has norm={c.norm}, n_experts={c.n_experts}, qk_norm={c.qk_norm!r}, "
           f"qkv_bias={c.qkv_bias} and shared_hidden={c.shared_hidden} at once")
-    for l in range(c.n_layer):
-        attn, ffn = f"blocks.{l}.attn", f"blocks.{l}.ffn"
-        if c.norm == "lns":
-            w |= {f"{x}_norm.weight": w[f"{x}_norm.weight"] * (l + 1) ** -0.5 for x in (attn, ffn)}
-        if family == "qwen2_moe":
-            wide, narrow = (c.shared_hidden or 1, c.n_embd), (c.n_embd, c.shared_hidden or 1)
-            shapes = {f"{attn}.qkv.bias": len(w[f"{attn}.qkv.weight"]), f"{ffn}.shared_gate.weight": (1, c.n_embd),
-                      f"{ffn}.shared.gate.weight": wide, f"{ffn}.shared.up.weight": wide,
-                      f"{ffn}.shared.down.weight": narrow}
-            w = {name: torch.zeros(shape) for name, shape in shapes.items()} | w
-            w[f"{ffn}.shared.down.weight"] = w[f"{ffn}.shared.down.weight"] * (1 if c.shared_gate else 2)
+    if family == "qwen2_moe":
+        down = 1 if c.shared_gate else 2
+        c = replace(c, qkv_bias=True, shared_gate=True, shared_hidden=c.shared_hidden or 1)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(c).state_dict().items() if name not in w}
+        w |= {name: torch.zeros(shape) for name, shape in shapes.items()}
+        w |= {name: p * down for name, p in w.items() if name.endswith("shared.down.weight")}
+    w |= {f"blocks.{l}.{name}.weight": block.get_submodule(name).weight * block.scale
+          for l, block in enumerate(model.blocks) for name in ("attn_norm", "ffn_norm")}        # LayerNorm Scaling
     hf = {theirs: getattr(c, ours) for theirs, ours in (FIELDS | (MOE_FIELDS if c.n_experts else {})).items()}
     hf |= {"model_type": family, "architectures": [family.title().replace("_", "") + "ForCausalLM"],
            "torch_dtype": "float32", "hidden_act": "silu"}
-    if family == "qwen2_moe":
-        hf |= {"qkv_bias": True, "shared_expert_intermediate_size": c.shared_hidden or 1}
     if family == "olmoe":
         hf["intermediate_size"] = c.expert_hidden
     if c.rope_scaling:
-        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, llama3_scaling(c.rope_scaling)))
-    tmp = out.with_name(out.name + ".tmp")
+        *factors, context = model.blocks[0].attn.rope.scaling
+        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, (*factors, int(context))))
     try:
         check(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another folder")
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        views = {name: view.float().contiguous() for name, view in hf_views(c, w).items()}
-        safetensors.torch.save_file(views, tmp / "model.safetensors", metadata={"format": "pt"})
-        write_json(tmp / "config.json", hf | write_tokenizer(saved["tokenizer"], tmp))
-        os.replace(tmp, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+            new = Path(tmp) / out.name
+            new.mkdir()
+            views = {name: view.contiguous() for name, view in hf_views(c, w).items()}
+            safetensors.torch.save_file(views, new / "model.safetensors", metadata={"format": "pt"})
+            write_json(new / "config.json", hf | write_tokenizer(saved["tokenizer"], new))
+            os.replace(new, out)
     except (OSError, safetensors.SafetensorError) as e:
-        shutil.rmtree(tmp, ignore_errors=True)
         raise UserError(f"cannot write {out} ({e}): free some space or choose another folder") from e
     print(f"{out}: {path} as {hf['architectures'][0]} in float32")
 

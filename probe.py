@@ -800,7 +800,7 @@ def main() -> None:
     parser = Parser(prog="probe.py", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="ckpt.pt")
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="experiments (default: %(default)s)")
-    parser.add_argument("--data", help="a prepared corpus, whose validation split is used, or a text file (default: the run's)")
+    parser.add_argument("--data", help="prepared corpus, its validation split is used, or a text (default: the run's)")
     parser.add_argument("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
     parser.add_argument("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
     parser.add_argument("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of a corpus")

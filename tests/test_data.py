@@ -269,7 +269,7 @@ def test_a_null_among_the_texts_does_not_silently_end_the_corpus(kind, where, tm
     path = tmp_path / f"x.{kind}"
     if kind == "parquet":
         pytest.importorskip("datasets")
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.table({"text": values}), path)
     else:
         path.write_text("".join(json.dumps({"text": v}) + "\n" for v in values))
