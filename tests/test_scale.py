@@ -3,6 +3,7 @@
     python -m pytest -q tests/test_scale.py                     # about three minutes on two cores, no download
 """
 import json
+import math
 import os
 import random
 import resource
@@ -208,3 +209,289 @@ def test_two_ranks_give_the_losses_statistics_weights_and_moments_of_one(engines
 @pytest.mark.parametrize("resumed", ["alone-then-fsdp", "fsdp-then-alone", "fsdp-then-ddp"])
 def test_a_checkpoint_of_one_engine_resumes_under_another(engines, resumed):
     assert_same_end(engines / resumed, engines / "moe-alone", exact=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """RUN, uninterrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    end(launch(out))
+    return out
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_run_killed_at_several_steps_and_resumed_ends_bit_for_bit_as_one_that_was_not(launch, whole, tmp_path):
+    out, said = tmp_path / "out", []
+    for step in sorted(random.Random(1).sample(range(1, 39), 3)):
+        process = launch(out, "--resume", change=SLOW)
+        until(logged(out, step), process)
+        kill(process)
+        assert len(read_log(out)) < 40
+        with open(out / "log.jsonl", "a") as f:
+            f.write('{"step": 39, "tok')                             # as if it had been killed while it wrote a line
+    said, _ = end(launch(out, "--resume"))
+    assert ", from step " in said
+    assert_same_end(out, whole)
+
+
+def test_a_run_killed_while_it_writes_its_checkpoints_loses_none_of_those_before(launch, whole, tmp_path):
+    out = tmp_path / "out"
+    for n in (1, 2, 2):
+        process = launch(out, "--resume", change=SLOW + HALF)
+        for _ in range(n):                                           # the nth checkpoint from here
+            until((out / "ckpt.pt.tmp").exists, process)
+            if _ < n - 1:
+                until(lambda: not (out / "ckpt.pt.tmp").exists(), process)
+        kill(process)
+        assert (out / "ckpt.pt.tmp").exists()
+    assert load_checkpoint(out / "ckpt.pt")["step"] < 40
+    end(launch(out, "--resume"))
+    assert_same_end(out, whole)
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "log.jsonl.old", "ckpt.pt", "ckpt.1.pt"}
+
+
+def test_with_nothing_to_resume_a_run_starts_afresh_and_says_so_and_one_that_is_done_changes_nothing(
+        launch, whole, tmp_path):
+    out = tmp_path / "out"
+    said, _ = end(launch(out, "--resume"))
+    assert said.splitlines()[0] == f"nothing to resume in {out}: starting afresh"
+    assert_same_end(out, whole)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    said, _ = end(launch(out, "--resume"))
+    assert f"{out} has all its steps already" in said
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(launch, whole, tmp_path):
+    out = tmp_path / "out"
+    process = launch(out, ranks=2, change=SLOW, torchrun=["--max-restarts=1"])
+    until(logged(out, 12), process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    said, _ = end(process)
+    assert ", from step 10" in said or ", from step 5" in said       # the second may not have been written yet
+    assert_same_end(out, whole, exact=False)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(launch, whole, tmp_path):
+    out = tmp_path / "out"
+    process = launch(out, change=SLOW, save_interval=0)
+    until(logged(out, 7), process)
+    process.send_signal(signal.SIGTERM)
+    said, err = end(process)
+    step = read_log(out)[-1]["step"]
+    assert 7 <= step < 40 and load_checkpoint(out / "ckpt.pt")["step"] == step
+    assert said.splitlines()[-1].startswith(f"stopped by SIGTERM after step {step}; ") and err == ""
+    end(launch(out, "--resume"))
+    assert_same_end(out, whole)
+
+
+@pytest.mark.parametrize("whom", ["a rank", "torchrun"])
+def test_sigterm_to_a_rank_or_to_torchrun_stops_and_saves_all(launch, whole, tmp_path, whom):
+    out = tmp_path / "out"
+    process = launch(out, ranks=2, change=SLOW, save_interval=0, parallel="fsdp")
+    until(logged(out, 3), process)
+    os.kill(workers(process)[1] if whom == "a rank" else process.pid, signal.SIGTERM)
+    said, err = process.communicate(timeout=60)
+    step = read_log(out)[-1]["step"]
+    assert step < 40 and load_checkpoint(out / "ckpt.pt")["step"] == step
+    assert said.splitlines()[-1].startswith(f"stopped by SIGTERM after step {step}; ") and not errors(err)
+    assert process.returncode == 0 if whom == "a rank" else "SIGTERM" in err     # torchrun reports its own signal
+    end(launch(out, "--resume"))
+    assert_same_end(out, whole, exact=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# damage
+
+
+def run_here(out, corpus, resume=False, **settings):
+    """The same in this process, for what needs no other."""
+    train.train(TrainConfig(**RUN | {"data": str(corpus), "out_dir": str(out)} | settings), resume)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_exactly_the_newest_checkpoints_are_kept(corpus, tmp_path, keep):
+    run_here(tmp_path, corpus, max_steps=11, save_interval=2, keep_checkpoints=keep)
+    steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("ckpt*")}
+    assert steps == dict(list({"ckpt.pt": 11, "ckpt.1.pt": 10, "ckpt.2.pt": 8}.items())[:keep])
+
+
+@pytest.fixture(scope="module")
+def short(corpus, tmp_path_factory):
+    """A run of 6 steps that keeps those of step 2, 4 and 6."""
+    out = tmp_path_factory.mktemp("short")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "gemm_rate", lambda *_: 1e11)
+    run_here(out, corpus, max_steps=6, save_interval=2, keep_checkpoints=3)
+    patch.undo()
+    return out
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_weight(path):
+    damaged = bytearray(path.read_bytes())
+    weight = load_checkpoint(path)["model"]["blocks.1.ffn.gate"].numpy().tobytes()
+    damaged[damaged.index(weight) + 5] ^= 1
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_weight, lambda path: path.write_bytes(b""), Path.unlink],
+                         ids=["truncated", "flipped", "empty", "between_two_renames"])
+def test_the_checkpoint_before_a_damaged_one_is_used(short, corpus, tmp_path, capsys, damage):
+    out = tmp_path / "out"
+    shutil.copytree(short, out)
+    damage(out / "ckpt.pt")
+    run_here(out, corpus, resume=True, max_steps=6, save_interval=2, keep_checkpoints=3)
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == (damage is not Path.unlink) and all(str(out / "ckpt.pt") in line for line in said)
+    assert_same_end(out, short)
+
+
+def test_where_every_checkpoint_is_damaged_a_run_is_refused_and_nothing_is_touched(short, corpus, launch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(short, out)
+    for path in out.glob("ckpt*.pt"):
+        truncate(path)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    said, err = end(launch(out, "--resume"), status=2)
+    assert said.count("is damaged") == 3
+    assert len(err.splitlines()) == 1 and err.startswith(f"error: {out}: every checkpoint is damaged")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(short, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    good, want = (short / "ckpt.pt").read_bytes(), flat(load_checkpoint(short / "ckpt.pt"))
+    draw = random.Random(0)
+    directory = len(good) - 2000                                     # holds names, flags, sizes and checksums
+    places = draw.choices(range(len(good)), k=60) + draw.choices(range(directory, len(good)), k=250)
+    noticed = 0
+    for place in places:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = train.newest_checkpoint(tmp_path)
+        except UserError:
+            noticed += 1
+        else:
+            assert all(torch.equal(v, want[k]) for k, v in flat(load_checkpoint(found)).items())
+    assert noticed > 150
+
+
+@pytest.mark.parametrize("name, value", [("n_head", 4), ("seed", 1), ("tokens_per_step", 512), ("norm", "lns")])
+def test_resuming_with_another_model_or_other_data_is_refused_by_name(short, corpus, tmp_path, name, value):
+    shutil.copytree(short, tmp_path / "out")
+    with pytest.raises(UserError, match=f"{name}={value!r}, but .* {name}=|{name}={value}, but .* {name}="):
+        run_here(tmp_path / "out", corpus, resume=True, max_steps=8, **{name: value})
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6 and len(read_log(tmp_path / "out")) == 6
+
+
+def test_resuming_with_another_learning_rate_says_so_and_goes_on(short, corpus, tmp_path, capsys):
+    shutil.copytree(short, tmp_path / "out")
+    run_here(tmp_path / "out", corpus, resume=True, max_steps=8, learning_rate=2e-2, keep_checkpoints=3)
+    said = capsys.readouterr().out
+    assert "resuming with learning_rate=0.02 instead of 0.01" in said and "max_steps=8 instead of 6" in said
+    log = read_log(tmp_path / "out")
+    assert [r["step"] for r in log] == list(range(1, 9)) and log[-1]["lr"] == pytest.approx(
+        2e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * 5 / 6))))                   # of the schedule to step 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# failures: one line on stderr, status 2 (torchrun's own is 1), no hang, the last good checkpoint as it was
+
+
+def at_most(n):
+    """Files of at most n bytes: to the program, as if the disk were full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_too_full_for_a_checkpoint_is_one_line(launch, short, tmp_path, ranks):
+    out = tmp_path / "out"
+    shutil.copytree(short, out)
+    before = {path: path.read_bytes() for path in out.glob("ckpt*")}
+    process = launch(out, "--resume", ranks=ranks, preexec_fn=at_most(100_000))
+    _, err = end(process, status=2 if ranks == 1 else 1)
+    line, = errors(err)
+    assert f"cannot write {out / 'ckpt.pt'}" in line and "intact" in line and (ranks == 2 or err == line + "\n")
+    assert {path: path.read_bytes() for path in out.glob("ckpt*")} == before      # the half-written file is gone
+
+
+def test_a_disk_too_full_for_the_log_is_one_line_and_leaves_whole_lines(launch, tmp_path):
+    _, err = end(launch(tmp_path / "out", save_interval=0, preexec_fn=at_most(3_000)), status=2)
+    line, = err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / 'out' / 'log.jsonl'}")
+
+
+def test_an_out_dir_that_two_ranks_cannot_write_is_one_line(launch, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    _, err = end(launch(tmp_path / "taken" / "out", ranks=2), status=1)
+    assert len(errors(err)) == 1 and str(tmp_path / "taken" / "out") in errors(err)[0]
+
+
+def test_a_loss_that_is_not_finite_on_two_ranks_is_one_line(launch, short, tmp_path):
+    shutil.copytree(short, tmp_path / "out")
+    # 0.01 was its rate; the loss of one rank alone overflows
+    change = "honest = train.gradients\n" \
+             "def overflow(*args, **kwargs):\n" \
+             "    sums = honest(*args, **kwargs)\n" \
+             "    sums['loss'] *= float('inf') if os.environ['RANK'] == '1' else 1\n" \
+             "    return sums\n" \
+             "train.gradients = overflow\n"
+    _, err = end(launch(tmp_path / "out", "--resume", ranks=2, change=change), status=1)
+    line, = errors(err)
+    assert "step 7: loss inf" in line and "learning_rate" in line
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_that_dies_ends_the_run_with_a_line_of_the_other(launch, tmp_path, engine, rank):
+    out = tmp_path / "out"
+    process = launch(out, ranks=2, change=SLOW, parallel=engine, eval_interval=3)
+    until(logged(out, 7), process)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    _, err = end(process, status=1)
+    line, = errors(err)
+    assert f"rank {1 - rank} lost another rank" in line and "--resume" in line
+    assert "Traceback" not in err.split(line)[0]
+    assert train.newest_checkpoint(out) is not None and load_checkpoint(out / "ckpt.pt")["step"] < 40
+
+
+def damaged_copy(corpus, to, what):
+    shutil.copytree(corpus, to)
+    shard = to / "train_00000.bin"
+    if what == "missing":
+        shard.unlink()
+    elif what == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-2])
+    elif what == "beyond":
+        ids = np.fromfile(shard, dtype=np.uint16)
+        ids[1000:] = 257
+        ids.tofile(shard)
+    else:
+        meta = json.loads((to / "meta.json").read_text())
+        (to / "meta.json").write_text(json.dumps(meta | {"vocab_size": 300}))
+    return to
+
+
+@pytest.mark.parametrize("what, ranks, named", [
+    ("missing", 1, "train_00000.bin"), ("truncated", 2, "train_00000.bin"), ("beyond", 2, "257"),
+    ("header", 1, "meta.json")])
+def test_a_damaged_corpus_is_one_line(launch, corpus, tmp_path, what, ranks, named):
+    process = launch(tmp_path / "out", ranks=ranks, data=damaged_copy(corpus, tmp_path / "data", what))
+    _, err = end(process, status=2 if ranks == 1 else 1)
+    line, = errors(err)
+    assert named in line and str(tmp_path / "data") in line and (ranks == 2 or err == line + "\n")
