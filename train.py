@@ -371,14 +371,12 @@ def newest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of a run, None if it has none; damaged ones are named and passed over."""
     found = [path for path in (out / "ckpt.pt", *sorted(out.glob("ckpt.[0-9].pt"))) if path.exists()]
     for path in found:
-        try:
+        with contextlib.suppress(Exception):             # a flipped bit can make a zip file fail in any way
+            load_checkpoint(path)
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()              # reads all of it: a checkpoint is a zip file with checksums
-        except Exception as e:                           # a flipped bit can make a zip file fail in any way
-            damaged = e
-        if damaged is None:
-            return path
-        print(f"{path} is damaged ({damaged}): trying the one before", flush=True)
+                if archive.testzip() is None:            # reads all of it: a checkpoint is a zip file with checksums
+                    return path
+        print(f"{path} is damaged: trying the one before", flush=True)
     check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
     return None
 
