@@ -183,7 +183,7 @@ def engines(launch, corpus, tmp_path_factory):
     runs.append((todo["moe"] | {"out_dir": str(folder / "alone-then-fsdp"), "parallel": "fsdp"}, True))
     script = """
 train.dist.init_process_group("gloo")               # once for all of them: torchrun's store serves one group
-train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None
+train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
 for settings, resume in json.loads(sys.argv[1]):
     train.train(train.TrainConfig(**settings), resume)
 """
@@ -495,3 +495,55 @@ def test_a_damaged_corpus_is_one_line(launch, corpus, tmp_path, what, ranks, nam
     _, err = end(process, status=2 if ranks == 1 else 1)
     line, = errors(err)
     assert named in line and str(tmp_path / "data") in line and (ranks == 2 or err == line + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compiled
+
+
+COMPILED = {     # name -> settings, graphs after steps 1, 2 (the first with statistics), its validation and all later steps
+    "ddp": (MOE | {"parallel": "ddp"}, [1, 2, 3, 3, 3, 3]),
+    "fsdp": (MOE | {"parallel": "fsdp"}, [1, 1, 2, 2, 2, 2]),                    # a block at a time, all blocks alike
+    "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 12}, [12, 12, 24, 24, 24, 24]),      # no two alike
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(launch, corpus, tmp_path_factory):
+    """Runs of COMPILED, eager and compiled by two ranks; of the compiled ones how many graphs there were at each step."""
+    folder = tmp_path_factory.mktemp("compiled")
+    told = {name: SHORT | settings | {"data": str(corpus), "max_steps": 5, "stats_interval": 2}
+            for name, (settings, _) in COMPILED.items()}
+    runs = [[name, settings | {"compile": compile, "out_dir": str(folder / f"{name}-{compile}")}]
+            for name, settings in told.items() for compile in (False, True)]
+    # The same capture without generating code, which would take most of a minute.
+    script = f"""
+from torch._dynamo.utils import counters
+compile, make = torch.compile, train.make_optimizer
+torch.compile = lambda *args, **kwargs: compile(*args, **kwargs, backend="aot_eager")
+def make_and_watch(*args):
+    optimizer = make(*args)
+    optimizer.register_step_pre_hook(lambda *_: graphs.append(counters["stats"]["unique_graphs"]))
+    return optimizer
+train.make_optimizer = make_and_watch
+train.dist.init_process_group("gloo")
+train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
+counted = {{}}
+for name, settings in json.loads(sys.argv[1]):
+    graphs = []
+    torch._dynamo.reset()
+    counters.clear()
+    train.train(train.TrainConfig(**settings))
+    counted[name] = graphs + [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())]
+if os.environ["RANK"] == "1":
+    open({str(folder / "counted.json")!r}, "w").write(json.dumps(counted))
+"""
+    end(launch(folder, json.dumps(runs), ranks=2, script=script))
+    return folder, json.loads((folder / "counted.json").read_text())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_two_ranks_compile_once_without_graph_breaks_and_compute_the_same(compiled, name):
+    folder, counted = compiled
+    assert counted[name] == [*COMPILED[name][1], 0]
+    assert_same_end(folder / f"{name}-True", folder / f"{name}-False", exact=False)
