@@ -127,6 +127,8 @@ class Corpus:
                   and all(isinstance(s["file"], str) and isinstance(s["tokens"], int)
                           for shards in self.shards.values() for s in shards),
                   f"{header} is damaged: prepare the corpus again")
+            check(self.tokenizer != "bytes" or self.vocab_size == get_tokenizer("bytes").n_vocab,
+                  f"{header}: vocab_size={self.vocab_size} is not that of bytes: prepare the corpus again")
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{header} is damaged ({e}): prepare the corpus again") from e
         self.arrays: dict[str, list[np.ndarray]] = {}
@@ -161,6 +163,8 @@ class Corpus:
     def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (B, T), of the given windows; window i starts at token i T."""
         rows = torch.from_numpy(np.stack([self.read(split, int(i) * T, T + 1) for i in windows]))
+        check(bool(rows.max() < self.vocab_size), f"{self.folder}: token {rows.max()} in the {split} split is beyond the "
+              f"vocabulary of {self.vocab_size}: prepare the corpus again")
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def verify(self) -> None:

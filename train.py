@@ -238,9 +238,10 @@ def train(c: TrainConfig, resume: bool = False) -> None:
 
     raw, model = build(c, world, device, dtype)
     optimizer = make_optimizer(raw, c)
-    first = 0
-    if resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        first = restore(c, raw, optimizer, rank, world)
+    resumes = [resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0] * world
+    if world > 1:
+        dist.all_gather_object(resumes, resumes[rank])       # torchrun counts the restarts of each node by itself
+    first = restore(c, raw, optimizer, rank, world) if any(resumes) else 0
     if c.init_from and not first:
         saved = load_checkpoint(c.init_from)
         check(saved["tokenizer"] == corpus.tokenizer,
@@ -332,7 +333,7 @@ def build(c: TrainConfig, world: int, device: torch.device, dtype: torch.dtype) 
     model = torch.compile(raw, dynamic=False) if compiled and not sharded else raw
     if world > 1 and not sharded:
         model = DDP(model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-                    broadcast_buffers=False)             # the only buffers are RoPE's tables
+                    forward_sync_buffers=False)          # the only buffers are RoPE's tables
     return raw, model
 
 
@@ -361,14 +362,12 @@ def newest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of a run, None if it has none; damaged ones are named and passed over."""
     found = [path for path in (out / "ckpt.pt", *sorted(out.glob("ckpt.[0-9].pt"))) if path.exists()]
     for path in found:
-        try:
+        with contextlib.suppress(Exception):             # a flipped bit can make a zip file fail in any way
+            load_checkpoint(path)
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()              # reads all of it: a checkpoint is a zip file with checksums
-        except (OSError, ValueError, zipfile.BadZipFile) as e:
-            damaged = e
-        if damaged is None:
-            return path
-        print(f"{path} is damaged ({damaged}): trying the one before", flush=True)
+                if archive.testzip() is None:            # reads all of it: a checkpoint is a zip file with checksums
+                    return path
+        print(f"{path} is damaged: trying the one before", flush=True)
     check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
     return None
 
@@ -440,7 +439,10 @@ def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
     else:
         device = torch.device("cpu")
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, rank, _ = next(dist.rendezvous("env://"))
+        # torchrun keeps one store over its restarts, in which the ranks must not find their predecessors' addresses.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return int(os.environ.get("RANK", 0)), world, device, compute_dtype(c, device)
 
 
@@ -716,11 +718,18 @@ def main() -> None:
     else:
         try:
             train(c, args.resume)
-        except RuntimeError as e:      # a rank that is gone shows as a closed connection, in whatever we were doing
-            lost = dist.is_initialized() and ("onnection" in str(e) or isinstance(e, dist.DistError))
-            check(not lost, f"rank {os.environ.get('RANK')} lost another rank: what that one says is the cause; "
-                            "--resume goes on from the last checkpoint")
-            raise
+        except Exception as e:
+            if not dist.is_initialized():
+                raise
+            # The first rank to fail speaks for all; one that is gone shows as a closed connection in what we were doing.
+            first = dist.group.WORLD.get_group_store().add("failed", 1) == 1
+            lost = isinstance(e, dist.DistError) or "gloo/transport" in str(e)
+            if not lost and not isinstance(e, UserError):
+                raise
+            if first:
+                print("error:", f"rank {dist.get_rank()} lost another rank; --resume goes on from the last checkpoint"
+                      if lost else e, file=sys.stderr, flush=True)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

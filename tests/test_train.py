@@ -1,7 +1,7 @@
-"""train.py against what can be worked out without it: hand arithmetic, float64, plain loops, one rank against two.
+"""train.py against what can be worked out without it: hand arithmetic, float64, plain loops.
 
     python -m pytest -q tests/test_train.py                    # under a minute on two cores, no download
-    python -m pytest -q tests/test_train.py -k "two_ranks"     # the slow ones have names that say what they start
+    python -m pytest -q tests/test_train.py -k "compile"       # the slow ones
 """
 import ast
 import json
@@ -624,29 +624,7 @@ def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# several ranks
-
-
-@pytest.mark.parametrize("kind", [{}, MOE | {"lb_loss_weight": 0.1}], ids=["dense", "moe"])
-def test_two_ranks_give_the_losses_statistics_and_weights_of_one(begin, corpus, tmp_path, kind):
-    # 8 windows a step in micro-batches of 2: four for one rank, two each for two ranks, the same ones. The 5 validation
-    # batches do not divide among 2 ranks, so a mean of the ranks' means would show.
-    told = TINY | kind | dict(max_steps=4, init_std=0.1, stats_interval=2, eval_interval=2, grad_clip=0.5)
-    alone = begin(**told)
-    told |= {"data": str(corpus), "out_dir": str(tmp_path / "two")}
-    done = start("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(ROOT / "train.py"),
-                 *(f"--{k}={v}" for k, v in told.items()), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 x cpu") == done.stdout.count("trained in") == 1          # two ranks, one of them talks
-    one, two = without_rates(read_log(alone)), without_rates(read_log(tmp_path / "two"))
-    assert [r.keys() for r in one] == [r.keys() for r in two] and "val_loss" in one[1] and "variance" in one[1]
-    for a, b in zip(one, two):
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-5, atol=1e-8, err_msg=f"step {a['step']}: {name}")
-    one, two = (load_checkpoint(out / "ckpt.pt")["model"] for out in (alone, tmp_path / "two"))
-    assert one.keys() == two.keys()                                  # no "module." prefix
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
+# several ranks: what needs no second one; see test_scale.py for the rest
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_is_refused():

@@ -1,0 +1,549 @@
+"""train.py on several ranks, killed, stopped, out of space: real processes that really die, on the CPU.
+
+    python -m pytest -q tests/test_scale.py                     # about three minutes on two cores, no download
+"""
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import Corpus
+from model import UserError, load_checkpoint
+from test_train import MOE, TINY, read_log, without_rates
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = TINY | dict(max_steps=40, learning_rate=1e-2, save_interval=5, eval_interval=10, stats_interval=10, **MOE)
+# train.py, spared the second that measuring the peak FLOP/s takes, after whatever a test wants changed
+SCRIPT = f"""
+import io, json, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+train.gemm_rate = lambda *_: 1e11
+"""
+SLOW = """
+honest = train.gradients
+train.gradients = lambda *args, **kwargs: (time.sleep(0.02), honest(*args, **kwargs))[1]
+"""
+HALF = """
+save = torch.save
+def slowly(saved, f):
+    whole = io.BytesIO()
+    save(saved, whole)
+    half = len(whole.getvalue()) // 2
+    f.write(whole.getvalue()[:half])
+    f.flush()
+    time.sleep(0.2)
+    f.write(whole.getvalue()[half:])
+torch.save = slowly
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    monkeypatch.setattr(train, "gemm_rate", lambda *_: 1e11)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, corpus):
+    """launch(out, *arguments, ranks=, change=, torchrun=, **settings) starts train.py; what still runs is ended."""
+    started, folder = [], tmp_path_factory.mktemp("scripts")
+
+    def start(out, *args, ranks=1, change="", torchrun=(), script="train.run(train.main)", preexec_fn=None, **kwargs):
+        path = folder / f"train{len(started)}.py"
+        path.write_text(SCRIPT + change + script)
+        settings = RUN | {"data": str(corpus), "out_dir": str(out)} | kwargs
+        command = [sys.executable, *(("-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
+                                      *torchrun) if ranks > 1 else ())]
+        command += [str(path), *args] + [f"--{k}={v}" for k, v in settings.items()] * ("train.main" in script)
+        started.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=preexec_fn))
+        return started[-1]
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()          # torchrun ends its workers, then itself
+            process.communicate()
+
+
+def end(process, status=0):
+    """Wait for a process and check its exit status; returns what it wrote to stdout and stderr."""
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def until(happened, process):
+    """Wait for something that a process does."""
+    while not happened():
+        assert process.poll() is None, "it ended first: " + "\n".join(process.communicate())
+        time.sleep(0.002)
+
+
+def logged(out, n):
+    """A function: has the run logged n steps?"""
+    path = Path(out) / "log.jsonl"
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= n
+
+
+def workers(process):
+    """The process ids of torchrun's ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for pid in map(int, children):
+        told = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        ranks[int(told["RANK"])] = pid
+    return ranks
+
+
+def flat(saved):
+    """Weights and moments of a checkpoint by one name each."""
+    moments = {f"{name} {k}": v for name, state in saved["optimizer"].items() for k, v in state.items()}
+    return saved["model"] | moments
+
+
+def assert_same_end(out, want, exact=True):
+    """The same log, weights and moments, bit for bit or to float tolerance."""
+    a, b = without_rates(read_log(out)), without_rates(read_log(want))
+    assert [r["step"] for r in a] == [r["step"] for r in b]
+    one, two = load_checkpoint(out / "ckpt.pt"), load_checkpoint(want / "ckpt.pt")
+    assert one["step"] == two["step"] and one.keys() == two.keys()
+    one, two = flat(one), flat(two)
+    assert [(k, v.shape, v.dtype) for k, v in one.items()] == [(k, v.shape, v.dtype) for k, v in two.items()]
+    if exact:
+        assert a == b
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        return
+    for x, y in zip(a, b):
+        assert x.keys() == y.keys()
+        for name in x:
+            np.testing.assert_allclose(x[name], y[name], rtol=2e-5, atol=1e-7, err_msg=f"step {x['step']}: {name}")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5, msg=lambda m: f"{name}: {m}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one run, several engines
+
+
+# 8 windows a step in micro-batches of 2; 5 validation batches, which do not divide among 2 ranks; clipping is active.
+KINDS = {
+    "dense": dict(n_kv_head=1, norm="lns"),
+    "moe": MOE | dict(shared_hidden=8, lb_loss_weight=0.1),
+    "tied": dict(tie_embeddings=True, norm="peri", recompute=True),
+}
+SHORT = TINY | dict(max_steps=6, init_std=0.1, grad_clip=0.5, learning_rate=1e-3, eval_interval=2, stats_interval=3,
+                    save_interval=3)
+ENGINES = ("ddp", "fsdp")
+
+
+def cut(out, to):
+    """What a run that died between its last two checkpoints leaves behind."""
+    to.mkdir()
+    shutil.copy(out / "ckpt.1.pt", to / "ckpt.1.pt")
+    shutil.copy(out / "log.jsonl", to / "log.jsonl")
+
+
+@pytest.fixture(scope="module")
+def engines(launch, corpus, tmp_path_factory):
+    """The folder with a run of every kind in 1 process and under each engine, and with runs resumed under another."""
+    folder = tmp_path_factory.mktemp("engines")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "gemm_rate", lambda *_: 1e11)
+    todo = {kind: SHORT | settings | {"data": str(corpus)} for kind, settings in KINDS.items()}
+    for kind, settings in todo.items():
+        train.train(TrainConfig(**settings | {"out_dir": str(folder / f"{kind}-alone"), "recompute": False}))
+    cut(folder / "moe-alone", folder / "alone-then-fsdp")
+    runs = [(settings | {"out_dir": str(folder / f"{kind}-{engine}"), "parallel": engine}, False)
+            for engine in ENGINES for kind, settings in todo.items()]
+    runs.append((todo["moe"] | {"out_dir": str(folder / "alone-then-fsdp"), "parallel": "fsdp"}, True))
+    script = """
+train.dist.init_process_group("gloo")               # once for all of them: torchrun's store serves one group
+train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
+for settings, resume in json.loads(sys.argv[1]):
+    train.train(train.TrainConfig(**settings), resume)
+"""
+    said = end(launch(folder, json.dumps(runs), ranks=2, script=script))[0]
+    assert said.count("2 x cpu") == said.count("trained in") == len(runs)        # two ranks, one of them talks
+    cut(folder / "moe-fsdp", folder / "fsdp-then-alone")
+    cut(folder / "moe-fsdp", folder / "fsdp-then-ddp")
+    train.train(TrainConfig(**todo["moe"] | {"out_dir": str(folder / "fsdp-then-alone")}), resume=True)
+    end(launch(folder, json.dumps([(todo["moe"] | {"out_dir": str(folder / "fsdp-then-ddp")}, True)]), ranks=2,
+               script=script))
+    patch.undo()
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_give_the_losses_statistics_weights_and_moments_of_one(engines, kind, engine):
+    one = read_log(engines / f"{kind}-alone")
+    assert all(r["grad_norm"] > 0.5 for r in one[1:]) and "val_loss" in one[1] and "variance" in one[2]
+    assert_same_end(engines / f"{kind}-{engine}", engines / f"{kind}-alone", exact=False)
+
+
+@pytest.mark.parametrize("resumed", ["alone-then-fsdp", "fsdp-then-alone", "fsdp-then-ddp"])
+def test_a_checkpoint_of_one_engine_resumes_under_another(engines, resumed):
+    assert_same_end(engines / resumed, engines / "moe-alone", exact=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# killed and resumed
+
+
+@pytest.fixture(scope="module")
+def whole(launch, tmp_path_factory):
+    """RUN, uninterrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    end(launch(out))
+    return out
+
+
+def kill(process):
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_run_killed_at_several_steps_and_resumed_ends_bit_for_bit_as_one_that_was_not(launch, whole, tmp_path):
+    out, said = tmp_path / "out", []
+    for step in sorted(random.Random(1).sample(range(1, 39), 3)):
+        process = launch(out, "--resume", change=SLOW)
+        until(logged(out, step), process)
+        kill(process)
+        assert len(read_log(out)) < 40
+        with open(out / "log.jsonl", "a") as f:
+            f.write('{"step": 39, "tok')                             # as if it had been killed while it wrote a line
+    said, _ = end(launch(out, "--resume"))
+    assert ", from step " in said
+    assert_same_end(out, whole)
+
+
+def test_a_run_killed_while_it_writes_its_checkpoints_loses_none_of_those_before(launch, whole, tmp_path):
+    out = tmp_path / "out"
+    for n in (1, 2, 2):
+        process = launch(out, "--resume", change=SLOW + HALF)
+        for _ in range(n):                                           # the nth checkpoint from here
+            until((out / "ckpt.pt.tmp").exists, process)
+            if _ < n - 1:
+                until(lambda: not (out / "ckpt.pt.tmp").exists(), process)
+        kill(process)
+        assert (out / "ckpt.pt.tmp").exists()
+    assert load_checkpoint(out / "ckpt.pt")["step"] < 40
+    end(launch(out, "--resume"))
+    assert_same_end(out, whole)
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "log.jsonl.old", "ckpt.pt", "ckpt.1.pt"}
+
+
+def test_with_nothing_to_resume_a_run_starts_afresh_and_says_so_and_one_that_is_done_changes_nothing(
+        launch, whole, tmp_path):
+    out = tmp_path / "out"
+    said, _ = end(launch(out, "--resume"))
+    assert said.splitlines()[0] == f"nothing to resume in {out}: starting afresh"
+    assert_same_end(out, whole)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    said, _ = end(launch(out, "--resume"))
+    assert f"{out} has all its steps already" in said
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(launch, whole, tmp_path):
+    out = tmp_path / "out"
+    process = launch(out, ranks=2, change=SLOW, torchrun=["--max-restarts=1"])
+    until(logged(out, 12), process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    said, _ = end(process)
+    assert ", from step 10" in said or ", from step 5" in said       # the second may not have been written yet
+    assert_same_end(out, whole, exact=False)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(launch, whole, tmp_path):
+    out = tmp_path / "out"
+    process = launch(out, change=SLOW, save_interval=0)
+    until(logged(out, 7), process)
+    process.send_signal(signal.SIGTERM)
+    said, err = end(process)
+    step = read_log(out)[-1]["step"]
+    assert 7 <= step < 40 and load_checkpoint(out / "ckpt.pt")["step"] == step
+    assert said.splitlines()[-1].startswith(f"stopped by SIGTERM after step {step}; ") and err == ""
+    end(launch(out, "--resume"))
+    assert_same_end(out, whole)
+
+
+@pytest.mark.parametrize("whom", ["a rank", "torchrun"])
+def test_sigterm_to_a_rank_or_to_torchrun_stops_and_saves_all(launch, whole, tmp_path, whom):
+    out = tmp_path / "out"
+    process = launch(out, ranks=2, change=SLOW, save_interval=0, parallel="fsdp")
+    until(logged(out, 3), process)
+    os.kill(workers(process)[1] if whom == "a rank" else process.pid, signal.SIGTERM)
+    said, err = process.communicate(timeout=60)
+    step = read_log(out)[-1]["step"]
+    assert step < 40 and load_checkpoint(out / "ckpt.pt")["step"] == step
+    assert said.splitlines()[-1].startswith(f"stopped by SIGTERM after step {step}; ") and not errors(err)
+    assert process.returncode == 0 if whom == "a rank" else "SIGTERM" in err     # torchrun reports its own signal
+    end(launch(out, "--resume"))
+    assert_same_end(out, whole, exact=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# damage
+
+
+def run_here(out, corpus, resume=False, **settings):
+    """The same in this process, for what needs no other."""
+    train.train(TrainConfig(**RUN | {"data": str(corpus), "out_dir": str(out)} | settings), resume)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_exactly_the_newest_checkpoints_are_kept(corpus, tmp_path, keep):
+    run_here(tmp_path, corpus, max_steps=11, save_interval=2, keep_checkpoints=keep)
+    steps = {path.name: load_checkpoint(path)["step"] for path in tmp_path.glob("ckpt*")}
+    assert steps == dict(list({"ckpt.pt": 11, "ckpt.1.pt": 10, "ckpt.2.pt": 8}.items())[:keep])
+
+
+@pytest.fixture(scope="module")
+def short(corpus, tmp_path_factory):
+    """A run of 6 steps that keeps those of step 2, 4 and 6."""
+    out = tmp_path_factory.mktemp("short")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "gemm_rate", lambda *_: 1e11)
+    run_here(out, corpus, max_steps=6, save_interval=2, keep_checkpoints=3)
+    patch.undo()
+    return out
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip_a_weight(path):
+    damaged = bytearray(path.read_bytes())
+    weight = load_checkpoint(path)["model"]["blocks.1.ffn.gate"].numpy().tobytes()
+    damaged[damaged.index(weight) + 5] ^= 1
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_weight, lambda path: path.write_bytes(b""), Path.unlink],
+                         ids=["truncated", "flipped", "empty", "between_two_renames"])
+def test_the_checkpoint_before_a_damaged_one_is_used(short, corpus, tmp_path, capsys, damage):
+    out = tmp_path / "out"
+    shutil.copytree(short, out)
+    damage(out / "ckpt.pt")
+    run_here(out, corpus, resume=True, max_steps=6, save_interval=2, keep_checkpoints=3)
+    said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(said) == (damage is not Path.unlink) and all(str(out / "ckpt.pt") in line for line in said)
+    assert_same_end(out, short)
+
+
+def test_where_every_checkpoint_is_damaged_a_run_is_refused_and_nothing_is_touched(short, corpus, launch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(short, out)
+    for path in out.glob("ckpt*.pt"):
+        truncate(path)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    said, err = end(launch(out, "--resume"), status=2)
+    assert said.count("is damaged") == 3
+    assert len(err.splitlines()) == 1 and err.startswith(f"error: {out}: every checkpoint is damaged")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(short, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    good, want = (short / "ckpt.pt").read_bytes(), flat(load_checkpoint(short / "ckpt.pt"))
+    draw = random.Random(0)
+    directory = len(good) - 2000                                     # holds names, flags, sizes and checksums
+    places = draw.choices(range(len(good)), k=60) + draw.choices(range(directory, len(good)), k=250)
+    noticed = 0
+    for place in places:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = train.newest_checkpoint(tmp_path)
+        except UserError:
+            noticed += 1
+        else:
+            assert all(torch.equal(v, want[k]) for k, v in flat(load_checkpoint(found)).items())
+    assert noticed > 150
+
+
+@pytest.mark.parametrize("name, value", [("n_head", 4), ("seed", 1), ("tokens_per_step", 512), ("norm", "lns")])
+def test_resuming_with_another_model_or_other_data_is_refused_by_name(short, corpus, tmp_path, name, value):
+    shutil.copytree(short, tmp_path / "out")
+    with pytest.raises(UserError, match=f"{name}={value!r}, but .* {name}=|{name}={value}, but .* {name}="):
+        run_here(tmp_path / "out", corpus, resume=True, max_steps=8, **{name: value})
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6 and len(read_log(tmp_path / "out")) == 6
+
+
+def test_resuming_with_another_learning_rate_says_so_and_goes_on(short, corpus, tmp_path, capsys):
+    shutil.copytree(short, tmp_path / "out")
+    run_here(tmp_path / "out", corpus, resume=True, max_steps=8, learning_rate=2e-2, keep_checkpoints=3)
+    said = capsys.readouterr().out
+    assert "resuming with learning_rate=0.02 instead of 0.01" in said and "max_steps=8 instead of 6" in said
+    log = read_log(tmp_path / "out")
+    assert [r["step"] for r in log] == list(range(1, 9)) and log[-1]["lr"] == pytest.approx(
+        2e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * 5 / 6))))                   # of the schedule to step 8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# failures: one line on stderr, status 2 (torchrun's own is 1), no hang, the last good checkpoint as it was
+
+
+def at_most(n):
+    """Files of at most n bytes: to the program, as if the disk were full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_too_full_for_a_checkpoint_is_one_line(launch, short, tmp_path, ranks):
+    out = tmp_path / "out"
+    shutil.copytree(short, out)
+    before = {path: path.read_bytes() for path in out.glob("ckpt*")}
+    process = launch(out, "--resume", ranks=ranks, preexec_fn=at_most(100_000))
+    _, err = end(process, status=2 if ranks == 1 else 1)
+    line, = errors(err)
+    assert f"cannot write {out / 'ckpt.pt'}" in line and "intact" in line and (ranks == 2 or err == line + "\n")
+    assert {path: path.read_bytes() for path in out.glob("ckpt*")} == before      # the half-written file is gone
+
+
+def test_a_disk_too_full_for_the_log_is_one_line_and_leaves_whole_lines(launch, tmp_path):
+    _, err = end(launch(tmp_path / "out", save_interval=0, preexec_fn=at_most(3_000)), status=2)
+    line, = err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / 'out' / 'log.jsonl'}")
+
+
+def test_an_out_dir_that_two_ranks_cannot_write_is_one_line(launch, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    _, err = end(launch(tmp_path / "taken" / "out", ranks=2), status=1)
+    assert len(errors(err)) == 1 and str(tmp_path / "taken" / "out") in errors(err)[0]
+
+
+def test_a_loss_that_is_not_finite_on_two_ranks_is_one_line(launch, short, tmp_path):
+    shutil.copytree(short, tmp_path / "out")
+    # 0.01 was its rate; the loss of one rank alone overflows
+    change = "honest = train.gradients\n" \
+             "def overflow(*args, **kwargs):\n" \
+             "    sums = honest(*args, **kwargs)\n" \
+             "    sums['loss'] *= float('inf') if os.environ['RANK'] == '1' else 1\n" \
+             "    return sums\n" \
+             "train.gradients = overflow\n"
+    _, err = end(launch(tmp_path / "out", "--resume", ranks=2, change=change), status=1)
+    line, = errors(err)
+    assert "step 7: loss inf" in line and "learning_rate" in line
+    assert load_checkpoint(tmp_path / "out" / "ckpt.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rank_that_dies_ends_the_run_with_a_line_of_the_other(launch, tmp_path, engine, rank):
+    out = tmp_path / "out"
+    process = launch(out, ranks=2, change=SLOW, parallel=engine, eval_interval=3)
+    until(logged(out, 7), process)
+    os.kill(workers(process)[rank], signal.SIGKILL)
+    _, err = end(process, status=1)
+    line, = errors(err)
+    assert f"rank {1 - rank} lost another rank" in line and "--resume" in line
+    assert "Traceback" not in err.split(line)[0]
+    assert train.newest_checkpoint(out) is not None and load_checkpoint(out / "ckpt.pt")["step"] < 40
+
+
+def damaged_copy(corpus, to, what):
+    shutil.copytree(corpus, to)
+    shard = to / "train_00000.bin"
+    if what == "missing":
+        shard.unlink()
+    elif what == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-2])
+    elif what == "beyond":
+        ids = np.fromfile(shard, dtype=np.uint16)
+        ids[1000:] = 257
+        ids.tofile(shard)
+    else:
+        meta = json.loads((to / "meta.json").read_text())
+        (to / "meta.json").write_text(json.dumps(meta | {"vocab_size": 300}))
+    return to
+
+
+@pytest.mark.parametrize("what, ranks, named", [
+    ("missing", 1, "train_00000.bin"), ("truncated", 2, "train_00000.bin"), ("beyond", 2, "257"),
+    ("header", 1, "meta.json")])
+def test_a_damaged_corpus_is_one_line(launch, corpus, tmp_path, what, ranks, named):
+    process = launch(tmp_path / "out", ranks=ranks, data=damaged_copy(corpus, tmp_path / "data", what))
+    _, err = end(process, status=2 if ranks == 1 else 1)
+    line, = errors(err)
+    assert named in line and str(tmp_path / "data") in line and (ranks == 2 or err == line + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# compiled
+
+
+COMPILED = {     # name -> settings, graphs after steps 1, 2 (the first with statistics), its validation and all later steps
+    "ddp": (MOE | {"parallel": "ddp"}, [1, 2, 3, 3, 3, 3]),
+    "fsdp": (MOE | {"parallel": "fsdp"}, [1, 1, 2, 2, 2, 2]),                    # a block at a time, all blocks alike
+    "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 12}, [12, 12, 24, 24, 24, 24]),      # no two alike
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(launch, corpus, tmp_path_factory):
+    """Runs of COMPILED, eager and compiled by two ranks; of the compiled ones how many graphs there were at each step."""
+    folder = tmp_path_factory.mktemp("compiled")
+    told = {name: SHORT | settings | {"data": str(corpus), "max_steps": 5, "stats_interval": 2}
+            for name, (settings, _) in COMPILED.items()}
+    runs = [[name, settings | {"compile": compile, "out_dir": str(folder / f"{name}-{compile}")}]
+            for name, settings in told.items() for compile in (False, True)]
+    # The same capture without generating code, which would take most of a minute.
+    script = f"""
+from torch._dynamo.utils import counters
+compile, make = torch.compile, train.make_optimizer
+torch.compile = lambda *args, **kwargs: compile(*args, **kwargs, backend="aot_eager")
+def make_and_watch(*args):
+    optimizer = make(*args)
+    optimizer.register_step_pre_hook(lambda *_: graphs.append(counters["stats"]["unique_graphs"]))
+    return optimizer
+train.make_optimizer = make_and_watch
+train.dist.init_process_group("gloo")
+train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
+counted = {{}}
+for name, settings in json.loads(sys.argv[1]):
+    graphs = []
+    torch._dynamo.reset()
+    counters.clear()
+    train.train(train.TrainConfig(**settings))
+    counted[name] = graphs + [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())]
+if os.environ["RANK"] == "1":
+    open({str(folder / "counted.json")!r}, "w").write(json.dumps(counted))
+"""
+    end(launch(folder, json.dumps(runs), ranks=2, script=script))
+    return folder, json.loads((folder / "counted.json").read_text())
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_two_ranks_compile_once_without_graph_breaks_and_compute_the_same(compiled, name):
+    folder, counted = compiled
+    assert counted[name] == [*COMPILED[name][1], 0]
+    assert_same_end(folder / f"{name}-True", folder / f"{name}-False", exact=False)
