@@ -691,7 +691,7 @@ def traced_peak(c: TrainConfig, size: int, bf16: bool, gpus: int) -> int:
 
     The pass really runs, on fake tensors that have a shape and no storage; what lives is counted storage by storage.
     """
-    live, now, peak = set(), 0, 0
+    now = peak = 0
 
     def free(key: int, n: int) -> None:
         nonlocal now
@@ -719,6 +719,8 @@ def traced_peak(c: TrainConfig, size: int, bf16: bool, gpus: int) -> int:
                     setattr(module, name, torch.nn.Parameter(p.bfloat16()))
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
+        there = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+        live = {t.untyped_storage()._cdata for t in there}
         with Count():
             gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
     return peak
