@@ -763,7 +763,8 @@ def test_the_model_is_left_exactly_as_it_was():
     assert state(model) == before and torch.equal(tokens, same_tokens)
 
 
-def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage():
+def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage(monkeypatch):
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 4 * T)
     model, tokens = unusual_model(), make_tokens()
     lines = []
     probe.probe(model, tokens, progress=lines.append)
@@ -779,9 +780,10 @@ def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage():
         assert state(model) == before, stage
 
 
-@pytest.mark.parametrize("piece", ["streams_of", "nll", "affine_map", "causal_row", "swapped", "lens_sums", "jacobian",
+@pytest.mark.parametrize("piece", ["forward", "streams_of", "nll", "affine_map", "causal_row", "swapped", "lens_sums", "jacobian",
                                    "contribution_sums", "attention_sums"])
 def test_the_model_is_left_exactly_as_it_was_by_a_failure_in_any_piece(piece, monkeypatch):
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 4 * T)
     model, tokens = unusual_model(), make_tokens()
     before, original, calls = state(model), getattr(probe, piece), []
 
@@ -1053,7 +1055,8 @@ def test_one_layer_can_be_probed_from_the_command_line(cli, workplace):
     save_checkpoint(workplace / "one.pt", checkpoint_of(make_model(torch.float32, **{**CLI, "n_layer": 1})))
     np.save("mine.npy", make_tokens(4, 8).numpy())
     code, _, err = cli("one.pt", "--tokens", "mine.npy")
-    assert (code, err) == (0, "") and strict_json(workplace / "probe.json")["removal"].keys() == {"1", "attn", "ffn"}
+    assert (code, err) == (0, "")
+    assert strict_json(workplace / "one/probe.json")["removal"].keys() == {"1", "attn", "ffn"}
 
 
 def test_a_bfloat16_checkpoint_is_probed_in_float32(cli, workplace, no_matplotlib):
@@ -1081,7 +1084,7 @@ def test_drop_writes_a_checkpoint_that_probe_and_train_take(cli, workplace, corp
     assert f"loss {whole:.4f} -> {less:.4f}" in out and f"x{math.exp(less - whole):.3f}" in out
 
     assert cli("pruned.pt", "--only", "variance", "--samples", 10**6)[::2] == (0, "")
-    assert strict_json(workplace / "probe.json")["loss"] == pytest.approx(less, rel=1e-5)
+    assert strict_json(workplace / "pruned/probe.json")["loss"] == pytest.approx(less, rel=1e-5)
 
     done = script("train.py", "--init_from=pruned.pt", "--max_steps=2", "--out_dir=healed", f"--data={corpus}",
                   "--tokens_per_step=64", "--eval_tokens=320", "--device=cpu", "--compile=false")
