@@ -22,6 +22,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from itertools import combinations, pairwise
 from pathlib import Path
+from timeit import timeit
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
 
@@ -127,9 +128,8 @@ def affine_map(moments: Tensor) -> tuple[Tensor, Tensor]:
     cov_xx, cov_xy = xx - torch.outer(mean_x, mean_x), xy - torch.outer(mean_x, mean_y)
     live = cov_xx.diagonal() > 1e-13 * xx.diagonal()                       # else constant up to float64's rounding
     scale = torch.where(live, cov_xx.diagonal().clamp_min(1e-300).rsqrt(), 0.0)
-    values, vectors = torch.linalg.eigh(scale[:, None] * cov_xx * scale)
-    inverse = torch.where(values > values.max() * d * 1e-15, 1 / values.clamp_min(1e-300), 0.0)
-    W = scale[:, None] * (vectors * inverse) @ (vectors.T @ (scale[:, None] * cov_xy))
+    inverse = torch.linalg.pinv(scale[:, None] * cov_xx * scale, rtol=d * 1e-15, hermitian=True)
+    W = scale[:, None] * (inverse @ (scale[:, None] * cov_xy))
     return W, mean_y - mean_x @ W
 
 
@@ -284,14 +284,14 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             begin("usefulness: fit", "usefulness", "released")
             streams, details = forward(model, idx)
             pairs_of = [*pairwise(streams), (streams[n - 1], model.norm(streams[n]))][:len(layers)]
-            for part, rows in enumerate((slice(max(0, half - k * size)), slice(max(0, half - k * size), None))):
+            late = max(0, half - k * size)                                   # from here on in the second half
+            for part, rows in enumerate((slice(late), slice(late, None))):
                 fits[part] = fits[part] + torch.stack([moments(x[rows], y[rows]) for x, y in pairs_of])
         maps = {"usefulness": [affine_map(m) for m in fits[0] + fits[1]],
                 "usefulness_heldout": [affine_map(m) for m in fits[0][:n]]}
 
     for k, idx in enumerate(chunks):
         positions, predictions = idx.numel(), idx[:, 1:].numel()
-        late = max(0, half - k * size)                                       # from here on in the second half
         begin("streams")
         if k > 0 or not maps:
             streams, details = forward(model, idx)
@@ -324,11 +324,9 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             for r in sorted(set(remove) - {1}):
                 losses = [nll(model, streams[s], idx, blocks[s + r:]) for s in range(n - r + 1)]
                 add(f"removal.{r}", losses, predictions)
-            if sublayers:
-                add("removal.attn", [nll(model, x + block.ffn_output(x)[0], idx, blocks[l + 1:])
-                                     for l, (x, block) in enumerate(zip(streams, blocks))], predictions)
-                add("removal.ffn", [nll(model, x + detail.attn, idx, blocks[l + 1:])
-                                    for l, (x, detail) in enumerate(zip(streams, details))], predictions)
+            for name, alone in (("attn", lambda l: streams[l] + blocks[l].ffn_output(streams[l])[0]),
+                                ("ffn", lambda l: streams[l] + details[l].attn))[:2 * sublayers]:
+                add(f"removal.{name}", [nll(model, alone(l), idx, blocks[l + 1:]) for l in range(n)], predictions)
             cosines = [F.cosine_similarity(wide(x), wide(y), dim=-1) for x, y in pairwise(streams)]
             add("block_influence", [(1 - cosine).sum() for cosine in cosines], positions)
         if "permutation" in want:
@@ -337,15 +335,13 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
                 begin("permutation")
                 losses.append(nll(model, streams[i], idx, swapped(blocks, i, j)[i:]))
             add("permutation", losses, predictions)
-        if begin("usefulness"):
-            def judge(name: str, rows: slice) -> None:
-                losses = [nll(model, x[rows] @ W.to(x) + b.to(x), idx[rows], blocks[l + 1:])
+        for name, first in (("usefulness", 0), ("usefulness_heldout", max(0, half - k * size))):
+            judged = idx[first:]                                             # those of the second half
+            if len(judged) and begin("usefulness"):
+                losses = [nll(model, x[first:] @ W.to(x) + b.to(x), judged, blocks[l + 1:])
                           for l, (x, (W, b)) in enumerate(zip(streams[:n], maps[name]))]
-                add(name, losses, idx[rows, 1:].numel())
-            judge("usefulness", slice(None))
-            if late < len(idx):
-                judge("usefulness_heldout", slice(late, None))
-                add("heldout loss", nll(model, streams[n][late:], idx[late:]), idx[late:, 1:].numel())
+                add(name, losses, judged[:, 1:].numel())
+                add(f"{name} before", nll(model, streams[n][first:], judged), judged[:, 1:].numel())
         if begin("lens"):
             add("lens", lens_sums(model, streams, idx), [positions, predictions, positions])
         if begin("contribution"):
@@ -359,8 +355,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     mean = {name: sums[name] / counts[name].clamp_min(1e-300) for name in sums}
     out: dict[str, Any] = {"loss": mean["loss"].item()}
 
-    def usefulness(name: str, whole: Tensor, fitted_on: int) -> dict[str, Any]:
-        ratio = mean[name] / whole
+    def usefulness(name: str, fitted_on: int) -> dict[str, Any]:
+        ratio = mean[name] / mean.get(f"{name} before", mean["loss"])
         return {"ratio": ratio.tolist(), "score": (ratio > USEFUL).double().mean().item(),
                 "mean_log_ratio": ratio.log().mean().item(), "loose_fit": fitted_on < 10 * (model.config.n_embd + 1)}
 
@@ -379,8 +375,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         if 1 < len(chosen) < len(every_pair):
             out["permutation_standard_error"] = change.std().item() / math.sqrt(len(chosen))
     if "usefulness" in want:
-        out["usefulness"] = usefulness("usefulness", mean["loss"], B * T)
-        out["usefulness_heldout"] = usefulness("usefulness_heldout", mean["heldout loss"], half * T)
+        out["usefulness"] = usefulness("usefulness", B * T)
+        out["usefulness_heldout"] = usefulness("usefulness_heldout", half * T)
     if "removal" in want:
         out["removal"] = {name.removeprefix("removal."): x.tolist() for name, x in mean.items() if "removal." in name}
         out["block_influence"] = mean["block_influence"].tolist()
@@ -395,7 +391,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         out["sparsity"] = sparsity_scores(model, mean["attention"], mean.get("load"), below)
     if "released" in want:
         out["released"] = {"causal": mean["released.causal"].tolist(),
-                           "usefulness": usefulness("released.usefulness", mean["loss"], B * T),
+                           "usefulness": usefulness("released.usefulness", B * T),
                            "variance": [mean["variance"][0].item(), *mean["released.variance"].tolist()],
                            "jacobian": jacobian_scores(mean["released.jacobian"])}
     out["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
@@ -446,11 +442,10 @@ def only_blocks(model: GPT, kept: Sequence[int]) -> Any:
 def cheapest_drops(model: GPT, tokens: Tensor, count: int, progress: Callable[[str], None]) -> list[int]:
     """`count` blocks, each the one whose removal costs least after the ones before; in the order in which they go."""
     kept, gone = list(range(len(model.blocks))), []
-    for k in range(count):
-        def choosing(line: str) -> None:
-            progress(f"choosing block {k + 1} of {count} to drop: {line}")
-        removal = probe(only_blocks(model, kept), tokens, ["removal"], sublayers=False, progress=choosing)["removal"]
-        gone.append(kept.pop(int(np.argmin(removal["1"]))))
+    while len(gone) < count:
+        scores = probe(only_blocks(model, kept), tokens, ["removal"], sublayers=False,
+                       progress=lambda line: progress(f"choosing block {len(gone) + 1} of {count} to drop: {line}"))
+        gone.append(kept.pop(int(np.argmin(scores["removal"]["1"]))))
     return gone
 
 
@@ -459,18 +454,14 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
 
     LayerNorm Scaling divides by the root of a block's number, which changes: the norms' gains make up for it.
     """
-    settings, weights = saved["settings"], {}
+    settings = saved["settings"]
     kept = [l for l in range(settings["n_layer"]) if l not in drop]
-    for name, w in saved["model"].items():
-        if name.startswith("blocks."):
-            _, l, rest = name.split(".", 2)
-            if int(l) not in kept:
-                continue
-            new = kept.index(int(l))
-            if settings.get("norm") == "lns" and rest in ("attn_norm.weight", "ffn_norm.weight"):
-                w = w * math.sqrt((new + 1) / (int(l) + 1))
-            name = f"blocks.{new}.{rest}"
-        weights[name] = w.clone()
+    weights = {name: w.clone() for name, w in saved["model"].items() if not name.startswith("blocks.")}
+    for new, l in enumerate(kept):
+        for name, w in saved["model"].items():
+            if name.startswith(f"blocks.{l}."):
+                scaled = settings.get("norm") == "lns" and name.endswith((".attn_norm.weight", ".ffn_norm.weight"))
+                weights[name.replace(f".{l}.", f".{new}.", 1)] = w * math.sqrt((new + 1) / (l + 1) if scaled else 1)
     return {"model": weights, "settings": {**settings, "n_layer": len(kept)}, "step": saved.get("step", 0),
             "tokenizer": saved["tokenizer"], "kept": [saved.get("kept", range(settings["n_layer"]))[l] for l in kept]}
 
@@ -565,61 +556,50 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
         import matplotlib.pyplot as plt
     except ImportError:
         return "no figures: pip install matplotlib"
-    several, integers = len(results) > 1, matplotlib.ticker.MaxNLocator(integer=True)
-
-    def figure(name: str, path: str, draw: Callable, title: str, xlabel: str, ylabel: str, scale: str = "linear") -> None:
-        """`draw` fills the axes from what the results have at `path`, {label: value}."""
+    several, whole_numbers = len(results) > 1, matplotlib.ticker.MaxNLocator(integer=True)
+    passed = "blocks passed (0: embedding)"
+    for name, path, title, xlabel, ylabel in (
+            ("variance", "variance", "Variance of the residual stream", passed, "variance"),
+            ("jacobian", "jacobian.deviation", "Distance of the Jacobian from the identity", "block",
+             r"$\|J - I\|_F\,/\,d$"),
+            ("lens", "lens.kl", "What each stream already says", passed, "KL to the model's output (nats)"),
+            ("removal", "removal", "Perplexity without a run of blocks", "first removed block", "perplexity ratio"),
+            ("usefulness", "usefulness.ratio", "Loss with a block replaced by its best affine map", "block",
+             "loss ratio"),
+            ("causal", "causal", "Causal score C[s, l]", "later block l", "skipped block s"),
+            ("permutation", "permutation", "Relative change of the loss by a swap", "block j", "block i")):
         found = {label: at(r, path) for label, r in results.items()}
         if not all(found.values()):
-            return
-        columns = len(found) if draw == maps else 1
+            continue
+        if name == "removal":
+            found = {f"{label}, " * several + f"run of {length}": perplexity_ratios(results[label], losses)
+                     for label, runs in found.items() for length, losses in runs.items() if length.isdigit()}
+        heat, width = name in ("causal", "permutation"), 0.8 / len(found)
+        columns = len(found) if heat else 1
         fig, axes = plt.subplots(1, columns, figsize=(2 + 4 * columns, 4), layout="constrained", squeeze=False)
-        draw(axes[0], found)
-        for ax in axes[0]:
-            ax.set(xlabel=xlabel, ylabel=ylabel, yscale=scale)
-            ax.xaxis.set_major_locator(integers)
+        arrays = {label: np.array(values, dtype=float) for label, values in found.items()}
+        norm = matplotlib.colors.PowerNorm(0.5, 0, max(1e-9, *(np.nanmax(a, initial=0) for a in arrays.values())))
+        for k, (label, a) in enumerate(arrays.items()):
+            ax = axes[0, k % columns]
+            ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if name in ("variance", "removal") else "linear")
+            ax.xaxis.set_major_locator(whole_numbers)
+            if heat:
+                image = ax.imshow(np.where(a == 0, np.nan, a), norm=norm)      # 0: the diagonal, what is before s
+                ax.set_title(label * several)
+                ax.yaxis.set_major_locator(whole_numbers)
+            elif name == "usefulness":
+                ax.bar(np.arange(len(a)) + (k + 0.5) * width - 0.4, a - 1, width, bottom=1, label=label)
+            else:
+                ax.plot(np.minimum(a, 1e9), marker="o", markersize=3.5, label=label)
+        if heat:
+            fig.colorbar(image, ax=axes[0].tolist(), shrink=0.85)
+        if name == "usefulness":
+            ax.axhline(USEFUL, color="black", linestyle="--", linewidth=1, label=f"useful above {USEFUL}")
         fig.suptitle(title)
-        if len(axes[0, 0].get_legend_handles_labels()[1]) > 1:
+        if len(ax.get_legend_handles_labels()[1]) > 1:
             fig.legend(fontsize=8, loc="outside lower center", ncols=4)        # below: curves may be anywhere above
         fig.savefig(out / f"{name}.png", dpi=130)
         plt.close(fig)
-
-    def curves(axes: Any, found: dict[str, list[float]]) -> None:
-        for label, ys in found.items():
-            axes[0].plot(ys, marker="o", markersize=3.5, label=label)
-        axes[0].grid(alpha=0.3)
-
-    def runs(axes: Any, found: dict[str, dict[str, list[float]]]) -> None:
-        curves(axes, {f"{label}, " * several + f"run of {n}": np.minimum(perplexity_ratios(results[label], losses), 1e9)
-                      for label, removal in found.items() for n, losses in removal.items() if n.isdigit()})
-
-    def bars(axes: Any, found: dict[str, list[float]]) -> None:
-        for k, (label, ratio) in enumerate(found.items()):
-            width = 0.8 / len(found)
-            place = np.arange(len(ratio)) + (k - (len(found) - 1) / 2) * width
-            axes[0].bar(place, np.array(ratio) - 1, width, bottom=1, label=label)
-        axes[0].axhline(USEFUL, color="black", linestyle="--", linewidth=1, label=f"useful above {USEFUL}")
-
-    def maps(axes: Any, found: dict[str, list[list[float]]]) -> None:
-        matrices = [np.array(m, dtype=float) for m in found.values()]
-        norm = matplotlib.colors.PowerNorm(0.5, 0, max(1e-9, *(np.nanmax(m) for m in matrices)))
-        for ax, label, m in zip(axes, found, matrices):
-            image = ax.imshow(np.where(m == 0, np.nan, m), norm=norm)          # 0: there is no such pair
-            ax.set_title(label * several)
-            ax.yaxis.set_major_locator(integers)
-        axes[0].figure.colorbar(image, ax=axes.tolist(), shrink=0.85)
-
-    passed = "blocks passed (0: embedding)"
-    figure("variance", "variance", curves, "Variance of the residual stream", passed, "variance", "log")
-    figure("jacobian", "jacobian.deviation", curves, "Distance of the Jacobian from the identity", "block",
-           r"$\|J - I\|_F\,/\,d$")
-    figure("lens", "lens.kl", curves, "What each stream already says", passed, "KL to the model's output (nats)")
-    figure("removal", "removal", runs, "Perplexity without a run of blocks", "first removed block", "perplexity ratio",
-           "log")
-    figure("usefulness", "usefulness.ratio", bars, "Loss with a block replaced by its best affine map", "block",
-           "loss ratio")
-    figure("causal", "causal", maps, "Causal score C[s, l]", "later block l", "skipped block s")
-    figure("permutation", "permutation", maps, "Relative change of the loss by a swap", "block j", "block i")
     return f"figures in {out}"
 
 
@@ -661,14 +641,9 @@ def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
                         ("usefulness", naive_usefulness), ("jacobian", naive_jacobian)):
         def here() -> None:
             probe(model, tokens, name.split(","), sublayers=False, jacobian_samples=len(tokens))
-        ours, theirs = (min(times) for times in zip(*[(timed(here), timed(naive)) for _ in range(rounds)]))
+        times = [(timeit(here, number=1), timeit(naive, number=1)) for _ in range(rounds)]
+        ours, theirs = map(min, zip(*times))
         print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
-
-
-def timed(f: Callable[[], None]) -> float:
-    begun = time.perf_counter()
-    f()
-    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,7 +747,7 @@ def main() -> None:
     parser.add_argument("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
     parser.add_argument("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
     parser.add_argument("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
-    parser.add_argument("--save", help="where --drop writes (default: beside ckpt.pt pruned.pt, NAME.pt NAME_pruned.pt)")
+    parser.add_argument("--save", help="target of --drop (default: beside ckpt.pt pruned.pt, NAME.pt NAME_pruned.pt)")
     parser.add_argument("--out", help="folder for probe.json and figures; several checkpoints get a folder each in it "
                         "(default: where ckpt.pt is; of a NAME.pt the folder NAME beside it)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

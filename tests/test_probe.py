@@ -780,8 +780,8 @@ def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage(mon
         assert state(model) == before, stage
 
 
-@pytest.mark.parametrize("piece", ["forward", "streams_of", "nll", "affine_map", "causal_row", "swapped", "lens_sums", "jacobian",
-                                   "contribution_sums", "attention_sums"])
+@pytest.mark.parametrize("piece", ["forward", "streams_of", "nll", "affine_map", "causal_row", "swapped", "released",
+                                   "jacobian", "lens_sums", "contribution_sums", "attention_sums"])
 def test_the_model_is_left_exactly_as_it_was_by_a_failure_in_any_piece(piece, monkeypatch):
     monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 4 * T)
     model, tokens = unusual_model(), make_tokens()
@@ -1123,7 +1123,7 @@ def test_the_naive_routes_of_bench_judge_the_losses_that_the_probes_judge(monkey
     want, tokens, half = by_hand("dense"), own_tokens("dense"), B // 2
     model, seen, original, routes = make_model(**MODELS["dense"]), [], probe.nll, []
     monkeypatch.setattr(probe, "nll", lambda *args: seen.append(original(*args)) or seen[-1])
-    monkeypatch.setattr(probe, "timed", lambda f: seen.clear() or f() or routes.append(list(seen)) or 1.0)
+    monkeypatch.setattr(probe, "timeit", lambda f, number: seen.clear() or f() or routes.append(list(seen)) or 1.0)
     probe.bench(model, tokens, rounds=1)
     causal, permutation, usefulness, jacobian = [np.array(route) for route in routes[1::2]]
     whole = want["loss"] * B * (T - 1)
