@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import probe
-from model import GPT, Block, ModelConfig, load_model, run, save_checkpoint
+from model import GPT, Block, ModelConfig, UserError, load_model, run, save_checkpoint
 from probe import EXPERIMENTS, affine_map, cheapest_drops, moments, without_blocks
 from train import TrainConfig
 
@@ -497,6 +497,29 @@ def test_a_model_of_identity_blocks_scores_as_one_that_does_not_use_its_layers()
     assert all(losses == pytest.approx([loss] * n) for losses in got["removal"].values())
     assert got["jacobian"]["deviation"] == pytest.approx([0] * n, abs=1e-12)
     assert got["lens"]["kl"] == pytest.approx([0] * (n + 1), abs=1e-12) and got["lens"]["top5_overlap"] == [1] * (n + 1)
+
+
+@pytest.mark.parametrize("V", [1, 3])
+def test_a_vocabulary_below_5_is_enough_for_the_lens(V):
+    got = probe.probe(make_model(**{**MODELS["dense"], "vocab_size": V}), make_tokens(v=V), ["lens"])["lens"]
+    assert got["top5_overlap"] == pytest.approx([1.0] * 6)                    # the top V of V are always the same
+
+
+@pytest.mark.parametrize("tokens, settings, word", [
+    (make_tokens(1), {}, "1 sequences"),
+    (make_tokens(4, 1), {}, "of 1 tokens"),
+    (make_tokens(4, T + 4), {}, f"block_size={T + 3}"),
+    (make_tokens() + V, {}, str(V)),
+    (make_tokens() - V, {}, str(V)),
+    (make_tokens(), {"experiments": ("causal", "magic")}, "magic"),
+    (make_tokens(), {"remove": (0,)}, "--remove 0"),
+    (make_tokens(), {"remove": (1, 6)}, "5 blocks"),
+    (make_tokens(), {"jacobian_samples": 0}, "--jacobian_samples"),
+    (make_tokens(), {"pairs": -1}, "--pairs"),
+])
+def test_a_wrong_argument_is_a_user_error(tokens, settings, word):
+    with pytest.raises(UserError, match=word):
+        probe.probe(make_model(**MODELS["dense"]), tokens, **settings)
 
 
 def test_one_layer_is_enough():
@@ -1092,6 +1115,45 @@ def test_drop_writes_a_checkpoint_that_probe_and_train_take(cli, workplace, corp
     healed = load_model("healed/ckpt.pt")[1]
     first = json.loads((workplace / "healed/log.jsonl").read_text().splitlines()[0])
     assert healed["settings"]["n_layer"] == 2 and first["loss"] == pytest.approx(less, rel=0.3)
+
+
+def test_checkpoints_of_one_folder_do_not_overwrite_each_other_s_results(cli, workplace, no_matplotlib):
+    """Neither one after the other nor at once, neither probe.json nor what --drop writes."""
+    assert cli("dense/ckpt.pt", "--drop", "1", "--samples", 4)[::2] == (0, "")
+    assert cli("dense/pruned.pt", "--drop", "0", "--samples", 4)[::2] == (0, "")
+    layers = {"dense/ckpt.pt": 4, "dense/pruned.pt": 3, "dense/pruned_pruned.pt": 2}
+    homes = ["dense", "dense/pruned", "dense/pruned_pruned"]
+    assert {path: len(load_model(path)[0].blocks) for path in layers} == layers
+    for calls in ([[path] for path in layers], [list(layers)]):
+        for call in calls:
+            assert cli(*call, "--only", "variance", "--samples", 4)[::2] == (0, "")
+        results = [strict_json(workplace / home / "probe.json") for home in homes]
+        assert [len(r["variance"]) - 1 for r in results] == list(layers.values())
+        assert [r["run"]["checkpoint"] for r in results] == list(layers)
+        for home in homes:
+            (workplace / home / "probe.json").unlink()
+    assert cli(*layers, "--drop", "0", "--samples", 4)[::2] == (0, "")
+    made = {"dense/pruned.pt": 3, "dense/pruned_pruned.pt": 2, "dense/pruned_pruned_pruned.pt": 1}
+    assert {path: len(load_model(path)[0].blocks) for path in made} == made
+
+
+def test_blocks_are_dropped_from_a_checkpoint_whose_settings_lack_the_norm(cli, workplace):
+    _, saved = load_model("dense/ckpt.pt")
+    settings = {key: value for key, value in saved["settings"].items() if key != "norm"}
+    save_checkpoint(workplace / "old.pt", {**saved, "settings": settings})
+    assert cli("old.pt", "--drop", "2", "--samples", 4)[::2] == (0, "")
+    assert len(load_model("old_pruned.pt")[0].blocks) == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("flags", [[], ["--only", "usefulness"], ["--drop", "1"], ["--bench"]])
+def test_weights_that_are_not_finite_are_one_line_on_stderr(value, flags, cli, workplace):
+    _, saved = load_model("dense/ckpt.pt")
+    weights = {name: w.clone() for name, w in saved["model"].items()}
+    weights["blocks.1.attn.proj.weight"][0, 0] = value
+    save_checkpoint(workplace / "damaged.pt", {**saved, "model": weights})
+    check_error(cli("damaged.pt", *flags), "damaged.pt")
+    assert not list(workplace.glob("**/probe.json")) + list(workplace.glob("**/*pruned.pt"))
 
 
 def test_drop_auto_takes_the_cheapest(cli, workplace, corpus):
