@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import probe
-from model import GPT, Block, ModelConfig, load_model, run, save_checkpoint
+from model import GPT, Block, ModelConfig, UserError, load_model, run, save_checkpoint
 from probe import EXPERIMENTS, affine_map, cheapest_drops, moments, without_blocks
 from train import TrainConfig
 
@@ -499,6 +499,29 @@ def test_a_model_of_identity_blocks_scores_as_one_that_does_not_use_its_layers()
     assert got["lens"]["kl"] == pytest.approx([0] * (n + 1), abs=1e-12) and got["lens"]["top5_overlap"] == [1] * (n + 1)
 
 
+@pytest.mark.parametrize("V", [1, 3])
+def test_a_vocabulary_below_5_is_enough_for_the_lens(V):
+    got = probe.probe(make_model(**{**MODELS["dense"], "vocab_size": V}), make_tokens(v=V), ["lens"])["lens"]
+    assert got["top5_overlap"] == pytest.approx([1.0] * 6)                    # the top V of V are always the same
+
+
+@pytest.mark.parametrize("tokens, settings, word", [
+    (make_tokens(1), {}, "1 sequences"),
+    (make_tokens(4, 1), {}, "of 1 tokens"),
+    (make_tokens(4, T + 4), {}, f"block_size={T + 3}"),
+    (make_tokens() + V, {}, str(V)),
+    (make_tokens() - V, {}, str(V)),
+    (make_tokens(), {"experiments": ("causal", "magic")}, "magic"),
+    (make_tokens(), {"remove": (0,)}, "--remove 0"),
+    (make_tokens(), {"remove": (1, 6)}, "5 blocks"),
+    (make_tokens(), {"jacobian_samples": 0}, "--jacobian_samples"),
+    (make_tokens(), {"pairs": -1}, "--pairs"),
+])
+def test_a_wrong_argument_is_a_user_error(tokens, settings, word):
+    with pytest.raises(UserError, match=word):
+        probe.probe(make_model(**MODELS["dense"]), tokens, **settings)
+
+
 def test_one_layer_is_enough():
     got = probe.probe(make_model(n_layer=1), make_tokens())
     assert got["causal"] == [[0.0]] and got["permutation"] == [[0.0]] and len(got["usefulness"]["ratio"]) == 1
@@ -763,7 +786,8 @@ def test_the_model_is_left_exactly_as_it_was():
     assert state(model) == before and torch.equal(tokens, same_tokens)
 
 
-def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage():
+def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage(monkeypatch):
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 4 * T)
     model, tokens = unusual_model(), make_tokens()
     lines = []
     probe.probe(model, tokens, progress=lines.append)
@@ -779,9 +803,10 @@ def test_the_model_is_left_exactly_as_it_was_by_an_interruption_at_any_stage():
         assert state(model) == before, stage
 
 
-@pytest.mark.parametrize("piece", ["streams_of", "nll", "affine_map", "causal_row", "swapped", "lens_sums", "jacobian",
-                                   "contribution_sums", "attention_sums"])
+@pytest.mark.parametrize("piece", ["forward", "streams_of", "nll", "affine_map", "causal_row", "swapped", "released",
+                                   "jacobian", "lens_sums", "contribution_sums", "attention_sums"])
 def test_the_model_is_left_exactly_as_it_was_by_a_failure_in_any_piece(piece, monkeypatch):
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 4 * T)
     model, tokens = unusual_model(), make_tokens()
     before, original, calls = state(model), getattr(probe, piece), []
 
@@ -1053,7 +1078,8 @@ def test_one_layer_can_be_probed_from_the_command_line(cli, workplace):
     save_checkpoint(workplace / "one.pt", checkpoint_of(make_model(torch.float32, **{**CLI, "n_layer": 1})))
     np.save("mine.npy", make_tokens(4, 8).numpy())
     code, _, err = cli("one.pt", "--tokens", "mine.npy")
-    assert (code, err) == (0, "") and strict_json(workplace / "probe.json")["removal"].keys() == {"1", "attn", "ffn"}
+    assert (code, err) == (0, "")
+    assert strict_json(workplace / "one/probe.json")["removal"].keys() == {"1", "attn", "ffn"}
 
 
 def test_a_bfloat16_checkpoint_is_probed_in_float32(cli, workplace, no_matplotlib):
@@ -1081,7 +1107,7 @@ def test_drop_writes_a_checkpoint_that_probe_and_train_take(cli, workplace, corp
     assert f"loss {whole:.4f} -> {less:.4f}" in out and f"x{math.exp(less - whole):.3f}" in out
 
     assert cli("pruned.pt", "--only", "variance", "--samples", 10**6)[::2] == (0, "")
-    assert strict_json(workplace / "probe.json")["loss"] == pytest.approx(less, rel=1e-5)
+    assert strict_json(workplace / "pruned/probe.json")["loss"] == pytest.approx(less, rel=1e-5)
 
     done = script("train.py", "--init_from=pruned.pt", "--max_steps=2", "--out_dir=healed", f"--data={corpus}",
                   "--tokens_per_step=64", "--eval_tokens=320", "--device=cpu", "--compile=false")
@@ -1089,6 +1115,45 @@ def test_drop_writes_a_checkpoint_that_probe_and_train_take(cli, workplace, corp
     healed = load_model("healed/ckpt.pt")[1]
     first = json.loads((workplace / "healed/log.jsonl").read_text().splitlines()[0])
     assert healed["settings"]["n_layer"] == 2 and first["loss"] == pytest.approx(less, rel=0.3)
+
+
+def test_checkpoints_of_one_folder_do_not_overwrite_each_other_s_results(cli, workplace, no_matplotlib):
+    """Neither one after the other nor at once, neither probe.json nor what --drop writes."""
+    assert cli("dense/ckpt.pt", "--drop", "1", "--samples", 4)[::2] == (0, "")
+    assert cli("dense/pruned.pt", "--drop", "0", "--samples", 4)[::2] == (0, "")
+    layers = {"dense/ckpt.pt": 4, "dense/pruned.pt": 3, "dense/pruned_pruned.pt": 2}
+    homes = ["dense", "dense/pruned", "dense/pruned_pruned"]
+    assert {path: len(load_model(path)[0].blocks) for path in layers} == layers
+    for calls in ([[path] for path in layers], [list(layers)]):
+        for call in calls:
+            assert cli(*call, "--only", "variance", "--samples", 4)[::2] == (0, "")
+        results = [strict_json(workplace / home / "probe.json") for home in homes]
+        assert [len(r["variance"]) - 1 for r in results] == list(layers.values())
+        assert [r["run"]["checkpoint"] for r in results] == list(layers)
+        for home in homes:
+            (workplace / home / "probe.json").unlink()
+    assert cli(*layers, "--drop", "0", "--samples", 4)[::2] == (0, "")
+    made = {"dense/pruned.pt": 3, "dense/pruned_pruned.pt": 2, "dense/pruned_pruned_pruned.pt": 1}
+    assert {path: len(load_model(path)[0].blocks) for path in made} == made
+
+
+def test_blocks_are_dropped_from_a_checkpoint_whose_settings_lack_the_norm(cli, workplace):
+    _, saved = load_model("dense/ckpt.pt")
+    settings = {key: value for key, value in saved["settings"].items() if key != "norm"}
+    save_checkpoint(workplace / "old.pt", {**saved, "settings": settings})
+    assert cli("old.pt", "--drop", "2", "--samples", 4)[::2] == (0, "")
+    assert len(load_model("old_pruned.pt")[0].blocks) == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("flags", [[], ["--only", "usefulness"], ["--drop", "1"], ["--bench"]])
+def test_weights_that_are_not_finite_are_one_line_on_stderr(value, flags, cli, workplace):
+    _, saved = load_model("dense/ckpt.pt")
+    weights = {name: w.clone() for name, w in saved["model"].items()}
+    weights["blocks.1.attn.proj.weight"][0, 0] = value
+    save_checkpoint(workplace / "damaged.pt", {**saved, "model": weights})
+    check_error(cli("damaged.pt", *flags), "damaged.pt")
+    assert not list(workplace.glob("**/probe.json")) + list(workplace.glob("**/*pruned.pt"))
 
 
 def test_drop_auto_takes_the_cheapest(cli, workplace, corpus):
@@ -1120,7 +1185,7 @@ def test_the_naive_routes_of_bench_judge_the_losses_that_the_probes_judge(monkey
     want, tokens, half = by_hand("dense"), own_tokens("dense"), B // 2
     model, seen, original, routes = make_model(**MODELS["dense"]), [], probe.nll, []
     monkeypatch.setattr(probe, "nll", lambda *args: seen.append(original(*args)) or seen[-1])
-    monkeypatch.setattr(probe, "timed", lambda f: seen.clear() or f() or routes.append(list(seen)) or 1.0)
+    monkeypatch.setattr(probe, "timeit", lambda f, number: seen.clear() or f() or routes.append(list(seen)) or 1.0)
     probe.bench(model, tokens, rounds=1)
     causal, permutation, usefulness, jacobian = [np.array(route) for route in routes[1::2]]
     whole = want["loss"] * B * (T - 1)
