@@ -145,9 +145,10 @@ class RoPE(nn.Module):
         self.cos.copy_(torch.cat((angle.cos(), angle.cos()), dim=-1))
         self.sin.copy_(torch.cat((-angle.sin(), angle.sin()), dim=-1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys (B, T, heads, head_dim) by their position in the sequence."""
-        cos, sin = self.cos[:x.size(1)], self.sin[:x.size(1)]                          # (T, 1, head_dim)
+    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """Rotate queries or keys (B, T, heads, head_dim) by their place in the sequence, or by position (B, T)."""
+        at = slice(x.size(1)) if position is None else position
+        cos, sin = self.cos[at], self.sin[at]                                          # (T, 1, head_dim)
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 
@@ -165,7 +166,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm(self.n_head), norm(self.n_kv_head)) if config.qk_norm else (None, None)
         self.rope = rope                                       # one table, shared by all blocks
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim), q and k rotated."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
@@ -173,7 +174,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             parts = zip((self.q_norm, self.k_norm), qk.split((self.n_head, self.n_kv_head), dim=2))
             qk = torch.cat([norm(y.reshape(B, T, -1, *norm.normalized_shape)).view_as(y) for norm, y in parts], dim=2)
-        q, k = self.rope(qk).split((self.n_head, self.n_kv_head), dim=2)
+        q, k = self.rope(qk, position).split((self.n_head, self.n_kv_head), dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -479,7 +479,7 @@ def read_tasks(enc: Any, paths: Sequence[str]) -> Iterator[tuple[str, list[dict[
             except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
                 raise UserError(f"--tasks: {file.parent} holds no multiple choice as OLMES writes it ({e})") from e
             primary = primary.removesuffix("_raw")
-            check(primary in METRICS, f"--tasks: {file.parent} has the primary_metric {primary}, not {', '.join(METRICS)}")
+            check(primary in METRICS, f"--tasks: {file.parent} has primary_metric={primary}, not {', '.join(METRICS)}")
             yield file.parent.relative_to(path).as_posix() if file.parent != path else path.name, rows, primary, pairs
 
 
@@ -494,35 +494,66 @@ def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
     return before or [enc.eot_token], whole[len(before):]
 
 
+def seeing(block: Block, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
+    """The stream (B, T, d) after a block whose tokens are at position (B, T) and see what mask (B, 1, T, T) allows."""
+    q, k, v = block.attn.heads(block.scaled(block.attn_norm(x)), position)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    x = x + block.attn_out_norm(block.attn.proj(y.transpose(1, 2).flatten(2)))
+    return x + block.ffn_output(x)[0]
+
+
 @torch.no_grad()
 def loglikelihoods(model: GPT, pairs: Sequence[Pair],
                    progress: Callable[[str], None] = lambda line: None) -> tuple[list[float], int]:
-    """log p(continuation | context) in nats for pairs of token lists, and how many were cut on the left to block_size.
+    """log p(continuation | context) in nats of each pair, and how many contexts were cut on the left to fit block_size.
 
-    In batches of about one length, the longest first; what pads them is on the right, where no token sees it.
+    Pairs with the same context share a row: the context once, then their continuations, each of which stands where it
+    would alone and sees the context and itself. Batches of rows of about one length, the longest first.
     """
-    limit, out = model.config.block_size, [0.0] * len(pairs)
-    rows = [(context + continuation)[-limit - 1:] for context, continuation in pairs]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    while order:
-        T = max(1, len(rows[order[0]]) - 1)
-        batch, order = order[:max(1, TOKENS_AT_ONCE // T)], order[max(1, TOKENS_AT_ONCE // T):]
-        progress(f"tasks, {len(order)} requests to go")
-        idx = torch.zeros(len(batch), T, dtype=torch.long, device=model.embed.weight.device)
-        where = []                                                 # (sequence, position, the token to predict there)
-        for b, i in enumerate(batch):
-            n = len(rows[i]) - 1
-            idx[b, :n] = torch.tensor(rows[i][:-1])
-            where += [(b, t, rows[i][t + 1]) for t in range(max(0, n - len(pairs[i][1])), n)]
-        b, t, token = torch.tensor(where, device=idx.device).reshape(-1, 3).T
+    limit, shared, rows = model.config.block_size, defaultdict(list), []
+    for i, (context, continuation) in enumerate(pairs):
+        whole = (context + continuation)[-limit - 1:]
+        start = max(1, len(whole) - len(continuation))
+        shared[tuple(whole[:start])].append((i, whole[start:]))
+    for context, choices in shared.items():
+        n, tokens, position, segment, wanted = len(context), [*context], [*range(len(context))], [0] * len(context), []
+        for k, (i, continuation) in enumerate(choices, 1):
+            inputs = continuation[:-1]
+            places = [n - 1, *range(len(tokens), len(tokens) + len(inputs))]
+            wanted += [(place, token, i) for place, token in zip(places, continuation)]
+            tokens += inputs
+            position += range(n, n + len(inputs))
+            segment += [k] * len(inputs)
+        rows.append((tokens, position, segment, wanted))
+    rows.sort(key=lambda row: -len(row[0]))
+    out, device = torch.zeros(len(pairs), dtype=torch.float64), model.embed.weight.device
+    while rows:
+        T = len(rows[0][0])
+        size = max(1, TOKENS_AT_ONCE // T)
+        batch, rows = rows[:size], rows[size:]
+        progress(f"tasks, {len(rows)} questions to go")
+        idx, position, segment = (torch.tensor([row[j] + [pad] * (T - len(row[j])) for row in batch], device=device)
+                                  for j, pad in enumerate((0, 0, -1)))                                # (B, T) each
+        query, key = segment[:, None, :, None], segment[:, None, None, :]
+        mask = ((key == 0) | (key == query)).tril()                                                   # (B, 1, T, T)
         x = model.embed(idx)
         for block in model.blocks:
-            x = block(x)
-        logits = model.head(model.norm(x[b, t]))                                                              # (N, V)
-        logp = -F.cross_entropy(wide(logits), token, reduction="none").double()
-        for i, value in zip(batch, torch.zeros(len(batch)).to(logp).index_add(0, b, logp).tolist()):
-            out[i] = value
-    return out, sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
+            x = seeing(block, x, position, mask)
+        b, t, token, i = torch.tensor([(b, *w) for b, row in enumerate(batch) for w in row[3]]).T.to(device)
+        nats = F.cross_entropy(wide(model.head(model.norm(x[b, t]))), token, reduction="none")
+        out.index_add_(0, i.cpu(), -nats.double().cpu())
+    return out.tolist(), sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
+
+
+@torch.no_grad()
+def naive_loglikelihoods(model: GPT, pairs: Sequence[Pair]) -> list[float]:
+    """`loglikelihoods` one request at a time, with logits for every position: to compare with."""
+    out = []
+    for context, continuation in pairs:
+        row = torch.tensor([context + continuation], device=model.embed.weight.device)[:, -model.config.block_size - 1:]
+        logp = model(row[:, :-1])[0].log_softmax(-1).gather(2, row[:, 1:, None])                      # (1, T, 1)
+        out.append(logp[0, -len(continuation):].sum().item())
+    return out
 
 
 def run_tasks(model: GPT, tokenizer: str, paths: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -704,7 +735,7 @@ def side_by_side(ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], r
 
 
 @torch.no_grad()
-def bench(model: GPT, tokens: Tensor) -> None:
+def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
     """Time each probe beside its naive version: every intervention is a whole pass from the embedding."""
     blocks, n, d, half = list(model.blocks), len(model.blocks), model.config.n_embd, len(tokens) // 2
 
@@ -738,7 +769,7 @@ def bench(model: GPT, tokens: Tensor) -> None:
     print(f"{tuple(tokens.shape)} tokens, n_layer={n}, n_embd={d}, in turn")
     side_by_side({name: (here(name), naive) for name, naive in (
         ("causal,removal", naive_causal), ("permutation", naive_permutation), ("usefulness", naive_usefulness),
-        ("jacobian", naive_jacobian))})
+        ("jacobian", naive_jacobian))}, rounds)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -882,8 +913,7 @@ def main() -> None:
         elif args.bench and args.tasks:
             for name, _, _, pairs in read_tasks(get_tokenizer(saved["tokenizer"]), args.tasks):
                 some = pairs[:args.samples]
-                side_by_side({name: (lambda: loglikelihoods(model, some),
-                                     lambda: [loglikelihoods(model, [pair]) for pair in some])})
+                side_by_side({name: (lambda: loglikelihoods(model, some), lambda: naive_loglikelihoods(model, some))})
         elif args.bench:
             bench(model, read_tokens(args, model, saved)[0])
         else:
