@@ -1185,7 +1185,7 @@ def test_the_naive_routes_of_bench_judge_the_losses_that_the_probes_judge(monkey
     want, tokens, half = by_hand("dense"), own_tokens("dense"), B // 2
     model, seen, original, routes = make_model(**MODELS["dense"]), [], probe.nll, []
     monkeypatch.setattr(probe, "nll", lambda *args: seen.append(original(*args)) or seen[-1])
-    monkeypatch.setattr(probe, "timeit", lambda f, number: seen.clear() or f() or routes.append(list(seen)) or 1.0)
+    monkeypatch.setattr(probe, "timeit", lambda f, number: (seen.clear(), f(), routes.append(list(seen))) and 1.0)
     probe.bench(model, tokens, rounds=1)
     causal, permutation, usefulness, jacobian = [np.array(route) for route in routes[1::2]]
     whole = want["loss"] * B * (T - 1)
