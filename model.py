@@ -94,7 +94,7 @@ def check(ok: bool, message: str) -> None:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose gain follows the stream: under FSDP2's mixed precision it comes in bfloat16, the stream is float32."""
+    """RMSNorm whose gain takes the stream's dtype: under FSDP2's mixed precision it comes in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
