@@ -111,7 +111,7 @@ class Corpus:
     def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (B, T), of the given windows; window i starts at token i T."""
         rows = torch.from_numpy(np.stack([self.read(split, int(i) * T, T + 1) for i in windows]))
-        check(bool(rows.max() < self.vocab_size), f"{self.folder}: the {split} split has a token {rows.max()}, meta.json "
+        check(bool(rows.max() < self.vocab_size), f"{self.folder}: the {split} split has token {rows.max()}, meta.json "
               f"says vocab_size={self.vocab_size}: prepare the corpus again")
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

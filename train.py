@@ -740,7 +740,7 @@ def main() -> None:
         except Exception as e:
             if not dist.is_initialized():
                 raise
-            # The first rank to fail speaks for all; to the others it shows as a lost connection in what they were doing.
+            # The first rank to fail speaks for all; to the others it shows as a lost connection in what they did.
             first = dist.group.WORLD.get_group_store().add("failed", 1) == 1
             lost = isinstance(e, dist.DistError) or "gloo/transport" in str(e)
             if not lost and not isinstance(e, UserError):
