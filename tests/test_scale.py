@@ -274,7 +274,8 @@ def test_with_nothing_to_resume_a_run_starts_afresh_and_says_so_and_one_that_is_
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(launch, whole, tmp_path):
     out = tmp_path / "out"
-    process = launch(out, ranks=2, change=SLOW, torchrun=["--max-restarts=1"])
+    late = 'time.sleep(1.0 if os.environ["RANK"] == "1" else 0)\n'      # rank 0 looks for it where its predecessor was
+    process = launch(out, ranks=2, change=late + SLOW, torchrun=["--max-restarts=1"])
     until(logged(out, 12), process)
     os.kill(workers(process)[1], signal.SIGKILL)
     said, _ = end(process)
@@ -503,7 +504,7 @@ def test_a_damaged_corpus_is_one_line(launch, corpus, tmp_path, what, ranks, nam
 # compiled
 
 
-# name -> settings, the compiler's backend (one without code generation, which would take most of a minute), and how many
+# name -> settings, the compiler's backend (without code generation, which would take most of a minute), and how many
 # graphs there are after steps 1 and 2 (the first with statistics), after the validation that follows, after later steps
 COMPILED = {
     "ddp": (MOE | {"parallel": "ddp"}, "aot_eager", [1, 2, 3, 3, 3, 3]),
