@@ -69,15 +69,17 @@ def launch(tmp_path_factory, corpus):
     """launch(out, *arguments, ranks=, change=, torchrun=, **settings) starts train.py; what still runs is ended."""
     started, folder = [], tmp_path_factory.mktemp("scripts")
 
-    def start(out, *args, ranks=1, change="", torchrun=(), script="train.run(train.main)", preexec_fn=None, **kwargs):
+    def start(out, *args, ranks=1, change="", torchrun=(), script="train.run(train.main)", preexec_fn=None, env={},
+              **kwargs):
         path = folder / f"train{len(started)}.py"
         path.write_text(SCRIPT + change + script)
         settings = RUN | {"data": str(corpus), "out_dir": str(out)} | kwargs
         command = [sys.executable, *(("-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
                                       *torchrun) if ranks > 1 else ())]
         command += [str(path), *args] + [f"--{k}={v}" for k, v in settings.items()] * ("train.main" in script)
-        started.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=preexec_fn))
+        started.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, cwd=folder,
+                                        text=True, preexec_fn=preexec_fn,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         return started[-1]
     yield start
     for process in started:
@@ -272,7 +274,8 @@ def test_with_nothing_to_resume_a_run_starts_afresh_and_says_so_and_one_that_is_
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(launch, whole, tmp_path):
     out = tmp_path / "out"
-    process = launch(out, ranks=2, change=SLOW, torchrun=["--max-restarts=1"])
+    late = 'time.sleep(1.0 if os.environ["RANK"] == "1" else 0)\n'      # rank 0 looks for it where its predecessor was
+    process = launch(out, ranks=2, change=late + SLOW, torchrun=["--max-restarts=1"])
     until(logged(out, 12), process)
     os.kill(workers(process)[1], signal.SIGKILL)
     said, _ = end(process)
@@ -501,26 +504,27 @@ def test_a_damaged_corpus_is_one_line(launch, corpus, tmp_path, what, ranks, nam
 # compiled
 
 
-COMPILED = {     # name -> settings, graphs after steps 1, 2 (the first with statistics), its validation and all later steps
-    "ddp": (MOE | {"parallel": "ddp"}, [1, 2, 3, 3, 3, 3]),
-    "fsdp": (MOE | {"parallel": "fsdp"}, [1, 1, 2, 2, 2, 2]),                    # a block at a time, all blocks alike
-    "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 12}, [12, 12, 24, 24, 24, 24]),      # no two alike
+# name -> settings, the compiler's backend (without code generation, which would take most of a minute), and how many
+# graphs there are after steps 1 and 2 (the first with statistics), after the validation that follows, after later steps
+COMPILED = {
+    "ddp": (MOE | {"parallel": "ddp"}, "aot_eager", [1, 2, 3, 3, 3, 3]),
+    "fsdp": (MOE | {"parallel": "fsdp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),       # a block at a time, all blocks alike
+    "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 12}, "eager", [12, 12, 24, 24, 24, 24]),     # no two
 }
 
 
 @pytest.fixture(scope="module")
 def compiled(launch, corpus, tmp_path_factory):
-    """Runs of COMPILED, eager and compiled by two ranks; of the compiled ones how many graphs there were at each step."""
+    """Runs of COMPILED, eager and compiled, by two ranks; of the compiled ones how many graphs there were when."""
     folder = tmp_path_factory.mktemp("compiled")
     told = {name: SHORT | settings | {"data": str(corpus), "max_steps": 5, "stats_interval": 2}
-            for name, (settings, _) in COMPILED.items()}
-    runs = [[name, settings | {"compile": compile, "out_dir": str(folder / f"{name}-{compile}")}]
+            for name, (settings, *_) in COMPILED.items()}
+    runs = [[name, COMPILED[name][1], settings | {"compile": compile, "out_dir": str(folder / f"{name}-{compile}")}]
             for name, settings in told.items() for compile in (False, True)]
-    # The same capture without generating code, which would take most of a minute.
     script = f"""
 from torch._dynamo.utils import counters
 compile, make = torch.compile, train.make_optimizer
-torch.compile = lambda *args, **kwargs: compile(*args, **kwargs, backend="aot_eager")
+torch.compile = lambda *args, **kwargs: compile(*args, **kwargs, backend=backend)
 def make_and_watch(*args):
     optimizer = make(*args)
     optimizer.register_step_pre_hook(lambda *_: graphs.append(counters["stats"]["unique_graphs"]))
@@ -529,7 +533,7 @@ train.make_optimizer = make_and_watch
 train.dist.init_process_group("gloo")
 train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
 counted = {{}}
-for name, settings in json.loads(sys.argv[1]):
+for name, backend, settings in json.loads(sys.argv[1]):
     graphs = []
     torch._dynamo.reset()
     counters.clear()
@@ -545,5 +549,101 @@ if os.environ["RANK"] == "1":
 @pytest.mark.parametrize("name", COMPILED)
 def test_two_ranks_compile_once_without_graph_breaks_and_compute_the_same(compiled, name):
     folder, counted = compiled
-    assert counted[name] == [*COMPILED[name][1], 0]
+    assert counted[name] == [*COMPILED[name][2], 0]
     assert_same_end(folder / f"{name}-True", folder / f"{name}-False", exact=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# planned
+
+
+BIG = TINY | dict(vocab_size=2048, block_size=512, n_layer=4, n_head=8, n_embd=384, ffn_hidden=1536,
+                  batch_size=1, dtype="float32")
+PLANS = {
+    "dense": BIG,
+    "dense, recompute": BIG | {"recompute": True},
+    "moe": BIG | dict(n_experts=4, top_k=2),
+    "moe, recompute": BIG | dict(n_experts=4, top_k=2, recompute=True),
+}
+FSDP_PLANS = ("dense", "moe, recompute")
+
+
+@pytest.fixture(scope="module")
+def peaks(launch, tmp_path_factory):
+    """Peak bytes of resident memory that two steps of PLANS take, for (name, ranks)."""
+    # A process's own peak is in VmHWM, and writing 5 to clear_refs lets it begin anew.
+    script = """
+def measure(settings):
+    c = train.TrainConfig(**settings)
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kilobytes("VmRSS")
+    raw, model = train.build(c, world, device, dtype)
+    optimizer = train.make_optimizer(raw, c)
+    for x in (idx[:, :8], idx):                                      # the first step makes the moments
+        train.gradients(model, [(x, x), (x, x)], c, dtype, stats=False)
+        optimizer.step()
+        optimizer.zero_grad()
+    return 1024 * (kilobytes("VmHWM") - before)
+
+def kilobytes(name):
+    return int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
+
+import gc
+plans = json.loads(sys.argv[1])
+rank, world, device, dtype = train.set_up(train.TrainConfig(device="cpu"))
+idx = torch.randint(2048, (1, 512))
+measure(plans["dense"] | {"n_layer": 1})                             # what is allocated once
+peaks = {name: measure(settings) for name, settings in plans.items()}
+if rank == 0:
+    print(json.dumps(peaks))
+"""
+    # freed memory goes back to the system at once, or it would hide in later peaks
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = {}
+    for ranks, parallel, names in ((1, "ddp", PLANS), (2, "fsdp", FSDP_PLANS)):
+        plans = {name: PLANS[name] | {"parallel": parallel, "tokens_per_step": 1024 * ranks}       # two micro-batches
+                 for name in names}
+        said, _ = end(launch(tmp_path_factory.mktemp("peaks"), json.dumps(plans), ranks=ranks, script=script, env=env))
+        found |= {(name, ranks): (bytes, TrainConfig(**plans[name])) for name, bytes in json.loads(said).items()}
+    return found
+
+
+@pytest.mark.parametrize("name, ranks", [*((name, 1) for name in PLANS), *((name, 2) for name in FSDP_PLANS)])
+def test_a_plan_says_the_peak_memory_of_a_run_within_15_percent(peaks, name, ranks):
+    measured, c = peaks[name, ranks]
+    assert measured > 100e6 and sum(train.memory(c, ranks)) == pytest.approx(measured, rel=0.15)
+
+
+PAPER_MOE = ["--n_embd=2048", "--n_head=16", "--n_layer=16", "--n_experts=64", "--top_k=8", "--expert_hidden=1024",
+             "--block_size=4096", "--batch_size=4", "--tokens_per_step=2097152", "--max_steps=4768"]
+
+
+def test_planning_a_model_of_seven_billion_parameters_allocates_nothing(tmp_path):
+    script = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; train.main(); " \
+             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", script, *PAPER_MOE, "--plan", "--gpus=8"], capture_output=True,
+                          text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    *lines, kilobytes = done.stdout.splitlines()
+    assert int(kilobytes) < 1e6 and list(tmp_path.iterdir()) == []
+    d, L, E, h, V = 2048, 16, 64, 1024, 50304                        # counted by hand; norms are noise
+    expert, rest = 3 * d * h, L * (4 * d * d + E * d) + 2 * V * d
+    norms = (2 * L + 1) * d
+    assert round((L * E * expert + rest) / 1e9, 2) == 6.92 and round((L * 8 * expert + rest) / 1e9, 2) == 1.28
+    assert f"{L * E * expert + rest + norms:,} total, {L * 8 * expert + rest + norms:,} active" in lines[0]
+    flops = 3 * (2 * (L * 8 * expert + rest - V * d) + 4 * 4096 * d * L)
+    text = "\n".join(lines)
+    assert f"{flops:,.0f} per token" in text and "9,999,220,736 in 4,768 steps" in text
+    hours = flops * 4768 * 2097152 / (8 * 989e12 * 0.4) / 3600
+    assert f"{hours:,.1f} on 8 H100" in text
+    rows = {line[:22].strip(): line for line in lines if line.endswith("80 GB")}
+    P = (L * E * expert + rest + norms) / 1e9
+    assert rows.keys() == {"ddp", "ddp, recompute", "fsdp", "fsdp, recompute"}
+    for name, row in rows.items():
+        weights, gradients, moments, passing, total = map(float, row[22:].split()[:5])
+        share = 1 if "ddp" in name else 8
+        assert (weights, gradients, moments) == pytest.approx((4 * P / share, 4 * P / share, 8 * P / share), abs=0.006)
+        assert total == pytest.approx(weights + gradients + moments + passing, abs=0.03)
+        assert ("does not fit" in row) == (total >= 80)
+    assert "does not fit" in rows["ddp"] and "does not fit" not in rows["fsdp, recompute"]
