@@ -37,15 +37,15 @@ EOT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 DOCUMENT_CHARS = 1 << 16     # a longer .txt, .md or .py file becomes several documents: one big file can be split too
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; what an interrupted preparation has to do again at the most
-BATCH_CHARS = 1 << 22        # text handed to the encoder's threads at a time
+BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """A tiktoken encoding by name, a tokenizer.json or its folder by path, or "bytes": 256 bytes and EOT, offline."""
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens={EOT: 256})
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={EOT: 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known and Path(name).exists():
         return folder_tokenizer(Path(name))
@@ -92,9 +92,8 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
         return {}
     enc = get_tokenizer(name)
     if name in ("bytes", "gpt2"):
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]          # GPT-2 writes each byte as a letter
-        others = [b for b in range(256) if b not in printable]
-        letter = dict(zip(printable + others, map(chr, [*printable, *range(256, 256 + len(others))])))
+        letter = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}     # as GPT-2 writes bytes
+        letter |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letter)}
         ids = {"".join(letter[b] for b in enc.decode_single_token_bytes(i)): i for i in range(enc.eot_token)}
         merges = [(x[:k], x[k:]) for x in ids for k in range(1, len(x)) if x[:k] in ids and x[k:] in ids]
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
@@ -171,11 +170,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def train_windows(seed: int, step: int, per_step: int, n_windows: int) -> np.ndarray:
-    """The windows of the global batch of a step, (per_step,): a pure function of its arguments.
-
-    Every window comes once per epoch. Rank r of W takes the micro-batches r, r + W, ... of it, so that the global batch
-    is the same for any number of ranks, and a resumed run goes on where it was.
-    """
+    """The windows of the global batch of a step, (per_step,), each once per epoch: a pure function of its arguments."""
     place = np.arange(step * per_step, (step + 1) * per_step)
     return np.array([epoch_order(seed, int(p) // n_windows, n_windows)[int(p) % n_windows] for p in place])
 
@@ -201,20 +196,15 @@ def documents(source: str) -> Iterator[str]:
         paths = sorted(p for p in (root, *root.rglob("*")) if p.is_file() and p.name.endswith(SUFFIXES))
         check(len(paths) > 0, f"no {' '.join(SUFFIXES)} file at {source}; NAME is python, fineweb-edu or a path")
         for path in paths:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from read_jsonl(path)
-            elif path.suffix == ".parquet":
+            if path.suffix == ".parquet":
                 yield from stream_dataset("parquet", data_files=str(path))
             else:
-                yield from read_text(path)
+                yield from (read_jsonl if path.name.endswith((".jsonl", ".jsonl.gz")) else read_text)(path)
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file as one document, or several if it is long.
-
-    Cuts lie between a line that ends in a letter or the like and one that starts with a letter or digit: there every
-    tiktoken encoding starts a new piece anyway, so no token is lost. Where no such place comes, it is cut all the same.
-    """
+    """A text file as one document, or several if it is long."""
+    # A clean cut is where every tiktoken encoding starts a new piece anyway: no token is lost
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
@@ -248,8 +238,7 @@ def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
             if row["text"] is not None:
                 yield "" + row["text"]      # a TypeError where it is no string
     except Exception as e:      # its own errors, Arrow's and the network's
-        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): with that mended the same "
-                        "command goes on") from e
+        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): mend it and go on") from e
 
 
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
@@ -278,26 +267,29 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
         raise UserError(f"{before} is damaged: delete {out} and start over") from e
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     total = first = meta["train"]["tokens"] + meta["val"]["tokens"]
-    started = time.time()
+    started, full = time.time(), False
 
-    def report(end: str) -> None:
-        rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
-        print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens, {rate:.1f}M tokens/s ", end=end,
-              file=sys.stderr, flush=True)
+    def encode(text: str) -> np.ndarray:
+        tokens = enc.encode_to_numpy(text, disallowed_special=())       # releases the GIL
+        return np.append(tokens, enc.eot_token).astype(meta["dtype"])
 
     try:
-        for tokens in encode(itertools.islice(docs(source), meta["documents"], None), enc):
-            if total >= max_tokens:
-                break
-            buffers["val" if meta["documents"] % round(1 / val_fraction) == 0 else "train"].append(tokens)
-            meta["documents"] += 1
-            total += len(tokens)
-            if total - meta["train"]["tokens"] - meta["val"]["tokens"] >= SHARD_TOKENS:
-                write_shards(out, meta, buffers)
-            if meta["documents"] % 100 == 0 and sys.stderr.isatty():
-                report("")
-        write_shards(out, meta, buffers)
-        report("\n")
+        rest = itertools.islice(docs(source), meta["documents"], None)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            while not full:
+                batch = list(itertools.islice(rest, BATCH_DOCUMENTS))
+                for tokens in pool.map(encode, batch):
+                    if total < max_tokens:
+                        buffers["val" if meta["documents"] % round(1 / val_fraction) == 0 else "train"].append(tokens)
+                        meta["documents"] += 1
+                        total += len(tokens)
+                full = total >= max_tokens or not batch
+                if full or total - meta["train"]["tokens"] - meta["val"]["tokens"] >= SHARD_TOKENS:
+                    write_shards(out, meta, buffers)
+                if full or sys.stderr.isatty():
+                    rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
+                    print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens, {rate:.1f}M tokens/s ",
+                          end="\n" if full else "", file=sys.stderr, flush=True)
         for split in ("train", "val"):
             check(meta[split]["tokens"] > 0, f"{source}: {meta['documents']} documents leave the {split} split empty")
         if enc.n_vocab <= 4096:
@@ -309,32 +301,14 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     return out
 
 
-def encode(docs: Iterable[str], enc: tiktoken.Encoding) -> Iterator[np.ndarray]:
-    """The tokens of each document and its EOT, in order; BATCH_CHARS of text at a time are encoded on all cores."""
-    def tokens(text: str) -> np.ndarray:
-        return np.append(enc.encode_to_numpy(text, disallowed_special=()), enc.eot_token)       # releases the GIL
-
-    batch, chars = [], 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for text in docs:
-            batch.append(text)
-            chars += len(text)
-            if chars >= BATCH_CHARS:
-                yield from pool.map(tokens, batch)
-                batch, chars = [], 0
-        yield from pool.map(tokens, batch)
-
-
 def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
     """Empty the buffers into a new file for each split, then say in progress.json that they are there."""
     out.mkdir(parents=True, exist_ok=True)
     for split, parts in buffers.items():
         if parts:
-            tokens = np.concatenate(parts).astype(meta["dtype"])
-            path = out / f"{split}_{len(meta[split]['shards']):05d}.bin"
+            tokens, path = np.concatenate(parts), out / f"{split}_{len(meta[split]['shards']):05d}.bin"
             with open(path, "wb") as f:
                 tokens.tofile(f)
-                f.flush()
                 os.fsync(f.fileno())
             meta[split]["shards"].append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
             meta[split]["tokens"] += len(tokens)
@@ -366,8 +340,7 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder of texts")
-    parser.add_argument("--tokenizer", help="bytes, any tiktoken encoding or a model's folder "
-                                            "(default: bytes for python, else gpt2)")
+    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding or a model's folder (python: bytes; else: gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float, help="share of documents (default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")
@@ -377,8 +350,7 @@ def main() -> None:
     if args.verify:
         Corpus(args.name).verify()
         return print(f"{args.name}: every checksum matches")
-    name = Path(os.path.abspath(args.name)).name.lstrip(".").split(".")[0]
-    out = prepare(args.name, args.out or Path("data") / name,
+    out = prepare(args.name, args.out or Path("data", Path(os.path.abspath(args.name)).name.lstrip(".").split(".")[0]),
                   args.tokenizer or ("bytes" if args.name == "python" else "gpt2"),
                   (0.001 if args.name == "fineweb-edu" else 0.05) if args.val_fraction is None else args.val_fraction,
                   args.max_tokens)
