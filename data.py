@@ -16,9 +16,7 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
-import sysconfig
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +27,6 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import tiktoken
 import torch
-from torch import Tensor
 
 from model import Parser, UserError, check, need, run
 
@@ -75,20 +72,18 @@ def folder_tokenizer(path: Path) -> SimpleNamespace:
     token = inner.token_to_id(token["content"] if isinstance(token, dict) else token)
     eos = np.atleast_1d(said.get("eos_token_id", token))[0]                        # the first, where there are several
     check(eos is not None, f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
-
-    def encode(text: str) -> list[int]:
-        return inner.encode(text, add_special_tokens=False).ids
+    encode = functools.partial(inner.encode, add_special_tokens=False)
     return SimpleNamespace(
-        name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos), encode_ordinary=encode,
-        encode_to_numpy=lambda text, **_: np.array(encode(text), dtype=np.int64),
-        decode=lambda ids: inner.decode(ids, skip_special_tokens=False))
+        name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos),
+        encode_ordinary=lambda text: encode(text).ids, decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
+        encode_to_numpy=lambda text, **_: np.array(encode(text).ids, dtype=np.int64))
 
 
 def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to say of it."""
     if Path(name).suffix == ".json":            # of another folder
         for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
-            shutil.copy(file, folder)
+            (folder / file.name).write_bytes(file.read_bytes())
         return {}
     enc = get_tokenizer(name)
     if name in ("bytes", "gpt2"):
@@ -148,7 +143,7 @@ class Corpus:
         parts = [self.arrays[split][i][max(start - starts[i], 0):start + n - starts[i]] for i in range(first, last + 1)]
         return np.concatenate(parts).astype(np.int64)
 
-    def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, each (B, T), of the given windows; window i starts at token i T."""
         rows = torch.from_numpy(np.stack([self.read(split, int(i) * T, T + 1) for i in windows]))
         check(bool(rows.max() < self.vocab_size), f"{self.folder}: token {rows.max()} in the {split} split, but "
@@ -177,23 +172,22 @@ def train_windows(seed: int, step: int, per_step: int, n_windows: int) -> np.nda
 
 def eval_windows(count: int, n_windows: int) -> np.ndarray:
     """`count` windows spread evenly over a split, always the same."""
-    count = min(count, n_windows)
-    return np.arange(count) * n_windows // count
+    return np.arange(min(count, n_windows)) * n_windows // min(count, n_windows)
 
 
 # ---- writing: documents in, shards out -------------------------------------------------------------------------------
 def documents(source: str) -> Iterator[str]:
     """The documents of a source, always in the same order: "python", "fineweb-edu", a file or a folder."""
     if source == "python":
-        for root in (Path(torch.__file__).parent, Path(sysconfig.get_paths()["stdlib"])):
+        for root in (Path(torch.__file__).parent, Path(os.__file__).parent):
             for path in sorted(root.rglob("*.py")):
                 if "site-packages" not in path.relative_to(root).parts:
                     yield from read_text(path)
     elif source == "fineweb-edu":
         yield from stream_dataset("HuggingFaceFW/fineweb-edu", name="sample-100BT")
     else:
-        root = Path(source)
-        paths = sorted(p for p in (root, *root.rglob("*")) if p.is_file() and p.name.endswith(SUFFIXES))
+        files = (p for p in (Path(source), *Path(source).rglob("*")) if p.is_file())
+        paths = sorted(p for p in files if p.name.endswith(SUFFIXES))
         check(len(paths) > 0, f"no {' '.join(SUFFIXES)} file at {source}; NAME is python, fineweb-edu or a path")
         for path in paths:
             if path.suffix == ".parquet":
@@ -203,11 +197,11 @@ def documents(source: str) -> Iterator[str]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file as one document, or several if it is long."""
-    # A clean cut is where every tiktoken encoding starts a new piece anyway: no token is lost
+    """A text file as one document, or several if it is long: cut where no token is lost, if such a place comes."""
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
+            # every tiktoken encoding starts a new piece where a letter follows a newline that follows no whitespace
             clean = line[0].isalnum() and re.search(r"\S\r?\n\Z", text[-3:])
             if len(text) >= DOCUMENT_CHARS and (clean or len(text) >= 2 * DOCUMENT_CHARS):
                 yield text
@@ -223,8 +217,8 @@ def read_jsonl(path: Path) -> Iterator[str]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
         try:
             for number, line in enumerate(f, 1):
-                if line.strip() and (text := json.loads(line)["text"]) is not None:
-                    yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")    # JSON has lone halves
+                if line.strip() and (text := json.loads(line)["text"]) is not None:     # perhaps with half a surrogate pair
+                    yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
 
@@ -234,11 +228,10 @@ def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
     where = kwargs.get("data_files", path)
     datasets = need("datasets", f"reading {where}")
     try:
-        for row in datasets.load_dataset(path, split="train", streaming=True, **kwargs):
-            if row["text"] is not None:
-                yield "" + row["text"]      # a TypeError where it is no string
+        rows = datasets.load_dataset(path, split="train", streaming=True, **kwargs)
+        yield from ("" + row["text"] for row in rows if row["text"] is not None)     # a TypeError where it is no string
     except Exception as e:      # its own errors, Arrow's and the network's
-        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): mend it and go on") from e
+        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): run it again to go on") from e
 
 
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
@@ -248,8 +241,9 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     Every document ends with EOT; every 1/val_fraction-th one, the first included, is validation. progress.json says
     what the shards cover so far; in the end it is renamed to meta.json: a folder that has that is complete.
     """
+    check(0 < val_fraction <= 0.5 and max_tokens > 0,
+          f"val_fraction={val_fraction} must be above 0 and at most 0.5, max_tokens={max_tokens} above 0")
     out, enc = Path(out), get_tokenizer(tokenizer)
-    check(0 < val_fraction <= 0.5, f"val_fraction={val_fraction} must be above 0 and at most 0.5")
     request = {"source": source, "tokenizer": enc.name, "val_fraction": val_fraction, "max_tokens": str(max_tokens)}
     meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token,
             "dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "request": request, "documents": 0,
@@ -265,31 +259,28 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
             return out
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{before} is damaged: delete {out} and start over") from e
+    end = np.array([enc.eot_token], dtype=meta["dtype"])
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     total = first = meta["train"]["tokens"] + meta["val"]["tokens"]
-    started, full = time.time(), False
-
-    def encode(text: str) -> np.ndarray:
-        tokens = enc.encode_to_numpy(text, disallowed_special=())       # releases the GIL
-        return np.append(tokens, enc.eot_token).astype(meta["dtype"])
-
+    encode = functools.partial(enc.encode_to_numpy, disallowed_special=())                            # releases the GIL
+    started, full, pool = time.time(), False, ThreadPoolExecutor(os.cpu_count())
     try:
         rest = itertools.islice(docs(source), meta["documents"], None)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            while not full:
-                batch = list(itertools.islice(rest, BATCH_DOCUMENTS))
-                for tokens in pool.map(encode, batch):
-                    if total < max_tokens:
-                        buffers["val" if meta["documents"] % round(1 / val_fraction) == 0 else "train"].append(tokens)
-                        meta["documents"] += 1
-                        total += len(tokens)
-                full = total >= max_tokens or not batch
-                if full or total - meta["train"]["tokens"] - meta["val"]["tokens"] >= SHARD_TOKENS:
-                    write_shards(out, meta, buffers)
-                if full or sys.stderr.isatty():
-                    rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
-                    print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens, {rate:.1f}M tokens/s ",
-                          end="\n" if full else "", file=sys.stderr, flush=True)
+        while not full:
+            batch = list(itertools.islice(rest, BATCH_DOCUMENTS))
+            for ids in pool.map(encode, batch):
+                if total < max_tokens:
+                    split = "val" if meta["documents"] % round(1 / val_fraction) == 0 else "train"
+                    buffers[split] += [ids.astype(meta["dtype"]), end]
+                    meta["documents"] += 1
+                    total += len(ids) + 1
+            full = total >= max_tokens or not batch
+            if full or total - meta["train"]["tokens"] - meta["val"]["tokens"] >= SHARD_TOKENS:
+                write_shards(out, meta, buffers)
+            if full or sys.stderr.isatty():
+                rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
+                print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens, {rate:.1f}M tokens/s ",
+                      end="\n" if full else "", file=sys.stderr, flush=True)
         for split in ("train", "val"):
             check(meta[split]["tokens"] > 0, f"{source}: {meta['documents']} documents leave the {split} split empty")
         if enc.n_vocab <= 4096:
@@ -340,13 +331,12 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder of texts")
-    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding or a model's folder (python: bytes; else: gpt2)")
+    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding, a model's folder (python: bytes; else: gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float, help="share of documents (default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")
     parser.add_argument("--verify", action="store_true", help="NAME is a prepared folder: compare its checksums")
     args = parser.parse_args()
-    check(args.max_tokens > 0, f"--max_tokens {args.max_tokens} must be positive")
     if args.verify:
         Corpus(args.name).verify()
         return print(f"{args.name}: every checksum matches")

@@ -208,6 +208,8 @@ def test_the_pieces_of_a_long_text_add_up_to_it(tmp_path, monkeypatch):
     # a line that is longer than a document should be but not twice as long stays whole
     cut = pieces(tmp_path, ("word " * 500 + "end\n" + "and another line\n" * 20) * 5)
     assert len(cut) == 6 and all(piece.endswith("\n") for piece in cut)
+    # Windows' line ends are no reason to wait for a place that never comes
+    assert {len(piece) for piece in pieces(tmp_path, "one line\r\n" * 1000)} == {2000}
     assert pieces(tmp_path, "short\n") == ["short\n"] and pieces(tmp_path, "") == []
 
 
@@ -285,6 +287,7 @@ def test_a_null_among_the_texts_does_not_silently_end_the_corpus(kind, where, tm
 def test_a_missing_source_and_an_empty_folder_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="nosuchpath"):
         prepare(str(tmp_path / "nosuchpath"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         prepare(str(tmp_path / "empty"), tmp_path / "out")
