@@ -217,7 +217,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
         try:
             for number, line in enumerate(f, 1):
-                if line.strip() and (text := json.loads(line)["text"]) is not None:     # perhaps with half a surrogate pair
+                if line.strip() and (text := json.loads(line)["text"]) is not None:  # half a surrogate pair: U+FFFD
                     yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
