@@ -15,9 +15,8 @@ import gzip
 import itertools
 import json
 import os
-import shutil
+import re
 import sys
-import sysconfig
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,6 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import tiktoken
 import torch
-from torch import Tensor
 
 from model import Parser, UserError, check, need, run
 
@@ -36,22 +34,20 @@ EOT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 DOCUMENT_CHARS = 1 << 16     # a longer .txt, .md or .py file becomes several documents: one big file can be split too
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; what an interrupted preparation has to do again at the most
-BATCH_CHARS = 1 << 22        # text handed to the encoder's threads at a time
+BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """A tiktoken encoding by name, a tokenizer.json or its folder by path, or "bytes": 256 bytes and EOT, offline."""
     if name == "bytes":
-        ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", mergeable_ranks=ranks, special_tokens={EOT: 256})
-    known = tiktoken.list_encoding_names()
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={EOT: 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+    known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known and Path(name).exists():
         return folder_tokenizer(Path(name))
-    if name not in known:
-        close = difflib.get_close_matches(name, known + ["bytes"], n=1)
-        raise UserError(f"no tokenizer {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
-                        + f" There are: bytes, {', '.join(known)}")
+    hint = "".join(f" (did you mean {close!r}?)" for close in difflib.get_close_matches(name, known, n=1))
+    check(name in known, f"no tokenizer {name!r}{hint}; there are: {', '.join(known)}")
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as e:      # requests' errors are OSErrors; a damaged cache is a ValueError
@@ -76,31 +72,28 @@ def folder_tokenizer(path: Path) -> SimpleNamespace:
     token = inner.token_to_id(token["content"] if isinstance(token, dict) else token)
     eos = np.atleast_1d(said.get("eos_token_id", token))[0]                        # the first, where there are several
     check(eos is not None, f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
-
-    def encode(text: str, **_: Any) -> list[int]:
-        return inner.encode(text, add_special_tokens=False).ids
+    encode = functools.partial(inner.encode, add_special_tokens=False)
     return SimpleNamespace(
-        name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos), encode_ordinary=encode,
-        encode_to_numpy=lambda text, **_: np.array(encode(text), dtype=np.int64),
-        decode=lambda ids: inner.decode(ids, skip_special_tokens=False))
+        name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos),
+        encode_ordinary=lambda text: encode(text).ids, decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
+        encode_to_numpy=lambda text, **_: np.array(encode(text).ids, dtype=np.int64))
 
 
 def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to say of it."""
     if Path(name).suffix == ".json":            # of another folder
         for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
-            shutil.copy(file, folder)
+            (folder / file.name).write_bytes(file.read_bytes())
         return {}
     enc = get_tokenizer(name)
     if name in ("bytes", "gpt2"):
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]          # GPT-2 writes each byte as a letter
-        other = [b for b in range(256) if b not in printable]
-        letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(other)}
+        letter = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}     # as GPT-2 writes bytes
+        letter |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letter)}
         ids = {"".join(letter[b] for b in enc.decode_single_token_bytes(i)): i for i in range(enc.eot_token)}
         merges = [(x[:k], x[k:]) for x in ids for k in range(1, len(x)) if x[:k] in ids and x[k:] in ids]
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
-        end = {"id": enc.eot_token, "content": EOT, "special": True}
-        end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        end = {"id": enc.eot_token, "content": EOT, "special": True, "single_word": False, "lstrip": False,
+               "rstrip": False, "normalized": False}
         write_json(folder / "tokenizer.json", {
             "version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
             "model": {"type": "BPE", "vocab": ids, "merges": merges}})
@@ -115,30 +108,24 @@ class Corpus:
     """A prepared corpus. Tokens stay on disk; windows of T + 1 tokens are read as they are asked for."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        header = self.folder / "meta.json"
+        self.folder, header = Path(folder), Path(folder) / "meta.json"
         check(header.is_file(), f"no prepared corpus at {folder}: make one with `python data.py NAME --out {folder}`")
+        self.arrays, self.starts = {}, {}
         try:
             self.meta = json.loads(header.read_text())
-            self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
-            dtype = np.dtype(self.meta["dtype"])
-            self.shards = {split: self.meta[split]["shards"] for split in ("train", "val")}
-            check(isinstance(self.tokenizer, str) and isinstance(self.vocab_size, int)
-                  and all(isinstance(s["file"], str) and isinstance(s["tokens"], int)
-                          for shards in self.shards.values() for s in shards),
-                  f"{header} is damaged: prepare the corpus again")
+            self.tokenizer, self.vocab_size = str(self.meta["tokenizer"]), int(self.meta["vocab_size"])
             check(self.tokenizer != "bytes" or self.vocab_size == get_tokenizer("bytes").n_vocab,
                   f"{header}: vocab_size={self.vocab_size} is not that of bytes: prepare the corpus again")
+            dtype = np.dtype(self.meta["dtype"])
+            for split in ("train", "val"):
+                files = [(self.folder / shard["file"], shard["tokens"]) for shard in self.meta[split]["shards"]]
+                for path, n in files:
+                    check(path.is_file() and path.stat().st_size == n * dtype.itemsize,
+                          f"{path} is not the file of {n:,} tokens that meta.json says: prepare the corpus again")
+                self.arrays[split] = [np.memmap(path, dtype=dtype, mode="r") for path, _ in files]
+                self.starts[split] = np.cumsum([0] + [n for _, n in files])
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{header} is damaged ({e}): prepare the corpus again") from e
-        self.arrays: dict[str, list[np.ndarray]] = {}
-        for split, shards in self.shards.items():
-            for shard in shards:
-                path, want = self.folder / shard["file"], shard["tokens"] * dtype.itemsize
-                have = path.stat().st_size if path.is_file() else 0
-                check(have == want, f"{path} has {have:,} bytes, meta.json says {want:,}: prepare the corpus again")
-            self.arrays[split] = [np.memmap(self.folder / s["file"], dtype=dtype, mode="r") for s in shards]
-        self.starts = {split: np.cumsum([0] + [s["tokens"] for s in shards]) for split, shards in self.shards.items()}
 
     def n_tokens(self, split: str) -> int:
         return int(self.starts[split][-1])
@@ -151,16 +138,12 @@ class Corpus:
 
     def read(self, split: str, start: int, n: int) -> np.ndarray:
         """n tokens from position `start` of the split, across shards, as int64."""
-        starts, parts = self.starts[split], []
-        shard = int(np.searchsorted(starts, start, side="right")) - 1
-        while n > 0:
-            offset = start - int(starts[shard])
-            part = self.arrays[split][shard][offset:offset + n]
-            parts.append(part)
-            start, n, shard = start + len(part), n - len(part), shard + 1
+        starts = self.starts[split]
+        first, last = np.searchsorted(starts, (start, start + n - 1), side="right") - 1
+        parts = [self.arrays[split][i][max(start - starts[i], 0):start + n - starts[i]] for i in range(first, last + 1)]
         return np.concatenate(parts).astype(np.int64)
 
-    def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[Tensor, Tensor]:
+    def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, each (B, T), of the given windows; window i starts at token i T."""
         rows = torch.from_numpy(np.stack([self.read(split, int(i) * T, T + 1) for i in windows]))
         check(bool(rows.max() < self.vocab_size), f"{self.folder}: token {rows.max()} in the {split} split, but "
@@ -169,8 +152,8 @@ class Corpus:
 
     def verify(self) -> None:
         """Read every shard and compare its checksum."""
-        for split, shards in self.shards.items():
-            for shard, array in zip(shards, self.arrays[split]):
+        for split, arrays in self.arrays.items():
+            for shard, array in zip(self.meta[split]["shards"], arrays):
                 check(zlib.crc32(array) == shard["crc32"],
                       f"{self.folder / shard['file']} is damaged (checksum): prepare the corpus again")
 
@@ -182,72 +165,50 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def train_windows(seed: int, step: int, per_step: int, n_windows: int) -> np.ndarray:
-    """The windows of the global batch of a step, (per_step,): a pure function of its arguments.
-
-    Every window comes once per epoch. Rank r of W takes the micro-batches r, r + W, ... of it, so that the global batch
-    is the same for any number of ranks, and a resumed run goes on where it was.
-    """
+    """The windows of the global batch of a step, (per_step,), each once per epoch: a pure function of its arguments."""
     place = np.arange(step * per_step, (step + 1) * per_step)
     return np.array([epoch_order(seed, int(p) // n_windows, n_windows)[int(p) % n_windows] for p in place])
 
 
 def eval_windows(count: int, n_windows: int) -> np.ndarray:
     """`count` windows spread evenly over a split, always the same."""
-    count = min(count, n_windows)
-    return np.arange(count) * n_windows // count
+    return np.arange(min(count, n_windows)) * n_windows // min(count, n_windows)
 
 
 # ---- writing: documents in, shards out -------------------------------------------------------------------------------
 def documents(source: str) -> Iterator[str]:
     """The documents of a source, always in the same order: "python", "fineweb-edu", a file or a folder."""
     if source == "python":
-        for root in (Path(torch.__file__).parent, Path(sysconfig.get_paths()["stdlib"])):
+        for root in (Path(torch.__file__).parent, Path(os.__file__).parent):
             for path in sorted(root.rglob("*.py")):
                 if "site-packages" not in path.relative_to(root).parts:
                     yield from read_text(path)
     elif source == "fineweb-edu":
         yield from stream_dataset("HuggingFaceFW/fineweb-edu", name="sample-100BT")
     else:
-        root = Path(source)
-        check(root.exists(), f"no file or folder {source}; NAME is python, fineweb-edu or a path")
-        found = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
-        paths = [root] if root.is_file() else found
-        check(len(paths) > 0, f"no {' '.join(SUFFIXES)} files in {source}")
+        files = (p for p in (Path(source), *Path(source).rglob("*")) if p.is_file())
+        paths = sorted(p for p in files if p.name.endswith(SUFFIXES))
+        check(len(paths) > 0, f"no {' '.join(SUFFIXES)} file at {source}; NAME is python, fineweb-edu or a path")
         for path in paths:
-            if path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from read_jsonl(path)
-            elif path.suffix == ".parquet":
+            if path.suffix == ".parquet":
                 yield from stream_dataset("parquet", data_files=str(path))
             else:
-                check(path.name.endswith(SUFFIXES), f"{path} is none of {' '.join(SUFFIXES)}")
-                yield from read_text(path)
+                yield from (read_jsonl if path.name.endswith((".jsonl", ".jsonl.gz")) else read_text)(path)
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file as one document, or several if it is long.
-
-    Cuts lie between a line that ends in a letter or the like and one that starts with a letter or digit: there every
-    tiktoken encoding starts a new piece anyway, so no token is lost. Where no such place comes, it is cut all the same.
-    """
+    """A text file as one document, or several if it is long: cut where no token is lost, if such a place comes."""
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
-        lines: list[str] = []
-        size = 0
+        text = ""
         while line := f.readline(DOCUMENT_CHARS):
-            clean = line[0].isalnum() and lines and lines[-1][-1] == "\n" and lines[-1][-2:-1].strip()
-            if size >= DOCUMENT_CHARS and (clean or size >= 2 * DOCUMENT_CHARS):
-                yield "".join(lines)
-                lines, size = [], 0
-            lines.append(line)
-            size += len(line)
-        if lines:
-            yield "".join(lines)
-
-
-def text_in(row: dict[str, Any]) -> list[str]:
-    """The "text" of a row, as a list that is empty where it is null; TypeError or KeyError where there is none."""
-    if row["text"] is not None and not isinstance(row["text"], str):
-        raise TypeError(f"\"text\" is a {type(row['text']).__name__}")
-    return [row["text"]] if row["text"] is not None else []
+            # every tiktoken encoding starts a new piece where a letter follows a newline that follows no whitespace
+            clean = line[0].isalnum() and re.search(r"\S\r?\n\Z", text[-3:])
+            if len(text) >= DOCUMENT_CHARS and (clean or len(text) >= 2 * DOCUMENT_CHARS):
+                yield text
+                text = ""
+            text += line
+        if text:
+            yield text
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -256,9 +217,9 @@ def read_jsonl(path: Path) -> Iterator[str]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
         try:
             for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield from text_in(json.loads(line))
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as e:
+                if line.strip() and (text := json.loads(line)["text"]) is not None:  # half a surrogate pair: U+FFFD
+                    yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
 
 
@@ -267,108 +228,83 @@ def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
     where = kwargs.get("data_files", path)
     datasets = need("datasets", f"reading {where}")
     try:
-        for row in datasets.load_dataset(path, split="train", streaming=True, **kwargs):
-            yield from text_in(row)
+        rows = datasets.load_dataset(path, split="train", streaming=True, **kwargs)
+        yield from ("" + row["text"] for row in rows if row["text"] is not None)     # a TypeError where it is no string
     except Exception as e:      # its own errors, Arrow's and the network's
-        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): with that mended the same "
-                        "command goes on") from e
+        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): run it again to go on") from e
 
 
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
             max_tokens: float = float("inf"), docs: Callable[[str], Iterator[str]] = documents) -> Path:
     """Encode a source into token shards under `out`; called again after an interruption it goes on where it was.
 
-    Every document ends with EOT; every 1/val_fraction-th one, the first included, is validation. Shards appear by
-    rename, progress.json says what they cover, and meta.json is written last: a folder that has it is complete.
+    Every document ends with EOT; every 1/val_fraction-th one, the first included, is validation. progress.json says
+    what the shards cover so far; in the end it is renamed to meta.json: a folder that has that is complete.
     """
+    check(0 < val_fraction <= 0.5 and max_tokens > 0,
+          f"val_fraction={val_fraction} must be above 0 and at most 0.5, max_tokens={max_tokens} above 0")
     out, enc = Path(out), get_tokenizer(tokenizer)
-    tokenizer = tokenizer if not Path(tokenizer).exists() else enc.name                   # a folder's full path
-    request = {"source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "max_tokens": str(max_tokens)}
-    if (out / "meta.json").exists():
-        check(Corpus(out).meta["request"] == request,
-              f"{out} holds a corpus prepared with other settings: choose another --out, or delete it")
-        return out
-    check(0 < val_fraction <= 0.5, f"val_fraction={val_fraction} must be above 0 and at most 0.5")
-    dtype = np.dtype(np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32)
-    done = {"request": request, "documents": 0, **{split: {"tokens": 0, "shards": []} for split in ("train", "val")}}
-    progress = out / "progress.json"
+    request = {"source": source, "tokenizer": enc.name, "val_fraction": val_fraction, "max_tokens": str(max_tokens)}
+    meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token,
+            "dtype": "uint16" if enc.n_vocab <= 1 << 16 else "uint32", "request": request, "documents": 0,
+            "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
+    header, progress = out / "meta.json", out / "progress.json"
+    before = header if header.exists() else progress
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if progress.exists():
-            try:
-                before = json.loads(progress.read_text())
-                same = before["request"] == request and {"documents", "train", "val"} <= before.keys()
-            except (ValueError, KeyError, TypeError) as e:
-                raise UserError(f"{progress} is damaged: delete {out} and start over") from e
-            check(same, f"{out} was begun with other settings: delete it or change --out")
-            done = before
-        rest = itertools.islice(docs(source), done["documents"], None)
-        encode_into(out, done, rest, enc, dtype, val_fraction, max_tokens)
+        if before.exists():
+            meta = json.loads(before.read_text())
+            check(meta["request"] == request,
+                  f"{out} holds a corpus prepared with other settings: choose another --out, or delete it")
+        if before == header:
+            return out
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{before} is damaged: delete {out} and start over") from e
+    end = np.array([enc.eot_token], dtype=meta["dtype"])
+    buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    total = first = meta["train"]["tokens"] + meta["val"]["tokens"]
+    encode = functools.partial(enc.encode_to_numpy, disallowed_special=())                            # releases the GIL
+    started, full, pool = time.time(), False, ThreadPoolExecutor(os.cpu_count())
+    try:
+        rest = itertools.islice(docs(source), meta["documents"], None)
+        while not full:
+            batch = list(itertools.islice(rest, BATCH_DOCUMENTS))
+            for ids in pool.map(encode, batch):
+                if total < max_tokens:
+                    split = "val" if meta["documents"] % round(1 / val_fraction) == 0 else "train"
+                    buffers[split] += [ids.astype(meta["dtype"]), end]
+                    meta["documents"] += 1
+                    total += len(ids) + 1
+            full = total >= max_tokens or not batch
+            if full or total - meta["train"]["tokens"] - meta["val"]["tokens"] >= SHARD_TOKENS:
+                write_shards(out, meta, buffers)
+            if full or sys.stderr.isatty():
+                rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
+                print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens, {rate:.1f}M tokens/s ",
+                      end="\n" if full else "", file=sys.stderr, flush=True)
         for split in ("train", "val"):
-            check(done[split]["tokens"] > 0, f"{source}: {done['documents']} documents leave the {split} split empty")
-        meta = {"tokenizer": tokenizer, "vocab_size": enc.n_vocab, "eot": enc.eot_token, "dtype": dtype.name, **done}
+            check(meta[split]["tokens"] > 0, f"{source}: {meta['documents']} documents leave the {split} split empty")
         if enc.n_vocab <= 4096:
             meta["bigram_entropy"] = bigram_entropy(out, meta)
-        write_json(out / "meta.json", meta)
-        progress.unlink()
+        write_json(progress, meta)
+        os.replace(progress, header)
     except OSError as e:
         raise UserError(f"preparing {out} failed ({e}): with that mended the same command resumes it") from e
     return out
 
 
-def encode_into(out: Path, done: dict, docs: Iterator[str], enc: tiktoken.Encoding, dtype: np.dtype,
-                val_fraction: float, max_tokens: float) -> None:
-    """The loop of `prepare`: encode on all cores, write a shard of each split whenever SHARD_TOKENS are together."""
-    end = np.array([enc.eot_token], dtype=dtype)
-    every = round(1 / val_fraction)
-    buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    buffered, started, first = 0, time.time(), done["train"]["tokens"] + done["val"]["tokens"]
-
-    def encode(text: str) -> np.ndarray:
-        try:
-            return enc.encode_to_numpy(text, disallowed_special=())    # releases the GIL
-        except UnicodeEncodeError:                                     # half of a surrogate pair, which JSON can spell
-            return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        full = False
-        while not full:
-            batch, chars = [], 0
-            while chars < BATCH_CHARS and (text := next(docs, None)) is not None:
-                batch.append(text)
-                chars += len(text)
-            for tokens in pool.map(encode, batch):
-                if full := done["train"]["tokens"] + done["val"]["tokens"] + buffered >= max_tokens:
-                    break
-                buffers["val" if done["documents"] % every == 0 else "train"] += [tokens.astype(dtype), end]
-                done["documents"] += 1
-                buffered += len(tokens) + 1
-            full = full or not batch
-            if buffered >= SHARD_TOKENS or full:
-                for split, parts in buffers.items():
-                    if parts:
-                        shard = write_shard(out, split, len(done[split]["shards"]), np.concatenate(parts))
-                        done[split]["shards"].append(shard)
-                        done[split]["tokens"] += shard["tokens"]
-                        parts.clear()
-                buffered = 0
-                write_json(out / "progress.json", done)
-            total = done["train"]["tokens"] + done["val"]["tokens"] + buffered
-            line = f"{out}: {done['documents']:,} documents, {total / 1e6:,.1f}M tokens"
-            rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
-            if sys.stderr.isatty() or full:
-                print(f"\r{line}, {rate:.1f}M tokens/s ", end="\n" if full else "", file=sys.stderr, flush=True)
-
-
-def write_shard(out: Path, split: str, index: int, tokens: np.ndarray) -> dict[str, Any]:
-    """Write one token file, visible only once it is whole; returns its entry for the header."""
-    name = f"{split}_{index:05d}.bin"
-    with open(out / (name + ".tmp"), "wb") as f:
-        tokens.tofile(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(out / (name + ".tmp"), out / name)
-    return {"file": name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)}
+def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
+    """Empty the buffers into a new file for each split, then say in progress.json that they are there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split, parts in buffers.items():
+        if parts:
+            tokens, path = np.concatenate(parts), out / f"{split}_{len(meta[split]['shards']):05d}.bin"
+            with open(path, "wb") as f:
+                tokens.tofile(f)
+                os.fsync(f.fileno())
+            meta[split]["shards"].append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
+            meta[split]["tokens"] += len(tokens)
+            parts.clear()
+    write_json(out / "progress.json", meta)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -395,18 +331,16 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder of texts")
-    parser.add_argument("--tokenizer", help="bytes, any tiktoken encoding or a model's folder "
-                                            "(default: bytes for python, else gpt2)")
+    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding, a model's folder (python: bytes; else: gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float, help="share of documents (default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")
     parser.add_argument("--verify", action="store_true", help="NAME is a prepared folder: compare its checksums")
     args = parser.parse_args()
-    check(args.max_tokens > 0, f"--max_tokens {args.max_tokens} must be positive")
     if args.verify:
         Corpus(args.name).verify()
         return print(f"{args.name}: every checksum matches")
-    out = prepare(args.name, args.out or Path("data") / Path(args.name).name.split(".")[0],
+    out = prepare(args.name, args.out or Path("data", Path(os.path.abspath(args.name)).name.lstrip(".").split(".")[0]),
                   args.tokenizer or ("bytes" if args.name == "python" else "gpt2"),
                   (0.001 if args.name == "fineweb-edu" else 0.05) if args.val_fraction is None else args.val_fraction,
                   args.max_tokens)
