@@ -84,9 +84,11 @@ def without_rates(log):
 
 def model_of(c):
     """The model that a run with these settings starts from."""
-    torch.manual_seed(c.seed)
     given = {f.name: getattr(c, f.name) for f in fields(ModelConfig)}
-    return GPT(ModelConfig(**given | {"vocab_size": VOCAB}))
+    model = GPT(ModelConfig(**given | {"vocab_size": VOCAB}))
+    torch.manual_seed(c.seed)                                        # torch draws weights of its own before these
+    model.init_weights()
+    return model
 
 
 def tokens_of(folder, split):
