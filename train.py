@@ -24,7 +24,6 @@ import runpy
 import signal
 import sys
 import time
-import typing
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -79,35 +78,36 @@ class TrainConfig(ModelConfig):
             check(not isinstance(value, (int, float)) or value >= 0, f"{name}={value} must not be negative")
         for name in ("tokens_per_step", "max_steps", "learning_rate"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("beta1", "beta2"):
-            check(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1")
+        check(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         check(1 <= self.keep_checkpoints <= 10, f"keep_checkpoints={self.keep_checkpoints} must be 1 to 10")
-        for name, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16")),
-                            ("parallel", ("ddp", "fsdp"))):
-            check(getattr(self, name) in known, f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        check(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is none of auto, cpu, cuda")
+        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r} is none of auto, float32, bfloat16")
+        check(self.parallel in ("ddp", "fsdp"), f"parallel={self.parallel!r} is none of ddp, fsdp")
 
 
 # ---- settings: defaults < config files < command line ----------------------------------------------------------------
 def typed(name: str, value: Any, where: str) -> Any:
     """The value of a setting in the setting's type, from Python or from the command line, or a UserError."""
-    kinds = typing.get_type_hints(TrainConfig)
+    kinds = {f.name: f.type for f in fields(TrainConfig)}
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
         raise UserError(f"{where}: no setting {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
                         + " All of them: python train.py --help")
-    kind, word, words = kinds[name], str(value).lower(), {"true": True, "false": False}
-    if kind is str and isinstance(value, str):
+    kind, word = kinds[name], str(value).lower()
+    if kind == "str" and isinstance(value, str):
         return value
-    if kind in (bool, bool | None) and word in words:
-        return words[word]
-    if kind == bool | None and word in ("auto", "none"):
+    if kind == "bool | None" and word in ("auto", "none"):
         return None
-    if kind in (int, float) and not isinstance(value, bool):
+    if kind in ("bool", "bool | None") and word in ("true", "false"):
+        return word == "true"
+    if kind in ("int", "float") and not isinstance(value, bool):
         with contextlib.suppress(ArithmeticError, ValueError):
-            number = decimal.Decimal(word)               # exact: an integer may be 1e6, and too large for a float
-            if kind is float and math.isfinite(float(number)) or abs(number) < 2**63 and number == int(number):
-                return kind(number)
-    raise UserError(f"{where}: {name}={value!r} is no {'bool' if kind == bool | None else kind.__name__}")
+            number = decimal.Decimal(word)                          # exact, where a float would round a large integer
+            if kind == "float" and math.isfinite(float(number)):
+                return float(number)
+            if kind == "int" and abs(number) < 2**63 and number == int(number):
+                return int(number)
+    raise UserError(f"{where}: {name}={value!r} is no {kind.split()[0]}")
 
 
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def gradients(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]], c: T
 
 def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     """The mean of every value over the ranks, as Python floats and lists: one exchange, one synchronisation."""
-    flat = torch.cat([v.flatten().float() for v in values.values()])
+    flat = torch.cat([v.flatten().double() for v in values.values()])
     if world > 1:
         dist.all_reduce(flat)
         flat /= world
@@ -214,9 +214,7 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
             _, loss = model(x, y, return_logits=False)
         total += loss.double() * len(ids) * (i < len(batches))
     model.train()
-    if world > 1:
-        dist.all_reduce(total)
-    return total.item() / len(windows)
+    return average_over_ranks({"loss": total}, world)["loss"] * world / len(windows)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -285,18 +283,16 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-            rate = record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
+            record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
             if due(step, c.eval_interval, c):
                 record["val_loss"] = evaluate(model, corpus, c, size, rank, world, device, dtype)
             if rank == 0:
-                log(out, record)
                 left = (time.time() - started) / (step - first) * (c.max_steps - step)
-                show(record, c, flops * rate / peak, left)
+                report(record, out, c, flops * record["tokens_per_s"] / peak, left)
             begun, last = time.time(), stopping or step == c.max_steps
             if last or due(step, c.save_interval, c):
                 saving.result()                          # raises the error of a full disk
-                weights, moments = snapshot(raw, optimizer, rank)
-                saved = {"model": weights, "optimizer": moments, "settings": asdict(c), "step": step,
+                saved = {**snapshot(raw, optimizer, rank), "settings": asdict(c), "step": step,
                          "tokenizer": corpus.tokenizer}
                 if rank == 0:
                     saving = saver.submit(save_checkpoint, out / "ckpt.pt", saved, c.keep_checkpoints)
@@ -348,14 +344,13 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> tuple[dict, dict]:
+def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Any]]:
     """Weights and AdamW's moments by name, whole, in rank 0's host memory: the same whatever engine ran them."""
     def copy(t: Tensor) -> Tensor | None:
         t = whole(t.detach())
         return t.to("cpu", copy=True) if rank == 0 else None
-    weights = {name: copy(p) for name, p in raw.state_dict().items()}
     moments = {name: {k: copy(v) for k, v in optimizer.state[p].items()} for name, p in raw.named_parameters()}
-    return weights, moments
+    return {"model": {name: copy(p) for name, p in raw.state_dict().items()}, "optimizer": moments}
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -369,6 +364,7 @@ def newest_checkpoint(out: Path) -> Path | None:
                     return path
         print(f"{path} is damaged: trying the one before", flush=True)
     check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
+    print(f"nothing to resume in {out}: starting afresh")
     return None
 
 
@@ -379,8 +375,6 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
     if world > 1:
         dist.broadcast_object_list(found)
     if found[0] is None:
-        if rank == 0:
-            print(f"nothing to resume in {c.out_dir}: starting afresh")
         return 0
     path, saved = found[0], load_checkpoint(found[0])
     check("optimizer" in saved and "step" in saved, f"{path} holds no optimizer to resume with: use --init_from={path}")
@@ -398,15 +392,6 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
     return saved["step"]
 
 
-def log(out: Path, record: dict[str, Any]) -> None:
-    """Append a line to log.jsonl."""
-    try:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as e:
-        raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): mend that and --resume") from e
-
-
 def due(step: int, interval: int, c: TrainConfig) -> bool:
     """Every `interval` steps and at the end; an interval of 0 is off."""
     return interval > 0 and (step % interval == 0 or step == c.max_steps)
@@ -421,12 +406,10 @@ def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
         # A bare `torchrun train.py` starts one process: start over with one per GPU (CUDA_VISIBLE_DEVICES picks fewer).
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc-per-node={gpus}", *sys.argv])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        device = torch.device("cpu")
     if world > 1:
         store, rank, _ = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts, in which the ranks must not find their predecessors' addresses.
@@ -451,31 +434,35 @@ def open_out_dir(out: Path, first: int) -> None:
     """Make out_dir. A run that resumes keeps its log up to step `first`; else an earlier run's files become *.old."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / "log.jsonl").read_text().splitlines(True) if first else []
-        for path in [] if first else [out / "log.jsonl", *sorted(out.glob("ckpt*.pt"))]:
-            if path.exists():
+        if first:
+            lines = (out / "log.jsonl").read_text().splitlines(True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+            (out / "log.jsonl.tmp").write_text("".join(kept))
+            os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
+        else:
+            for path in (*out.glob("log.jsonl"), *sorted(out.glob("ckpt*.pt"))):
                 os.replace(path, f"{path}.old")
                 print(f"{path} of an earlier run is now {path.name}.old")
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-        (out / "log.jsonl.tmp").write_text("".join(kept))
-        os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
     except OSError as e:
         raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
-def show(record: dict[str, Any], c: TrainConfig, mfu: float, left: float) -> None:
-    """One live line on a terminal; lines that stay for validations and statistics."""
+def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: float) -> None:
+    """A line of log.jsonl; one live line on a terminal, and lines that stay for validations and statistics."""
+    try:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): mend that and --resume") from e
+    live, stays = sys.stdout.isatty(), "val_loss" in record or "variance" in record
     line = (f"step {record['step']}/{c.max_steps}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"MFU {mfu:.0%}  {left / 60:.1f} min left")
-    live = sys.stdout.isatty()
-    if "val_loss" in record or "variance" in record:
-        line += f"  val_loss {record['val_loss']:.4f}" if "val_loss" in record else ""
-        print("\r" * live + line.ljust(100))
-        if "variance" in record:
-            print(f"  variance of h_0 .. h_{c.n_layer}:", *(f"{v:.2g}" for v in record["variance"]), flush=True)
-    elif live:
-        print("\r" + line.ljust(100), end="", flush=True)
+    line += f"  val_loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+    if live or stays:
+        print("\r" * live + line.ljust(100), end="\n" * stays, flush=True)
+    if "variance" in record:
+        print(f"  variance of h_0 .. h_{c.n_layer}:", *(f"{v:.2g}" for v in record["variance"]), flush=True)
 
 
 def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, waited: float, saving: float) -> None:
@@ -502,10 +489,10 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090":
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure MFU against: the data sheet's for the GPUs above, else a matrix product's, measured."""
-    if device.type == "cpu" or dtype != torch.bfloat16:
-        return gemm_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
-    found = [peak for name, peak in PEAK.items() if name in torch.cuda.get_device_name(device)]
-    return found[0] if found else gemm_rate(device, dtype, 8192)
+    for name, peak in PEAK.items():
+        if device.type == "cuda" and dtype == torch.bfloat16 and name in torch.cuda.get_device_name(device):
+            return peak
+    return gemm_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
@@ -540,27 +527,28 @@ def bench(c: TrainConfig, families: bool) -> None:
     """
     rank, world, device, dtype = set_up(c)
     c.vocab_size = c.vocab_size or 320                              # the byte tokenizer's 257, rounded up
-    dense = replace(c, n_experts=0, n_kv_head=c.n_head)
-    models = {"dense ": dense, "gqa ": replace(dense, n_kv_head=1),
-              "moe ": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
-              "long ": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
-    ways = {f"{name}{'compiled' if kind else 'eager'}": (replace(model, compile=kind), 1)
-            for kind in ([False, True] if c.compile is None else [c.compile])
-            for name, model in (models if families else {"": c}).items()}
     if world > 1:
-        ways = {"alone": (c, 1)} | {name: (replace(c, parallel=name), world) for name in ("ddp", "fsdp")}
-    steps = {way: bench_step(config, rank, ranks, device, dtype) for way, (config, ranks) in ways.items()}
+        ways = {"alone": c, "ddp": replace(c, parallel="ddp"), "fsdp": replace(c, parallel="fsdp")}
+    else:
+        dense = replace(c, n_experts=0, n_kv_head=c.n_head)
+        models = {"dense ": dense, "gqa ": replace(dense, n_kv_head=1),
+                  "moe ": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
+                  "long ": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
+        ways = {f"{name}{'compiled' if kind else 'eager'}": replace(model, compile=kind)
+                for kind in ([False, True] if c.compile is None else [c.compile])
+                for name, model in (models if families else {"": c}).items()}
+    steps = {way: bench_step(config, rank, 1 if way == "alone" else world, device, dtype)
+             for way, config in ways.items()}
     rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(9)]
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
-    out = {name: getattr(c, name) for name in shape}
-    out |= {"ranks": world, "threads": torch.get_num_threads(),
-            "gemm_flops_per_s": round(gemm_rate(device, dtype, 1024))}
-    first = None
-    for way, (config, _) in ways.items():
+    out: dict[str, Any] = {name: getattr(c, name) for name in shape}
+    out |= {"ranks": world, "threads": torch.get_num_threads(), "gemm_flops_per_s": round(gemm_rate(device, dtype, 1024))}
+    for way, config in ways.items():
         seconds, shares = map(sorted, zip(*(r[way] for r in rounds[1:])))                # the first compiles, allocates
-        first, rate = first or seconds[0], c.tokens_per_step / seconds[0]
+        rate = c.tokens_per_step / seconds[0]
         out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(config).flops_per_token() * rate),
-                    "kernel_share": round(shares[len(shares) // 2], 3), "speed": round(first / seconds[0], 3)}
+                    "kernel_share": round(shares[len(shares) // 2], 3),
+                    "speed": round(min(next(iter(r.values()))[0] for r in rounds[1:]) / seconds[0], 3)}
     if rank == 0:
         print(json.dumps(out))
 
@@ -628,9 +616,8 @@ def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
         model.recompute = c.recompute
         P, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
         if sharded and bf16:
-            for module in model.blocks.modules():        # as FSDP2 gathers them: autocast makes no copies
-                for name, p in module.named_parameters(recurse=False):
-                    setattr(module, name, torch.nn.Parameter(p.bfloat16()))
+            for p in model.blocks.parameters():          # as FSDP2 gathers them: autocast makes no copies
+                p.data = p.data.bfloat16()
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         tracker.track_external(model, idx)
