@@ -250,6 +250,9 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         mine = range(rank * size, per_step, world * size)
         return [corpus.batch("train", ids[i:i + size], c.block_size) for i in mine]
 
+    def due(interval: int) -> bool:                          # and at the end; 0 is never
+        return interval > 0 and (step % interval == 0 or step == c.max_steps)
+
     peak, flops = peak_flops(device, dtype) * world, raw.flops_per_token()
     if rank == 0:
         open_out_dir(out, first)
@@ -272,7 +275,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             lr = learning_rate(step - 1, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums = gradients(model, batches, c, dtype, stats=due(step, c.stats_interval, c))
+            sums = gradients(model, batches, c, dtype, stats=due(c.stats_interval))
             sums["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf))
             sums["stop"] = torch.tensor(float(len(stop)), device=device)          # one rank's SIGTERM stops them all
             record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
@@ -284,16 +287,16 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             optimizer.zero_grad()
 
             record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
-            if due(step, c.eval_interval, c):
+            if due(c.eval_interval):
                 record["val_loss"] = evaluate(model, corpus, c, size, rank, world, device, dtype)
             if rank == 0:
                 left = (time.time() - started) / (step - first) * (c.max_steps - step)
                 report(record, out, c, flops * record["tokens_per_s"] / peak, left)
             begun, last = time.time(), stopping or step == c.max_steps
-            if last or due(step, c.save_interval, c):
+            if last or due(c.save_interval):
                 saving.result()                          # raises the error of a full disk
-                saved = {**snapshot(raw, optimizer, rank), "settings": asdict(c), "step": step,
-                         "tokenizer": corpus.tokenizer}
+                saved = {"settings": asdict(c), "step": step, "tokenizer": corpus.tokenizer,
+                         **snapshot(raw, optimizer, rank)}
                 if rank == 0:
                     saving = saver.submit(save_checkpoint, out / "ckpt.pt", saved, c.keep_checkpoints)
             if last or saving.done():
@@ -392,11 +395,6 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
     return saved["step"]
 
 
-def due(step: int, interval: int, c: TrainConfig) -> bool:
-    """Every `interval` steps and at the end; an interval of 0 is off."""
-    return interval > 0 and (step % interval == 0 or step == c.max_steps)
-
-
 def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
     """Join the process group if torchrun made one; returns rank, world size, device and compute dtype."""
     cuda = c.device != "cpu" and torch.cuda.is_available()
@@ -484,7 +482,10 @@ def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, w
     print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
 
 
+# ---- how fast it is --------------------------------------------------------------------------------------------------
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}    # dense bfloat16, data sheet
+KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
+           "aten::_flash_attention", "aten::_efficient_attention")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -513,17 +514,12 @@ def timed(f: Callable[[], Any], device: torch.device) -> float:
     return clock[1] - clock[0]
 
 
-KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
-           "aten::_flash_attention", "aten::_efficient_attention")
-
-
 def bench(c: TrainConfig, families: bool) -> None:
-    """Time whole training steps on random tokens, several ways in turn: tokens/s, FLOP/s, kernel_share, relative speed.
+    """Print a line of JSON: the speed of whole training steps on random tokens, several ways in turn.
 
-    One rank: eager and compiled, unless `compile` says which; with `families` the same model dense, with GQA, with
-    experts of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2.
-    kernel_share is the share of a step's time inside its own matrix products and attention kernels (self time by
-    torch.profiler); it drifts less with a shared machine than rates do. Speed is relative to the first way.
+    One rank: eager and compiled, unless `compile` says which; `families`: the model made dense, with GQA, with experts
+    of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2. kernel_share, of
+    a step's time inside its KERNELS, drifts less with a shared machine than rates do; speed is relative to the first.
     """
     rank, world, device, dtype = set_up(c)
     c.vocab_size = c.vocab_size or 320                              # the byte tokenizer's 257, rounded up
@@ -537,18 +533,16 @@ def bench(c: TrainConfig, families: bool) -> None:
         ways = {f"{name}{'compiled' if kind else 'eager'}": replace(model, compile=kind)
                 for kind in ([False, True] if c.compile is None else [c.compile])
                 for name, model in (models if families else {"": c}).items()}
-    steps = {way: bench_step(config, rank, 1 if way == "alone" else world, device, dtype)
-             for way, config in ways.items()}
+    steps = {way: bench_step(way_c, rank, 1 if way == "alone" else world, device, dtype) for way, way_c in ways.items()}
     rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(9)]
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
-    out: dict[str, Any] = {name: getattr(c, name) for name in shape}
-    out |= {"ranks": world, "threads": torch.get_num_threads(), "gemm_flops_per_s": round(gemm_rate(device, dtype, 1024))}
-    for way, config in ways.items():
-        seconds, shares = map(sorted, zip(*(r[way] for r in rounds[1:])))                # the first compiles, allocates
-        rate = c.tokens_per_step / seconds[0]
-        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(config).flops_per_token() * rate),
-                    "kernel_share": round(shares[len(shares) // 2], 3),
-                    "speed": round(min(next(iter(r.values()))[0] for r in rounds[1:]) / seconds[0], 3)}
+    out = {name: getattr(c, name) for name in shape} | {"ranks": world, "threads": torch.get_num_threads()}
+    out["gemm_flops_per_s"], first = round(gemm_rate(device, dtype, 1024)), next(iter(ways))
+    best = {way: min(r[way][0] for r in rounds[1:]) for way in ways}                     # round 0 compiles, allocates
+    for way, way_c in ways.items():
+        rate, shares = c.tokens_per_step / best[way], sorted(r[way][1] for r in rounds[1:])
+        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(way_c).flops_per_token() * rate),
+                    "kernel_share": round(shares[len(shares) // 2], 3), "speed": round(best[first] / best[way], 3)}
     if rank == 0:
         print(json.dumps(out))
 
@@ -601,10 +595,10 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
              f"{'':22}{'weights':>10}{'gradients':>10}{'optimizer':>10}{'passing':>10}{'total':>10}"]
     for parallel in ("ddp", "fsdp"):
         for recompute in (False, True):
-            parts = memory(replace(c, parallel=parallel, recompute=recompute), gpus)
-            lines.append(f"{parallel + ', recompute' * recompute:22}"
-                         + "".join(f"{n / 1e9:10.2f}" for n in (*parts, sum(parts)))
-                         + ("  fits" if sum(parts) < 80e9 else "  does not fit") + " 80 GB")
+            bytes = memory(replace(c, parallel=parallel, recompute=recompute), gpus)
+            row = "".join(f"{n / 1e9:10.2f}" for n in (*bytes, sum(bytes)))
+            row += "  fits 80 GB" if sum(bytes) < 80e9 else "  does not fit 80 GB"
+            lines.append(f"{parallel + ', recompute' * recompute:22}{row}")
     return "\n".join(lines)
 
 
