@@ -352,8 +352,9 @@ def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> dict[str,
     def copy(t: Tensor) -> Tensor | None:
         t = whole(t.detach())
         return t.to("cpu", copy=True) if rank == 0 else None
+    weights = {name: copy(p) for name, p in raw.state_dict().items()}      # first: FSDP2 shards the parameters again
     moments = {name: {k: copy(v) for k, v in optimizer.state[p].items()} for name, p in raw.named_parameters()}
-    return {"model": {name: copy(p) for name, p in raw.state_dict().items()}, "optimizer": moments}
+    return {"model": weights, "optimizer": moments}
 
 
 def newest_checkpoint(out: Path) -> Path | None:
