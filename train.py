@@ -15,6 +15,7 @@ saves and stops. Several nodes need an out_dir that all of them see. Every setti
 from __future__ import annotations
 
 import contextlib
+import decimal
 import difflib
 import json
 import math
@@ -23,23 +24,20 @@ import runpy
 import signal
 import sys
 import time
-import typing
-import weakref
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from data import Corpus, eval_windows, prepare, train_windows
 from model import (GPT, ModelConfig, Parser, UserError, check, load_checkpoint, load_weights, put, run,
@@ -76,52 +74,50 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in vars(self).items():
+            check(not isinstance(value, (int, float)) or value >= 0, f"{name}={value} must not be negative")
         for name in ("tokens_per_step", "max_steps", "learning_rate"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("batch_size", "warmup_steps", "weight_decay", "grad_clip", "eval_interval", "eval_tokens",
-                     "stats_interval", "save_interval", "min_lr_ratio", "seed"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2"):
-            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        check(max(self.beta1, self.beta2) < 1, f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         check(1 <= self.keep_checkpoints <= 10, f"keep_checkpoints={self.keep_checkpoints} must be 1 to 10")
-        for name, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16")),
-                            ("parallel", ("ddp", "fsdp"))):
-            check(getattr(self, name) in known, f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        check(self.device in ("auto", "cpu", "cuda"), f"device={self.device!r} is none of auto, cpu, cuda")
+        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r} is none of auto, float32, bfloat16")
+        check(self.parallel in ("ddp", "fsdp"), f"parallel={self.parallel!r} is none of ddp, fsdp")
 
 
 # ---- settings: defaults < config files < command line ----------------------------------------------------------------
 def typed(name: str, value: Any, where: str) -> Any:
     """The value of a setting in the setting's type, from Python or from the command line, or a UserError."""
-    kinds = typing.get_type_hints(TrainConfig)
+    kinds = {f.name: f.type for f in fields(TrainConfig)}
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
         raise UserError(f"{where}: no setting {name!r}" + (f", did you mean {close[0]!r}?" if close else "")
                         + " All of them: python train.py --help")
     kind, word = kinds[name], str(value).lower()
-    if kind is str and isinstance(value, str):
+    if kind == "str" and isinstance(value, str):
         return value
-    if kind == bool | None and word in ("auto", "none"):
+    if kind == "bool | None" and word in ("auto", "none"):
         return None
-    if kind in (bool, bool | None) and word in ("true", "false"):
+    if kind in ("bool", "bool | None") and word in ("true", "false"):
         return word == "true"
-    if kind in (int, float) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            number = float(value)
-            if kind is float and math.isfinite(number):
-                return number
-            if kind is int and number == int(number):
-                return int(value) if isinstance(value, int) or word.lstrip("+-").isdigit() else int(number)
-    raise UserError(f"{where}: {name}={value!r} is no {'bool' if kind == bool | None else kind.__name__}")
+    if kind in ("int", "float") and not isinstance(value, bool):
+        with contextlib.suppress(ArithmeticError, ValueError):
+            number = decimal.Decimal(word)                          # exact, where a float would round a large integer
+            if kind == "float" and math.isfinite(float(number)):
+                return float(number)
+            if kind == "int" and abs(number) < 2**63 and number == int(number):
+                return int(number)
+    raise UserError(f"{where}: {name}={value!r} is no {kind.split()[0]}")
 
 
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`. Names that begin with _ are its own."""
-    neighbours = sorted(str(p) for p in path.parent.glob("*.py"))
-    check(path.is_file(), f"no config {path}; there are: {' '.join(neighbours) or 'none in that folder'}")
+    neighbours = " ".join(sorted(map(str, path.parent.glob("*.py"))))
+    check(path.is_file(), f"no config {path}; there are: {neighbours or 'none in that folder'}")
     try:
-        values = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith("_")}
+        values = {k: v for k, v in runpy.run_path(str(path)).items() if k[0] != "_" and not isinstance(v, type(sys))}
     except (Exception, SystemExit) as e:      # whatever the file raises is a mistake in the file
-        raise UserError(f"{path}: {type(e).__name__}: {e}") from e
+        raise UserError(f"{path}: {type(e).__name__}: {str(e).partition(chr(10))[0]}") from e
     base = values.pop("base", "")
     check(isinstance(base, str) and depth < 10, f"{path}: base={base!r} must name another config, and not in a circle")
     inherited = read_config(path.parent / base, depth + 1) if base else {}
@@ -138,10 +134,9 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     parser.add_argument("--mfu", type=float, default=0.4, help="of --plan: share of the peak FLOP/s (default 0.4)")
     parser.add_argument("--bench", action="store_true", help="time a step instead of training; needs no data")
     parser.add_argument("--families", action="store_true", help="of --bench: also its GQA, MoE and long context kin")
-    switches = {action.dest for action in parser._actions}
     for f in fields(TrainConfig):
-        default = "auto" if f.default is None else repr(f.default) if f.default == "" else f.default
-        parser.add_argument(f"--{f.name}", default=None, metavar=str(default), help=f.metadata["help"])
+        default = {None: "auto", "": "''"}.get(f.default, str(f.default))
+        parser.add_argument(f"--{f.name}", metavar=default, help=f.metadata["help"])
     args, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         typed(unknown[0].lstrip("-").split("=")[0], None, "command line")    # names the closest, if it is one
@@ -149,7 +144,8 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     values: dict[str, Any] = {}
     for path in args.configs:
         values |= read_config(Path(path))
-    values |= {k: typed(k, v, "command line") for k, v in vars(args).items() if v is not None and k not in switches}
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    values |= {k: typed(k, v, "command line") for k, v in given.items() if v is not None}
     values["out_dir"] = values.get("out_dir") or "out/" + (Path(args.configs[-1]).stem if args.configs else "run")
     if values.get("init_from"):
         saved = load_checkpoint(values["init_from"])["settings"]
@@ -195,7 +191,7 @@ def gradients(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]], c: T
 
 def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     """The mean of every value over the ranks, as Python floats and lists: one exchange, one synchronisation."""
-    flat = torch.cat([v.flatten().float() for v in values.values()])
+    flat = torch.cat([v.flatten().double() for v in values.values()])
     if world > 1:
         dist.all_reduce(flat)
         flat /= world
@@ -209,19 +205,16 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
     """Mean loss over eval_tokens of the validation split, in batches of `size`, in nats per token."""
     windows = eval_windows(max(1, c.eval_tokens // c.block_size), corpus.n_windows("val", c.block_size))
     batches = [windows[i:i + size] for i in range(0, len(windows), size)]
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     model.eval()
     for i in range(rank, -(-len(batches) // world) * world, world):                 # every rank equally often, since
         ids = batches[i % len(batches)]                                             # FSDP's passes are collective
         x, y = (t.to(device) for t in corpus.batch("val", ids, c.block_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             _, loss = model(x, y, return_logits=False)
-        total += torch.tensor([loss.item(), 1], dtype=torch.float64) * len(ids) * (i < len(batches))
+        total += loss.double() * len(ids) * (i < len(batches))
     model.train()
-    total = total.to(device)
-    if world > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return average_over_ranks({"loss": total}, world)["loss"] * world / len(windows)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -229,7 +222,11 @@ def train(c: TrainConfig, resume: bool = False) -> None:
     """Train to max_steps; see the module's docstring for what is written."""
     rank, world, device, dtype = set_up(c)
     per_step, size = batch_shape(c, world)
-    corpus, out = open_corpus(c.data, rank, world), Path(c.out_dir)
+    if rank == 0 and Path(c.data) == Path("data/python") and not Path(c.data, "meta.json").exists():
+        prepare("python", c.data)
+    if world > 1:
+        dist.barrier()
+    corpus, out = Corpus(c.data), Path(c.out_dir)
     c.vocab_size = c.vocab_size or -(-corpus.vocab_size // 64) * 64
     check(c.vocab_size >= corpus.vocab_size, f"vocab_size={c.vocab_size}, but {c.data} needs {corpus.vocab_size}")
     n_windows = corpus.n_windows("train", c.block_size)
@@ -253,6 +250,9 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         mine = range(rank * size, per_step, world * size)
         return [corpus.batch("train", ids[i:i + size], c.block_size) for i in mine]
 
+    def due(interval: int) -> bool:                          # and at the end; 0 is never
+        return interval > 0 and (step % interval == 0 or step == c.max_steps)
+
     peak, flops = peak_flops(device, dtype) * world, raw.flops_per_token()
     if rank == 0:
         open_out_dir(out, first)
@@ -260,10 +260,12 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         print(f"{out}: {n['total'] / 1e6:.2f}M parameters ({n['active'] / 1e6:.2f}M active), {c.n_layer} layers, "
               f"{c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, {world} x {device.type}, {dtype}"
               + f", from step {first}" * (first > 0))
-    started, waited, saving_took, stopping, record = time.time(), 0.0, 0.0, False, {}
-    with sigterm() as stop, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver:
+    started, waited, saving_took, stop, stopping, record = time.time(), 0.0, 0.0, [], False, {}
+    with contextlib.ExitStack() as at_exit, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver:
+        handler = signal.signal(signal.SIGTERM, lambda number, _: stop.append(number))
+        at_exit.callback(signal.signal, signal.SIGTERM, handler)
         upcoming = loader.submit(load, first)            # the next step's batches are read while this step computes
-        saving: Future | None = None                     # and the last checkpoint is written
+        saving = saver.submit(lambda: None)              # and the last checkpoint is written
         for step in range(first + 1, c.max_steps + 1):
             begun = time.time()
             batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
@@ -273,7 +275,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             lr = learning_rate(step - 1, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums = gradients(model, batches, c, dtype, stats=due(step, c.stats_interval, c))
+            sums = gradients(model, batches, c, dtype, stats=due(c.stats_interval))
             sums["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(raw.parameters(), c.grad_clip or math.inf))
             sums["stop"] = torch.tensor(float(len(stop)), device=device)          # one rank's SIGTERM stops them all
             record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
@@ -284,23 +286,20 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-            rate = record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
-            if due(step, c.eval_interval, c):
+            record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
+            if due(c.eval_interval):
                 record["val_loss"] = evaluate(model, corpus, c, size, rank, world, device, dtype)
             if rank == 0:
-                log(out, record)
                 left = (time.time() - started) / (step - first) * (c.max_steps - step)
-                show(record, c, flops * rate / peak, left)
-            begun = time.time()
-            if saving and (saving.done() or due(step, c.save_interval, c)):
-                saving = saving.result()                 # None, or the error of a full disk
-            if step == c.max_steps or due(step, c.save_interval, c) or stopping:
-                weights, moments = snapshot(raw, optimizer, rank)
-                saved = {"model": weights, "optimizer": moments, "settings": asdict(c), "step": step,
-                         "tokenizer": corpus.tokenizer}
+                report(record, out, c, flops * record["tokens_per_s"] / peak, left)
+            begun, last = time.time(), stopping or step == c.max_steps
+            if last or due(c.save_interval):
+                saving.result()                          # raises the error of a full disk
+                saved = {"settings": asdict(c), "step": step, "tokenizer": corpus.tokenizer,
+                         **snapshot(raw, optimizer, rank)}
                 if rank == 0:
                     saving = saver.submit(save_checkpoint, out / "ckpt.pt", saved, c.keep_checkpoints)
-            if saving and (stopping or step == c.max_steps):
+            if last or saving.done():
                 saving.result()
             saving_took += time.time() - begun
             if stopping:
@@ -348,14 +347,14 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> tuple[dict, dict]:
+def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Any]]:
     """Weights and AdamW's moments by name, whole, in rank 0's host memory: the same whatever engine ran them."""
     def copy(t: Tensor) -> Tensor | None:
         t = whole(t.detach())
         return t.to("cpu", copy=True) if rank == 0 else None
-    weights = {name: copy(p) for name, p in raw.state_dict().items()}
+    weights = {name: copy(p) for name, p in raw.state_dict().items()}      # first: FSDP2 shards the parameters again
     moments = {name: {k: copy(v) for k, v in optimizer.state[p].items()} for name, p in raw.named_parameters()}
-    return weights, moments
+    return {"model": weights, "optimizer": moments}
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -369,6 +368,7 @@ def newest_checkpoint(out: Path) -> Path | None:
                     return path
         print(f"{path} is damaged: trying the one before", flush=True)
     check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
+    print(f"nothing to resume in {out}: starting afresh")
     return None
 
 
@@ -379,8 +379,6 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
     if world > 1:
         dist.broadcast_object_list(found)
     if found[0] is None:
-        if rank == 0:
-            print(f"nothing to resume in {c.out_dir}: starting afresh")
         return 0
     path, saved = found[0], load_checkpoint(found[0])
     check("optimizer" in saved and "step" in saved, f"{path} holds no optimizer to resume with: use --init_from={path}")
@@ -398,31 +396,6 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
     return saved["step"]
 
 
-@contextlib.contextmanager
-def sigterm() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def log(out: Path, record: dict[str, Any]) -> None:
-    """Append a line to log.jsonl."""
-    try:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as e:
-        raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): mend that and --resume") from e
-
-
-def due(step: int, interval: int, c: TrainConfig) -> bool:
-    """Every `interval` steps and at the end; an interval of 0 is off."""
-    return interval > 0 and (step % interval == 0 or step == c.max_steps)
-
-
 def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
     """Join the process group if torchrun made one; returns rank, world size, device and compute dtype."""
     cuda = c.device != "cpu" and torch.cuda.is_available()
@@ -432,33 +405,18 @@ def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
         # A bare `torchrun train.py` starts one process: start over with one per GPU (CUDA_VISIBLE_DEVICES picks fewer).
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                   f"--nproc-per-node={gpus}", *sys.argv])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        device = torch.device("cpu")
     if world > 1:
         store, rank, _ = next(dist.rendezvous("env://"))
         # torchrun keeps one store over its restarts, in which the ranks must not find their predecessors' addresses.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
-    return int(os.environ.get("RANK", 0)), world, device, compute_dtype(c, device)
-
-
-def compute_dtype(c: TrainConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 by default on a GPU; float32 on a CPU, where bfloat16 is anything from faster to 100 times slower."""
-    return getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32")
-
-
-def open_corpus(folder: str, rank: int, world: int) -> Corpus:
-    """The prepared corpus; data/python is prepared here, by rank 0, if it is not there yet."""
-    if Path(folder) == Path("data/python") and not (Path(folder) / "meta.json").exists():
-        if rank == 0:
-            prepare("python", folder)
-        if world > 1:
-            dist.barrier()
-    return Corpus(folder)
+    # On a CPU bfloat16 is anything from faster to 100 times slower.
+    dtype = getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if cuda else "float32")
+    return int(os.environ.get("RANK", 0)), world, device, dtype
 
 
 def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
@@ -475,35 +433,35 @@ def open_out_dir(out: Path, first: int) -> None:
     """Make out_dir. A run that resumes keeps its log up to step `first`; else an earlier run's files become *.old."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lines = (out / "log.jsonl").read_text().splitlines(True) if first else []
-        for path in [] if first else [out / "log.jsonl", *sorted(out.glob("ckpt*.pt"))]:
-            if path.exists():
+        if first:
+            lines = (out / "log.jsonl").read_text().splitlines(True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+            (out / "log.jsonl.tmp").write_text("".join(kept))
+            os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
+        else:
+            for path in (*out.glob("log.jsonl"), *sorted(out.glob("ckpt*.pt"))):
                 os.replace(path, f"{path}.old")
                 print(f"{path} of an earlier run is now {path.name}.old")
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-        (out / "log.jsonl.tmp").write_text("".join(kept))
-        os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
     except OSError as e:
         raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
-def numbers(values: list[float]) -> str:
-    return " ".join(f"{v:.2g}" for v in values)
-
-
-def show(record: dict[str, Any], c: TrainConfig, mfu: float, left: float) -> None:
-    """One live line on a terminal; lines that stay for validations and statistics."""
+def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: float) -> None:
+    """A line of log.jsonl; one live line on a terminal, and lines that stay for validations and statistics."""
+    try:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): mend that and --resume") from e
+    live, stays = sys.stdout.isatty(), "val_loss" in record or "variance" in record
     line = (f"step {record['step']}/{c.max_steps}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"MFU {mfu:.0%}  {left / 60:.1f} min left")
-    live = sys.stdout.isatty()
-    if "val_loss" in record or "variance" in record:
-        line += f"  val_loss {record['val_loss']:.4f}" if "val_loss" in record else ""
-        print("\r" * live + line.ljust(100))
-        if "variance" in record:
-            print(f"  variance of h_0 .. h_{c.n_layer}: {numbers(record['variance'])}", flush=True)
-    elif live:
-        print("\r" + line.ljust(100), end="", flush=True)
+    line += f"  val_loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+    if live or stays:
+        print("\r" * live + line.ljust(100), end="\n" * stays, flush=True)
+    if "variance" in record:
+        print(f"  variance of h_0 .. h_{c.n_layer}:", *(f"{v:.2g}" for v in record["variance"]), flush=True)
 
 
 def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, waited: float, saving: float) -> None:
@@ -525,15 +483,17 @@ def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, w
     print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
 
 
+# ---- how fast it is --------------------------------------------------------------------------------------------------
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}    # dense bfloat16, data sheet
+KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
+           "aten::_flash_attention", "aten::_efficient_attention")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure MFU against: the data sheet's for the GPUs above, else a matrix product's, measured."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        for name, peak in PEAK.items():
-            if name in torch.cuda.get_device_name(device):
-                return peak
+    for name, peak in PEAK.items():
+        if device.type == "cuda" and dtype == torch.bfloat16 and name in torch.cuda.get_device_name(device):
+            return peak
     return gemm_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
 
 
@@ -545,57 +505,47 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 def timed(f: Callable[[], Any], device: torch.device) -> float:
     """Seconds that f takes, on all ranks."""
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+    clock = []
+    for work in (lambda: None, f):
+        work()
+        torch.get_device_module(device).synchronize()
         if dist.is_initialized():
             dist.barrier()
-    synchronize()
-    begun = time.perf_counter()
-    f()
-    synchronize()
-    return time.perf_counter() - begun
+        clock.append(time.perf_counter())
+    return clock[1] - clock[0]
 
 
-KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
-           "aten::_flash_attention", "aten::_efficient_attention")
+def bench(c: TrainConfig, families: bool) -> None:
+    """Print a line of JSON: the speed of whole training steps on random tokens, several ways in turn.
 
-
-def bench(c: TrainConfig, families: bool = False) -> dict[str, Any]:
-    """Time whole training steps on random tokens, several ways in turn: tokens/s, FLOP/s, kernel_share, relative speed.
-
-    One rank: eager and compiled, unless `compile` says which; with `families` the same model dense, with GQA, with
-    experts of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2.
-    kernel_share is the share of a step's time inside its own matrix products and attention kernels (self time by
-    torch.profiler); it drifts less with a shared machine than rates do. Speed is relative to the first way.
+    One rank: eager and compiled, unless `compile` says which; `families`: the model made dense, with GQA, with experts
+    of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2. kernel_share, of
+    a step's time inside its KERNELS, drifts less with a shared machine than rates do; speed is relative to the first.
     """
     rank, world, device, dtype = set_up(c)
     c.vocab_size = c.vocab_size or 320                              # the byte tokenizer's 257, rounded up
-    dense = replace(c, n_experts=0, n_kv_head=c.n_head)
-    configs = {"dense ": dense, "gqa ": replace(dense, n_kv_head=1),
-               "moe ": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
-               "long ": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
-    configs = configs if families else {"": c}
-    ways = {f"{name}{'compiled' if kind else 'eager'}": (replace(config, compile=kind), 1)
-            for kind in ([False, True] if c.compile is None else [c.compile]) for name, config in configs.items()}
     if world > 1:
-        ways = {"alone": (c, 1)} | {name: (replace(c, parallel=name), world) for name in ("ddp", "fsdp")}
-    steps = {way: bench_step(config, rank, ranks, device, dtype) for way, (config, ranks) in ways.items()}
-    for step in steps.values():
-        step(), step()                                              # compile, allocate
-    rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(8)]
+        ways = {"alone": c, "ddp": replace(c, parallel="ddp"), "fsdp": replace(c, parallel="fsdp")}
+    else:
+        dense = replace(c, n_experts=0, n_kv_head=c.n_head)
+        models = {"dense ": dense, "gqa ": replace(dense, n_kv_head=1),
+                  "moe ": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
+                  "long ": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
+        ways = {f"{name}{'compiled' if kind else 'eager'}": replace(model, compile=kind)
+                for kind in ([False, True] if c.compile is None else [c.compile])
+                for name, model in (models if families else {"": c}).items()}
+    steps = {way: bench_step(way_c, rank, 1 if way == "alone" else world, device, dtype) for way, way_c in ways.items()}
+    rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(9)]
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
-    out: dict[str, Any] = {name: getattr(c, name) for name in shape}
-    out |= {"ranks": world, "threads": torch.get_num_threads(),
-            "gemm_flops_per_s": round(gemm_rate(device, dtype, 1024))}
-    for way, (config, _) in ways.items():
-        best = {w: min(r[w][0] for r in rounds) for w in ways}
-        shares = sorted(r[way][1] for r in rounds)
-        rate = c.tokens_per_step / best[way]
-        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(config).flops_per_token() * rate),
-                    "kernel_share": round(shares[len(shares) // 2], 3),
-                    "speed": round(best[next(iter(ways))] / best[way], 3)}
-    return out
+    out = {name: getattr(c, name) for name in shape} | {"ranks": world, "threads": torch.get_num_threads()}
+    out["gemm_flops_per_s"], first = round(gemm_rate(device, dtype, 1024)), next(iter(ways))
+    best = {way: min(r[way][0] for r in rounds[1:]) for way in ways}                     # round 0 compiles, allocates
+    for way, way_c in ways.items():
+        rate, shares = c.tokens_per_step / best[way], sorted(r[way][1] for r in rounds[1:])
+        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(way_c).flops_per_token() * rate),
+                    "kernel_share": round(shares[len(shares) // 2], 3), "speed": round(best[first] / best[way], 3)}
+    if rank == 0:
+        print(json.dumps(out))
 
 
 def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
@@ -618,13 +568,11 @@ def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtyp
 
 def kernel_share(step: Callable[[], None], device: torch.device) -> float:
     """Share of the time of a step that is spent inside KERNELS."""
-    cuda = device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    with torch.profiler.profile(activities=kinds) as profile:
+    with torch.profiler.profile() as profile:                       # of the CPU, and of the GPU if there is one
         seconds = timed(step, device)
-    inside = sum(e.self_device_time_total if cuda else e.self_cpu_time_total for e in profile.key_averages()
-                 if e.key.startswith(KERNELS))
-    return inside / 1e6 / seconds
+    inside = [getattr(e, f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
+              for e in profile.key_averages() if e.key.startswith(KERNELS)]
+    return sum(inside) / 1e6 / seconds
 
 
 # ---- what a run would take -------------------------------------------------------------------------------------------
@@ -648,88 +596,57 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
              f"{'':22}{'weights':>10}{'gradients':>10}{'optimizer':>10}{'passing':>10}{'total':>10}"]
     for parallel in ("ddp", "fsdp"):
         for recompute in (False, True):
-            parts = memory(replace(c, parallel=parallel, recompute=recompute), gpus)
-            lines.append(f"{parallel + ', recompute' * recompute:22}"
-                         + "".join(f"{n / 1e9:10.2f}" for n in (*parts, sum(parts)))
-                         + ("  fits" if sum(parts) < 80e9 else "  does not fit") + " 80 GB")
+            bytes = memory(replace(c, parallel=parallel, recompute=recompute), gpus)
+            row = "".join(f"{n / 1e9:10.2f}" for n in (*bytes, sum(bytes)))
+            row += "  fits 80 GB" if sum(bytes) < 80e9 else "  does not fit 80 GB"
+            lines.append(f"{parallel + ', recompute' * recompute:22}{row}")
     return "\n".join(lines)
 
 
 def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
     """Bytes on one GPU: weights, gradients, AdamW's moments, and at most what comes and goes in a pass."""
-    model, (per_step, size) = bare(c), batch_shape(c, gpus)
-    bf16 = c.dtype != "float32"
-    P = model.count_parameters()["total"]
-    passing = traced_peak(c, size, bf16, gpus)
-    if c.parallel == "ddp" or gpus == 1:
-        return 4 * P, 4 * P, 8 * P, passing
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    root = P - c.n_layer * block
-    # Whole at a time: two blocks' weights (the next is fetched ahead) and one's gradients, both as computed and in
-    # float32 for the reduction, and the weights and gradients of embedding and head.
-    gathered = block * (3 * (2 if bf16 else 4) + 4) + root * 8
-    return 4 * P // gpus, 4 * P // gpus, 8 * P // gpus, passing + gathered
-
-
-class Peak(TorchDispatchMode):
-    """Follows the storages that live, in bytes, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            if storage._cdata not in self.live:
-                self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-def traced_peak(c: TrainConfig, size: int, bf16: bool, gpus: int) -> int:
-    """Peak bytes of activations and temporaries of a forward and backward pass over (size, T) tokens.
-
-    The pass really runs, on fake tensors, which have a shape and no storage.
-    """
-    with FakeTensorMode(), Peak() as memory:
-        model, idx = GPT(c), torch.zeros(size, c.block_size, dtype=torch.long)
+    sharded, bf16, (_, size) = c.parallel == "fsdp" and gpus > 1, c.dtype != "float32", batch_shape(c, gpus)
+    with FakeTensorMode():                               # a pass really runs, on tensors that have no storage
+        model, idx, tracker = GPT(c), torch.zeros(size, c.block_size, dtype=torch.long), MemTracker()
         model.recompute = c.recompute
-        if c.parallel == "fsdp" and gpus > 1 and bf16:
-            for module in model.blocks.modules():        # as FSDP2 gathers them: autocast makes no copies
-                for name, p in module.named_parameters(recurse=False):
-                    setattr(module, name, torch.nn.Parameter(p.bfloat16()))
+        P, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+        if sharded and bf16:
+            for p in model.blocks.parameters():          # as FSDP2 gathers them: autocast makes no copies
+                p.data = p.data.bfloat16()
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        resting = memory.peak = sum(memory.live.values())
-        gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
-    return memory.peak - resting
+        tracker.track_external(model, idx)
+        with tracker:
+            gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
+        resting, peak = (tracker.get_tracker_snapshot(when)[idx.device]["Total"] for when in ("current", "peak"))
+    # FSDP2 has whole at a time: two blocks' weights (the next is fetched ahead) and one's gradients, both as computed
+    # and in float32 for the reduction, and the weights and gradients of embedding and head.
+    gathered = block * (3 * (2 if bf16 else 4) + 4) + (P - c.n_layer * block) * 8
+    share, passing = (gpus, peak - resting + gathered) if sharded else (1, peak - resting)
+    return 4 * P // share, 4 * P // share, 8 * P // share, passing
 
 
 def main() -> None:
     c, args = load_settings(sys.argv[1:])
-    if args.bench:
-        out = bench(c, args.families)
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(json.dumps(out))
-    elif args.plan:
-        print(plan(c, args.gpus, args.mfu))
-    else:
-        try:
+    if args.plan:
+        return print(plan(c, args.gpus, args.mfu))
+    try:
+        if args.bench:
+            bench(c, args.families)
+        else:
             train(c, args.resume)
-        except Exception as e:
-            if not dist.is_initialized():
-                raise
-            # The first rank to fail speaks for all; one that is gone shows as a closed connection in whatever we did.
-            first = dist.group.WORLD.get_group_store().add("failed", 1) == 1
-            lost = isinstance(e, dist.DistError) or "gloo/transport" in str(e)
-            if not lost and not isinstance(e, UserError):
-                raise
-            if first:
-                print("error:", f"rank {dist.get_rank()} lost another rank; --resume goes on from the last checkpoint"
-                      if lost else e, file=sys.stderr, flush=True)
-            sys.exit(2)
+    except Exception as e:
+        if not dist.is_initialized():
+            raise
+        # The first rank to fail speaks for all; one that is gone shows as a closed connection in whatever we did.
+        first = dist.group.WORLD.get_group_store().add("failed", 1) == 1
+        lost = isinstance(e, dist.DistError) or "gloo/transport" in str(e)
+        if not lost and not isinstance(e, UserError):
+            raise
+        if first:
+            print("error:", f"rank {dist.get_rank()} lost another rank; --resume goes on from the last checkpoint"
+                  if lost else e, file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
