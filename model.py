@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
-import pickle
 import re
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
 
@@ -40,31 +39,31 @@ class UserError(Exception):
     """A mistake of the user's: the message names the culprit and the remedy; `run` prints it without a traceback."""
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A dataclass field that explains itself in --help."""
-    return field(default=default, metadata={"help": meaning})
+def setting(default: Any, meaning: str, least: float | None = None) -> Any:
+    """A dataclass field that explains itself in --help, and the least value it may have."""
+    return field(default=default, metadata={"help": meaning, "least": least})
 
 
 @dataclass
 class ModelConfig:
     """The architecture. A 0 that stands for "derive it" is replaced by the derived value on construction."""
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64")
-    block_size: int = setting(128, "context length T in tokens")
-    n_layer: int = setting(8, "blocks L")
-    n_head: int = setting(4, "query heads")
-    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)")
-    n_embd: int = setting(128, "width d of the residual stream")
-    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models")
-    n_experts: int = setting(0, "experts per MoE layer; 0: dense")
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64", 0)
+    block_size: int = setting(128, "context length T in tokens", 1)
+    n_layer: int = setting(8, "blocks L", 1)
+    n_head: int = setting(4, "query heads", 1)
+    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)", 1)
+    n_embd: int = setting(128, "width d of the residual stream", 1)
+    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models", 1)
+    n_experts: int = setting(0, "experts per MoE layer; 0: dense", 0)
     top_k: int = setting(2, "experts per token")
     expert_hidden: int = setting(0, "hidden width of one expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer")
-    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none")
+    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none", 0)
     norm_topk_prob: bool = setting(False, "rescale the chosen experts' weights to sum to 1")
-    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)")
-    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)")
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding")
-    norm_eps: float = setting(1e-6, "epsilon of RMSNorm")
-    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth")
+    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)", 0)
+    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)", 0)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", 1)
+    norm_eps: float = setting(1e-6, "epsilon of RMSNorm", 1e-38)
+    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth", 0)
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
     head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
     qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
@@ -78,10 +77,9 @@ class ModelConfig:
         self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
         if self.n_experts and self.top_k > 0:
             self.expert_hidden = self.expert_hidden or self.ffn_hidden // self.top_k
-        for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_hidden", "norm_eps", "rope_theta"):
-            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("vocab_size", "n_experts", "shared_hidden", "lb_loss_weight", "z_loss_weight", "init_std"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            check(least is None or value >= least, f"{f.name}={value} must be at least {least}")
         if not self.head_dim:
             check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
             self.head_dim = self.n_embd // self.n_head
@@ -96,9 +94,8 @@ class ModelConfig:
               "shared_gate=True gates a shared expert, and there is none: set n_experts and shared_hidden")
         if self.n_experts:
             check(0 < self.top_k <= self.n_experts, f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
-            for name in ("n_embd", "expert_hidden"):   # grouped_mm wants rows of a multiple of 16 bytes
-                check(getattr(self, name) % 8 == 0 and getattr(self, name) > 0,
-                      f"{name}={getattr(self, name)} must be a multiple of 8 in a MoE")
+            for name, width in (("n_embd", self.n_embd), ("expert_hidden", self.expert_hidden)):    # for grouped_mm
+                check(width > 0 and width % 8 == 0, f"{name}={width} must be a multiple of 8 in a MoE")
 
 
 def check(ok: bool, message: str) -> None:
@@ -112,8 +109,12 @@ def need(package: str, purpose: str) -> Any:
     try:
         return __import__(package)
     except ImportError as e:
-        name = package.split(".")[0]
-        raise UserError(f"{purpose} needs {name}: pip install {name}") from e
+        raise UserError(f"{purpose} needs {package}: pip install {package.split('.')[0]}") from e
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or better: no loss or statistic is taken in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- the blocks ------------------------------------------------------------------------------------------------------
@@ -129,19 +130,19 @@ class RoPE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.half, self.T, self.theta = config.head_dim // 2, config.block_size, config.rope_theta
+        self.half, self.theta = config.head_dim // 2, config.rope_theta
         self.scaling = [float(x) for x in config.rope_scaling.removeprefix("llama3:").split(",") if x]
-        self.register_buffer("cos", torch.empty(self.T, 1, 2 * self.half), persistent=False)
-        self.register_buffer("sin", torch.empty(self.T, 1, 2 * self.half), persistent=False)
+        self.register_buffer("cos", torch.empty(config.block_size, 1, config.head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(config.block_size, 1, config.head_dim), persistent=False)
 
     def reset(self) -> None:
         """Fill the tables: apart from __init__, since that may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         if self.scaling:       # wavelengths that did not fit into the original context grow, with a ramp in between
             factor, low, high, context = self.scaling
-            kept = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            kept = ((context * freq / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
             freq = freq * (kept + (1 - kept) / factor)
-        angle = torch.outer(torch.arange(self.T, dtype=torch.float64), freq)[:, None]          # (T, 1, head_dim / 2)
+        angle = torch.outer(torch.arange(len(self.cos), dtype=torch.float64), freq)[:, None]    # (T, 1, head_dim / 2)
         self.cos.copy_(torch.cat((angle.cos(), angle.cos()), dim=-1))
         self.sin.copy_(torch.cat((-angle.sin(), angle.sin()), dim=-1))
 
@@ -156,8 +157,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
         def norm(heads):
@@ -195,14 +195,10 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-@torch.library.custom_op("depth::grouped_mm", mutates_args=())
+@torch.library.custom_op("depth::grouped_mm", mutates_args=())   # torch.compile refuses F.grouped_mm in float32
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Rows ends[e-1] to ends[e] of x (M, K) times w[e] (E, K, N): (M, N).
-
-    A custom op since torch.compile refuses F.grouped_mm in float32; as an opaque op it costs no graph break. float64,
-    which F.grouped_mm lacks, takes the plain loop: that is for tests.
-    """
-    if x.dtype == torch.float64:
+    """Rows ends[e-1] to ends[e] of x (M, K) times w[e] (E, K, N): (M, N)."""
+    if x.dtype == torch.float64:                                      # which F.grouped_mm lacks, and tests want
         return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(ends[:-1].cpu().long()))])
     return F.grouped_mm(x, w, offs=ends)
 
@@ -216,24 +212,14 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x.t(), y, offs=ends)
 
 
-@grouped_mm.register_fake
-def _(x, w, ends):
-    return x.new_empty(x.size(0), w.size(2))
-
-
-@grouped_outer.register_fake
-def _(x, y, ends):
-    return x.new_empty(ends.size(0), x.size(1), y.size(1))
-
-
-def _grouped_mm_backward(ctx, grad):
-    x, w, ends = ctx.saved_tensors
-    grad = grad.contiguous()
+def backward(ctx, grad):
+    (x, w, ends), grad = ctx.saved_tensors, grad.contiguous()
     return grouped_mm(grad, w.transpose(1, 2), ends), grouped_outer(x, grad, ends), None
 
 
-grouped_mm.register_autograd(_grouped_mm_backward,
-                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+grouped_mm.register_fake(lambda x, w, ends: x.new_empty(x.size(0), w.size(2)))
+grouped_outer.register_fake(lambda x, y, ends: x.new_empty(ends.size(0), x.size(1), y.size(1)))
+grouped_mm.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class Router(NamedTuple):
@@ -260,7 +246,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Router]:
         shape, E = x.shape, self.router.out_features
         x = x.reshape(-1, shape[-1])                                                  # (N, d)
-        logits = self.router(x).float() if x.dtype != torch.float64 else self.router(x)
+        logits = wide(self.router(x))
         probs = logits.softmax(-1)                                                    # (N, E)
         weight, expert = probs.topk(self.top_k)                                       # (N, k)
         if self.norm_topk_prob:
@@ -372,29 +358,28 @@ class GPT(nn.Module):
         return_logits=False: the logits come back as None and never exist as a whole.
         stats=True: a third result, the dict of `statistics`.
         """
-        check(idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens exceed block_size={self.config.block_size}")
+        c = self.config
+        check(idx.size(1) <= c.block_size, f"{idx.size(1)} tokens exceed block_size={c.block_size}")
         x = self.embed(idx)                                                           # (B, T, d)
-        streams, details = [x], []
+        streams, details, routers = [x], [], []
         for block in self.blocks:
             if self.recompute and self.training:
                 x, detail = checkpoint(block, x, True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, detail = block(x, detail=True)
-            if stats:
+            routers.append(detail.router)
+            if stats:                                            # else what the blocks did need not stay in memory
                 streams.append(x)
                 details.append(detail)
-            elif detail.router is not None:
-                details.append(detail)
-        x = self.norm(x)
-        loss = None
+        x, loss = self.norm(x), None
+        router = Router(*map(torch.stack, zip(*routers))) if c.n_experts else None    # of all: (L,), (L,), (L, E)
         if targets is not None:
             loss = cross_entropy(self.head, x, targets)
-            if self.config.n_experts:
-                aux = (self.config.lb_loss_weight * mean([d.router.lb_loss for d in details])
-                       + self.config.z_loss_weight * mean([d.router.z_loss for d in details]))
+            if router:
+                aux = c.lb_loss_weight * router.lb_loss.mean() + c.z_loss_weight * router.z_loss.mean()
                 loss = loss + (aux - aux.detach())                                    # adds 0, and aux's gradient
         logits = self.head(x) if return_logits or targets is None else None
-        return (logits, loss, statistics(streams, details)) if stats else (logits, loss)
+        return (logits, loss, statistics(streams, details, router)) if stats else (logits, loss)
 
     def count_parameters(self) -> dict[str, int]:
         """total; active: without the experts a token does not visit; non_embedding: active without embed and head."""
@@ -418,18 +403,13 @@ class GPT(nn.Module):
         return (3 if backward else 1) * forward
 
 
-def mean(xs: list[Tensor]) -> Tensor:
-    return torch.stack(xs).mean(0)
-
-
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of head(x) in nats, x (B, T, d), a chunk of logits at a time.
 
     Each chunk's logits are recomputed in the backward pass, so what is held is one chunk and not B T vocab_size floats.
     """
     def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-        logits = head(x)
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum")
+        return F.cross_entropy(wide(head(x)), targets, reduction="sum")
 
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
     xs, ts = x.flatten(0, 1).split(rows), targets.flatten().split(rows)
@@ -440,23 +420,19 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
 
 def token_variance(x: Tensor) -> Tensor:
     """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (paper, probe 1)"""
-    return x.float().var(-1).mean() if x.dtype != torch.float64 else x.var(-1).mean()
+    return wide(x).var(-1).mean()
 
 
 @torch.no_grad()
-def statistics(streams: list[Tensor], details: list[Detail]) -> dict[str, Tensor]:
-    """Per-layer statistics of one micro-batch from the streams h_0 .. h_L and what the blocks did.
+def statistics(streams: list[Tensor], details: list[Detail], router: Router | None) -> dict[str, Tensor]:
+    """Statistics of one micro-batch, from the streams h_0 .. h_L, what the blocks did and the routers of all layers.
 
-    variance (L+1,), the embedding first; attn_variance (L,), ffn_variance (L,); of a MoE also lb_loss (), z_loss () and
-    expert_load (L, n_experts).
+    variance (L+1,), attn_variance (L,), ffn_variance (L,); of a MoE also lb_loss (), z_loss (), expert_load (L, E).
     """
-    out = {"variance": torch.stack([token_variance(x) for x in streams]),
-           "attn_variance": torch.stack([token_variance(d.attn) for d in details]),
-           "ffn_variance": torch.stack([token_variance(d.ffn) for d in details])}
-    if details[0].router is not None:
-        out |= {"lb_loss": mean([d.router.lb_loss for d in details]),
-                "z_loss": mean([d.router.z_loss for d in details]),
-                "expert_load": torch.stack([d.router.load for d in details])}
+    seen = {"variance": streams, "attn_variance": [d.attn for d in details], "ffn_variance": [d.ffn for d in details]}
+    out = {name: torch.stack([token_variance(x) for x in xs]) for name, xs in seen.items()}
+    if router:
+        out |= {"lb_loss": router.lb_loss.mean(), "z_loss": router.z_loss.mean(), "expert_load": router.load}
     return out
 
 
@@ -480,15 +456,15 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
-        for newer, older in reversed(list(zip(names, names[1:]))):
+        for newer, older in reversed(list(pairwise(names))):
             if newer.exists():
                 os.replace(newer, older)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink()
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}): free some space or choose another "
-                        "place; what was there is intact") from e
+        raise UserError(f"cannot write {path} ({e!r:.90}): free some space or choose another place; "
+                        "what was there is intact") from e
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -502,11 +478,14 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
     check(Path(path).is_file(), f"no checkpoint {path}: make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is damaged or no checkpoint ({str(e).splitlines()[0][:80]}): use another copy") from e
+    except Exception as e:                    # damaged bytes make torch raise almost anything
+        raise UserError(f"{path} is damaged or no checkpoint ({e!r:.90}): use another copy") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     check(isinstance(saved, dict) and all(isinstance(saved.get(key), kind) for key, kind in kinds.items()),
           f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
+    for f in fields(ModelConfig):
+        value, kind = saved["settings"].get(f.name, f.default), type(f.default)
+        check(isinstance(value, (int, float) if kind is float else kind), f"{path}: {f.name}={value!r} is no {f.type}")
     return saved
 
 
@@ -526,16 +505,14 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bo
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself."""
-    saved = load_checkpoint(path, dtype)
-    names = {f.name for f in fields(ModelConfig)}
-    config = ModelConfig(**{k: v for k, v in saved["settings"].items() if k in names})
+    saved, names = load_checkpoint(path, dtype), {f.name for f in fields(ModelConfig)}
+    config = ModelConfig(**{name: value for name, value in saved["settings"].items() if name in names})
     with torch.device("meta"):
         model = GPT(config)
     load_weights(model, saved, path, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    rope = model.blocks[0].attn.rope
-    rope.to_empty(device="cpu").reset()
+    model.blocks[0].attn.rope.to_empty(device="cpu").reset()
     return model.to(device, dtype).eval(), saved
 
 
