@@ -4,10 +4,8 @@
     python model.py export out/gqa_deep/ckpt.pt my_model           # a Hugging Face folder for transformers, vLLM, ...
 
 Checkpoints may also be Hugging Face folders (config.json, *.safetensors) of the FAMILIES below.
-Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389.
-  GQA      n_kv_head < n_head: G = n_head / n_kv_head query heads share one key/value head
-  MoE      n_experts > 0: each token goes to top_k of the experts, no token is ever dropped
-  norm     "pre" is the paper's; "lns" and "peri" are the cures that others proposed for the same illness
+Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. norm="pre" is the paper's; "lns" and
+"peri" are the cures that others proposed for the same illness.
 A block takes the residual stream (B, T, n_embd) and returns it, so blocks can be skipped, swapped and replaced by hand.
 """
 from __future__ import annotations
@@ -65,7 +63,7 @@ class ModelConfig:
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm", 1e-38)
     init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth", 0)
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
-    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
+    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", 0)
     qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
     qk_norm: str = setting("", "RMSNorm of queries and keys: head, of each head (Qwen3) | full, of all heads (OLMoE)")
     rope_scaling: str = setting("", "Llama 3's longer wavelengths, llama3:FACTOR,LOW,HIGH,CONTEXT; empty: none")
@@ -83,8 +81,7 @@ class ModelConfig:
         if not self.head_dim:
             check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
             self.head_dim = self.n_embd // self.n_head
-        check(self.head_dim > 0 and self.head_dim % 2 == 0,
-              f"head_dim={self.head_dim} must be even, RoPE rotates pairs: change it, or n_head={self.n_head}")
+        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for RoPE: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         check(self.norm in ("pre", "lns", "peri"), f"norm={self.norm!r} is none of pre, lns, peri")
         check(self.qk_norm in ("", "head", "full"), f"qk_norm={self.qk_norm!r} is neither empty nor head nor full")
@@ -340,8 +337,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Every matrix ~ N(0, init_std), every norm 1, every bias 0; no depth-scaled residual init: the paper's regime.
 
-        On the meta device this does nothing; call it again after `to_empty`. Drawn on the CPU one whole matrix at a
-        time: the same weights on every device, and on any number of ranks that hold shards of them.
+        Drawn on the CPU one whole matrix at a time: the same on every device and however many ranks hold its shards.
+        On the meta device this does nothing; call it again after `to_empty`.
         """
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight          # again, since `to_empty` makes two of one
@@ -354,9 +351,8 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False, return_logits: bool = True):
         """Logits (B, T, vocab_size) and the mean cross-entropy in nats per target (None without targets).
 
-        The loss's value is the cross-entropy alone; its gradient includes the MoE's auxiliary losses.
-        return_logits=False: the logits come back as None and never exist as a whole.
-        stats=True: a third result, the dict of `statistics`.
+        The loss's value is the cross-entropy alone; its gradient includes the MoE's auxiliary losses. stats=True adds
+        the dict of `statistics`. return_logits=False: they come back as None and never exist as a whole.
         """
         c = self.config
         check(idx.size(1) <= c.block_size, f"{idx.size(1)} tokens exceed block_size={c.block_size}")
@@ -392,9 +388,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs of a training step per token at context T (default block_size); a forward pass is a third of it.
 
-        Forward: 2 per active matrix parameter (the head counts, the embedding is a look-up), and 4 T d per layer, d the
-        width of all heads, for q k^T and the weighted sum of values over all T keys, the causal half not subtracted
-        (appendix B of PaLM).
+        2 per active matrix parameter (the head counts, the embedding is a look-up) and, for q k^T and the sum of values
+        over all T keys, 4 T (n_head head_dim) per layer, the causal half not subtracted (appendix B of PaLM).
         """
         c = self.config
         gains = sum(p.numel() for p in self.parameters() if p.dim() == 1)
@@ -404,16 +399,13 @@ class GPT(nn.Module):
 
 
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of head(x) in nats, x (B, T, d), a chunk of logits at a time.
-
-    Each chunk's logits are recomputed in the backward pass, so what is held is one chunk and not B T vocab_size floats.
-    """
+    """Mean cross-entropy of head(x) in nats, x (B, T, d), a chunk of logits at a time, recomputed in the backward."""
     def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(wide(head(x)), targets, reduction="sum")
 
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
     xs, ts = x.flatten(0, 1).split(rows), targets.flatten().split(rows)
-    if len(xs) == 1:
+    if len(xs) == 1:                                                         # nothing to save by recomputing
         return chunk_loss(xs[0], ts[0]) / targets.numel()
     return sum(checkpoint(chunk_loss, x, t, use_reentrant=False) for x, t in zip(xs, ts)) / targets.numel()
 
@@ -445,10 +437,8 @@ def put(p: Tensor, whole: Tensor) -> Tensor:
 
 
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1 before it stay.
-
-    They are ckpt.1.pt, the one before, ckpt.2.pt, ...; should the machine stop between two renames, none is lost.
-    """
+    """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1 before it stay as
+    ckpt.1.pt, the one before, ckpt.2.pt, ...; should the machine stop between two renames, none is lost."""
     tmp, names = path.with_name(path.name + ".tmp"), [path, *(path.with_suffix(f".{k}.pt") for k in range(1, keep))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -468,11 +458,8 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The dict that train.py saved: model, optimizer, settings, step, ... ; tensors only, nothing is executed.
-
-    Raises UserError if the file is missing, truncated or not a checkpoint. Memory-mapped: what is not used is not read.
-    Of a Hugging Face folder: model, in `dtype`, settings, step and tokenizer.
-    """
+    """The dict that train.py saved: model, optimizer, settings, step, ...; of a Hugging Face folder a part of that,
+    the model in `dtype`. Nothing in it is executed, and what is not used is not read. UserError if it is not sound."""
     if (Path(path) / "config.json").is_file():
         return load_hf(Path(path), dtype)
     check(Path(path).is_file(), f"no checkpoint {path}: make one with `python train.py CONFIG.py`, or correct the path")
@@ -537,17 +524,15 @@ HARMLESS = """model_type architectures dtype torch_dtype transformers_version us
     is_llama_config rope_interleaved transformers.js_config""".split()
 NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",       # ours: theirs; below, of a block
          "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
-         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ffn.gate": "mlp.gate_proj",
-         "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj", "ffn.router": "mlp.gate",
-         "ffn.shared_gate": "mlp.shared_expert_gate", "ffn.shared.gate": "mlp.shared_expert.gate_proj",
-         "ffn.shared.up": "mlp.shared_expert.up_proj", "ffn.shared.down": "mlp.shared_expert.down_proj"}
+         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ffn.router": "mlp.gate",
+         "ffn.shared_gate": "mlp.shared_expert_gate"}
+NAMES |= {f"ffn.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+NAMES |= {f"ffn.shared.{x}": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")}
 
 
 def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means.
-
-    UserError names what the model lacks and every field that is not known to leave the function alone.
-    """
+    """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means;
+    UserError names what the model lacks, and any field that is not known to leave the function alone."""
     family = hf.get("model_type")
     check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
     hf = {"sliding_window": 4096 if family == "mistral" else None} | hf                # its default is not null
@@ -596,10 +581,7 @@ def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """A Hugging Face folder as `load_checkpoint` returns a checkpoint, the weights in `dtype`.
-
-    Every stored tensor has its place and every place its tensor, or there is a UserError.
-    """
+    """A Hugging Face folder as `load_checkpoint` gives it: every tensor has its place and every place its tensor."""
     safetensors, stored = need("safetensors", f"reading {folder}"), {}
     index = folder / "model.safetensors.index.json"
     try:
@@ -635,11 +617,7 @@ def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 @torch.no_grad()
 def export(path: str | Path, folder: str | Path) -> None:
-    """Write a checkpoint as a Hugging Face folder that AutoModelForCausalLM loads; it appears by rename.
-
-    Llama, or Qwen2 or Qwen3 where biases or norms ask for it; a MoE as Qwen2-MoE, whose shared expert is weighed by a
-    sigmoid: a gate of zeros halves it, so a doubled down-projection restores it, and a zero one makes it nothing.
-    """
+    """Write a checkpoint as a Hugging Face folder that AutoModelForCausalLM loads; it appears by rename."""
     from data import write_json, write_tokenizer
     safetensors, out = need("safetensors.torch", "export"), Path(folder)
     model, saved = load_model(path)
@@ -650,20 +628,19 @@ def export(path: str | Path, folder: str | Path) -> None:
     check(c.norm != "peri" and family and not (c.qk_norm and (c.qkv_bias or c.n_experts and c.shared_hidden)),
           f"{path}: no Hugging Face family has norm={c.norm}, n_experts={c.n_experts}, qk_norm={c.qk_norm!r}, "
           f"qkv_bias={c.qkv_bias} and shared_hidden={c.shared_hidden} at once")
-    if family == "qwen2_moe":
-        down = 1 if c.shared_gate else 2
+    if family == "qwen2_moe":              # it has biases and weighs a shared expert by a sigmoid: a gate of zeros
+        if not c.shared_gate:              # halves that, and where there is none it consists of zeros
+            w |= {name: 2 * p for name, p in w.items() if name.endswith("shared.down.weight")}
         c = replace(c, qkv_bias=True, shared_gate=True, shared_hidden=c.shared_hidden or 1)
         with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(c).state_dict().items() if name not in w}
-        w |= {name: torch.zeros(shape) for name, shape in shapes.items()}
-        w |= {name: p * down for name, p in w.items() if name.endswith("shared.down.weight")}
+            new = {name: torch.zeros(p.shape, device="cpu") for name, p in GPT(c).state_dict().items() if name not in w}
+        w |= new
     w |= {f"blocks.{l}.{name}.weight": block.get_submodule(name).weight * block.scale
           for l, block in enumerate(model.blocks) for name in ("attn_norm", "ffn_norm")}        # LayerNorm Scaling
     hf = {theirs: getattr(c, ours) for theirs, ours in (FIELDS | (MOE_FIELDS if c.n_experts else {})).items()}
     hf |= {"model_type": family, "architectures": [family.title().replace("_", "") + "ForCausalLM"],
-           "torch_dtype": "float32", "hidden_act": "silu"}
-    if family == "olmoe":
-        hf["intermediate_size"] = c.expert_hidden
+           "torch_dtype": "float32", "hidden_act": "silu",
+           "intermediate_size": c.expert_hidden if family == "olmoe" else c.ffn_hidden}
     if c.rope_scaling:
         *factors, context = model.blocks[0].attn.rope.scaling
         hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, (*factors, int(context))))
@@ -685,21 +662,18 @@ def export(path: str | Path, folder: str | Path) -> None:
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: int = 50, n_vocab: int | None = None,
              generator: torch.Generator | None = None) -> Tensor:
-    """Continue idx (B, T) by n sampled tokens: (B, T + n). No key/value cache: every token costs a whole pass.
-
-    temperature 0 takes the likeliest token. Ids from n_vocab on, the padding of the embedding, are never drawn.
-    """
+    """Continue idx (B, T) by n tokens: (B, T + n), at temperature 0 the likeliest, never an id from n_vocab on, the
+    padding of the embedding. There is no key/value cache: every token costs a whole pass."""
     for _ in range(n):
         x = model.embed(idx[:, -model.config.block_size:])
         for block in model.blocks:
             x = block(x)
         logits = model.head(model.norm(x[:, -1]))[:, :n_vocab].float()                # (B, n_vocab)
-        if temperature == 0:
+        if temperature < 1e-6:                                                        # a quotient would overflow
             token = logits.argmax(-1, keepdim=True)
         else:
             kept, ids = logits.topk(min(top_k, logits.size(-1)))
-            choice = torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator)
-            token = ids.gather(-1, choice)
+            token = ids.gather(-1, torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator))
         idx = torch.cat((idx, token), dim=1)
     return idx
 
@@ -721,7 +695,6 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors and whose abbreviations are off."""
-
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
@@ -753,8 +726,8 @@ def main() -> None:
     enc = get_tokenizer(saved["tokenizer"])
     idx = torch.tensor([enc.encode_ordinary(args.prompt) or [enc.eot_token]])
     check(idx.max() < model.config.vocab_size, f"--prompt has tokens beyond vocab_size={model.config.vocab_size}")
-    generator = torch.Generator().manual_seed(args.seed)
-    idx = generate(model, idx, args.tokens, args.temperature, args.top_k, enc.n_vocab, generator)
+    random = torch.Generator().manual_seed(args.seed)
+    idx = generate(model, idx, args.tokens, args.temperature, args.top_k, enc.n_vocab, random)
     print(enc.decode(idx[0].tolist()))
 
 
