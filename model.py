@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
 
@@ -87,7 +87,7 @@ class ModelConfig:
         check(self.qk_norm in ("", "head", "full"), f"qk_norm={self.qk_norm!r} is neither empty nor head nor full")
         check(re.fullmatch(r"(llama3:\d+(\.\d+)?(,\d+(\.\d+)?){3})?", self.rope_scaling) is not None,
               f"rope_scaling={self.rope_scaling!r} is not like llama3:8,1,4,8192")
-        check(not self.shared_gate or (self.n_experts and self.shared_hidden),
+        check(not self.shared_gate or self.n_experts and self.shared_hidden,
               "shared_gate=True gates a shared expert, and there is none: set n_experts and shared_hidden")
         if self.n_experts:
             check(0 < self.top_k <= self.n_experts, f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
@@ -117,14 +117,12 @@ def wide(x: Tensor) -> Tensor:
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the stream: FSDP2's mixed precision gives it in bfloat16, the stream is float32."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RoPE(nn.Module):
     """Rotary position embedding (arXiv 2104.09864), the half-split layout of Llama: pairs are (i, i + head_dim / 2)."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.half, self.theta = config.head_dim // 2, config.rope_theta
@@ -151,15 +149,14 @@ class RoPE(nn.Module):
 
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head makes it grouped-query attention (arXiv 2305.13245)."""
-
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        def norm(heads):
-            return RMSNorm(self.head_dim * (heads if config.qk_norm == "full" else 1), eps=config.norm_eps)
-        self.q_norm, self.k_norm = (norm(self.n_head), norm(self.n_kv_head)) if config.qk_norm else (None, None)
+        normed = (self.n_head, self.n_kv_head) if config.qk_norm == "full" else (1, 1)         # heads at a time
+        norms = [RMSNorm(heads * self.head_dim, config.norm_eps) for heads in normed]
+        self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
         self.rope = rope                                       # one table, shared by all blocks
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +178,6 @@ class Attention(nn.Module):
 
 class SwiGLU(nn.Module):
     """The dense FFN: (silu(x W_gate) * x W_up) W_down."""
-
     def __init__(self, n_embd: int, hidden: int):
         super().__init__()
         self.gate = nn.Linear(n_embd, hidden, bias=False)
@@ -228,7 +224,6 @@ class Router(NamedTuple):
 
 class MoE(nn.Module):
     """Dropless mixture of SwiGLU experts: softmax router, then top-k (as Switch, ST-MoE, OLMoE)."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, d, h = config.n_experts, config.n_embd, config.expert_hidden
@@ -277,17 +272,15 @@ class Detail(NamedTuple):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper."""
-
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
-        def norm():
-            return RMSNorm(config.n_embd, eps=config.norm_eps)
+        norm = partial(RMSNorm, config.n_embd, config.norm_eps)
         self.attn_norm, self.ffn_norm = norm(), norm()
         self.attn = Attention(config, rope)
         self.ffn = MoE(config) if config.n_experts else SwiGLU(config.n_embd, config.ffn_hidden)
         self.scale = layer ** -0.5 if config.norm == "lns" else 1.0        # LayerNorm Scaling
-        peri = config.norm == "peri"                                       # Peri-LN: a norm after each sublayer as well
-        self.attn_out_norm, self.ffn_out_norm = (norm(), norm()) if peri else (nn.Identity(), nn.Identity())
+        out_norm = norm if config.norm == "peri" else nn.Identity          # Peri-LN: a norm after each sublayer as well
+        self.attn_out_norm, self.ffn_out_norm = out_norm(), out_norm()
 
     def scaled(self, x: Tensor) -> Tensor:
         """A norm's output as the sublayer gets it."""
@@ -321,7 +314,6 @@ class GPT(nn.Module):
         stream = block(stream)                     # h_1 .. h_L
     logits = model.head(model.norm(stream))        # (B, T, vocab_size)
     """
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         check(config.vocab_size > 0, "vocab_size=0: the model needs the size of its vocabulary")
@@ -446,7 +438,7 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
-        for newer, older in reversed(list(pairwise(names))):
+        for newer, older in reversed(list(zip(names, names[1:]))):
             if newer.exists():
                 os.replace(newer, older)
         os.replace(tmp, path)
