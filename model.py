@@ -4,10 +4,8 @@
     python model.py export out/gqa_deep/ckpt.pt my_model           # a Hugging Face folder for transformers, vLLM, ...
 
 Checkpoints may also be Hugging Face folders (config.json, *.safetensors) of the FAMILIES below.
-Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389.
-  GQA      n_kv_head < n_head: G = n_head / n_kv_head query heads share one key/value head
-  MoE      n_experts > 0: each token goes to top_k of the experts, no token is ever dropped
-  norm     "pre" is the paper's; "lns" and "peri" are the cures that others proposed for the same illness
+Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. norm="pre" is the paper's; "lns" and
+"peri" are the cures that others proposed for the same illness.
 A block takes the residual stream (B, T, n_embd) and returns it, so blocks can be skipped, swapped and replaced by hand.
 """
 from __future__ import annotations
@@ -15,14 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
-import pickle
 import re
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, NoReturn
 
@@ -40,33 +37,33 @@ class UserError(Exception):
     """A mistake of the user's: the message names the culprit and the remedy; `run` prints it without a traceback."""
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A dataclass field that explains itself in --help."""
-    return field(default=default, metadata={"help": meaning})
+def setting(default: Any, meaning: str, least: float | None = None) -> Any:
+    """A dataclass field that explains itself in --help, and the least value it may have."""
+    return field(default=default, metadata={"help": meaning, "least": least})
 
 
 @dataclass
 class ModelConfig:
     """The architecture. A 0 that stands for "derive it" is replaced by the derived value on construction."""
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64")
-    block_size: int = setting(128, "context length T in tokens")
-    n_layer: int = setting(8, "blocks L")
-    n_head: int = setting(4, "query heads")
-    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)")
-    n_embd: int = setting(128, "width d of the residual stream")
-    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models")
-    n_experts: int = setting(0, "experts per MoE layer; 0: dense")
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64", 0)
+    block_size: int = setting(128, "context length T in tokens", 1)
+    n_layer: int = setting(8, "blocks L", 1)
+    n_head: int = setting(4, "query heads", 1)
+    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)", 1)
+    n_embd: int = setting(128, "width d of the residual stream", 1)
+    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models", 1)
+    n_experts: int = setting(0, "experts per MoE layer; 0: dense", 0)
     top_k: int = setting(2, "experts per token")
     expert_hidden: int = setting(0, "hidden width of one expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer")
-    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none")
+    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none", 0)
     norm_topk_prob: bool = setting(False, "rescale the chosen experts' weights to sum to 1")
-    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)")
-    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)")
-    rope_theta: float = setting(10000.0, "base of the rotary position embedding")
-    norm_eps: float = setting(1e-6, "epsilon of RMSNorm")
-    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth")
+    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)", 0)
+    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)", 0)
+    rope_theta: float = setting(10000.0, "base of the rotary position embedding", 1)
+    norm_eps: float = setting(1e-6, "epsilon of RMSNorm", 1e-38)
+    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth", 0)
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
-    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
+    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", 0)
     qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
     qk_norm: str = setting("", "RMSNorm of queries and keys: head, of each head (Qwen3) | full, of all heads (OLMoE)")
     rope_scaling: str = setting("", "Llama 3's longer wavelengths, llama3:FACTOR,LOW,HIGH,CONTEXT; empty: none")
@@ -78,27 +75,24 @@ class ModelConfig:
         self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
         if self.n_experts and self.top_k > 0:
             self.expert_hidden = self.expert_hidden or self.ffn_hidden // self.top_k
-        for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "ffn_hidden", "norm_eps", "rope_theta"):
-            check(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("vocab_size", "n_experts", "shared_hidden", "lb_loss_weight", "z_loss_weight", "init_std"):
-            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            check(least is None or value >= least, f"{f.name}={value} must be at least {least}")
         if not self.head_dim:
             check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
             self.head_dim = self.n_embd // self.n_head
-        check(self.head_dim > 0 and self.head_dim % 2 == 0,
-              f"head_dim={self.head_dim} must be even, RoPE rotates pairs: change it, or n_head={self.n_head}")
+        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for RoPE: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         check(self.norm in ("pre", "lns", "peri"), f"norm={self.norm!r} is none of pre, lns, peri")
         check(self.qk_norm in ("", "head", "full"), f"qk_norm={self.qk_norm!r} is neither empty nor head nor full")
         check(re.fullmatch(r"(llama3:\d+(\.\d+)?(,\d+(\.\d+)?){3})?", self.rope_scaling) is not None,
               f"rope_scaling={self.rope_scaling!r} is not like llama3:8,1,4,8192")
-        check(not self.shared_gate or (self.n_experts and self.shared_hidden),
+        check(not self.shared_gate or self.n_experts and self.shared_hidden,
               "shared_gate=True gates a shared expert, and there is none: set n_experts and shared_hidden")
         if self.n_experts:
             check(0 < self.top_k <= self.n_experts, f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
-            for name in ("n_embd", "expert_hidden"):   # grouped_mm wants rows of a multiple of 16 bytes
-                check(getattr(self, name) % 8 == 0 and getattr(self, name) > 0,
-                      f"{name}={getattr(self, name)} must be a multiple of 8 in a MoE")
+            for name, width in (("n_embd", self.n_embd), ("expert_hidden", self.expert_hidden)):    # for grouped_mm
+                check(width > 0 and width % 8 == 0, f"{name}={width} must be a multiple of 8 in a MoE")
 
 
 def check(ok: bool, message: str) -> None:
@@ -112,36 +106,38 @@ def need(package: str, purpose: str) -> Any:
     try:
         return __import__(package)
     except ImportError as e:
-        name = package.split(".")[0]
-        raise UserError(f"{purpose} needs {name}: pip install {name}") from e
+        raise UserError(f"{purpose} needs {package}: pip install {package.split('.')[0]}") from e
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or better: no loss or statistic is taken in bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the stream: FSDP2's mixed precision gives it in bfloat16, the stream is float32."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class RoPE(nn.Module):
     """Rotary position embedding (arXiv 2104.09864), the half-split layout of Llama: pairs are (i, i + head_dim / 2)."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.half, self.T, self.theta = config.head_dim // 2, config.block_size, config.rope_theta
+        self.half, self.theta = config.head_dim // 2, config.rope_theta
         self.scaling = [float(x) for x in config.rope_scaling.removeprefix("llama3:").split(",") if x]
-        self.register_buffer("cos", torch.empty(self.T, 1, 2 * self.half), persistent=False)
-        self.register_buffer("sin", torch.empty(self.T, 1, 2 * self.half), persistent=False)
+        self.register_buffer("cos", torch.empty(config.block_size, 1, config.head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(config.block_size, 1, config.head_dim), persistent=False)
 
     def reset(self) -> None:
         """Fill the tables: apart from __init__, since that may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         if self.scaling:       # wavelengths that did not fit into the original context grow, with a ramp in between
             factor, low, high, context = self.scaling
-            kept = ((context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+            kept = ((context * freq / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
             freq = freq * (kept + (1 - kept) / factor)
-        angle = torch.outer(torch.arange(self.T, dtype=torch.float64), freq)[:, None]          # (T, 1, head_dim / 2)
+        angle = torch.outer(torch.arange(len(self.cos), dtype=torch.float64), freq)[:, None]    # (T, 1, head_dim / 2)
         self.cos.copy_(torch.cat((angle.cos(), angle.cos()), dim=-1))
         self.sin.copy_(torch.cat((-angle.sin(), angle.sin()), dim=-1))
 
@@ -154,16 +150,14 @@ class RoPE(nn.Module):
 
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head makes it grouped-query attention (arXiv 2305.13245)."""
-
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        self.head_dim = config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        def norm(heads):
-            return RMSNorm(self.head_dim * (heads if config.qk_norm == "full" else 1), eps=config.norm_eps)
-        self.q_norm, self.k_norm = (norm(self.n_head), norm(self.n_kv_head)) if config.qk_norm else (None, None)
+        normed = (self.n_head, self.n_kv_head) if config.qk_norm == "full" else (1, 1)         # heads at a time
+        norms = [RMSNorm(heads * self.head_dim, config.norm_eps) for heads in normed]
+        self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
         self.rope = rope                                       # one table, shared by all blocks
 
     def heads(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +179,6 @@ class Attention(nn.Module):
 
 class SwiGLU(nn.Module):
     """The dense FFN: (silu(x W_gate) * x W_up) W_down."""
-
     def __init__(self, n_embd: int, hidden: int):
         super().__init__()
         self.gate = nn.Linear(n_embd, hidden, bias=False)
@@ -196,14 +189,10 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-@torch.library.custom_op("depth::grouped_mm", mutates_args=())
+@torch.library.custom_op("depth::grouped_mm", mutates_args=())   # torch.compile refuses F.grouped_mm in float32
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Rows ends[e-1] to ends[e] of x (M, K) times w[e] (E, K, N): (M, N).
-
-    A custom op since torch.compile refuses F.grouped_mm in float32; as an opaque op it costs no graph break. float64,
-    which F.grouped_mm lacks, takes the plain loop: that is for tests.
-    """
-    if x.dtype == torch.float64:
+    """Rows ends[e-1] to ends[e] of x (M, K) times w[e] (E, K, N): (M, N)."""
+    if x.dtype == torch.float64:                                      # which F.grouped_mm lacks, and tests want
         return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(ends[:-1].cpu().long()))])
     return F.grouped_mm(x, w, offs=ends)
 
@@ -217,24 +206,14 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x.t(), y, offs=ends)
 
 
-@grouped_mm.register_fake
-def _(x, w, ends):
-    return x.new_empty(x.size(0), w.size(2))
-
-
-@grouped_outer.register_fake
-def _(x, y, ends):
-    return x.new_empty(ends.size(0), x.size(1), y.size(1))
-
-
-def _grouped_mm_backward(ctx, grad):
-    x, w, ends = ctx.saved_tensors
-    grad = grad.contiguous()
+def backward(ctx, grad):
+    (x, w, ends), grad = ctx.saved_tensors, grad.contiguous()
     return grouped_mm(grad, w.transpose(1, 2), ends), grouped_outer(x, grad, ends), None
 
 
-grouped_mm.register_autograd(_grouped_mm_backward,
-                             setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+grouped_mm.register_fake(lambda x, w, ends: x.new_empty(x.size(0), w.size(2)))
+grouped_outer.register_fake(lambda x, y, ends: x.new_empty(ends.size(0), x.size(1), y.size(1)))
+grouped_mm.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class Router(NamedTuple):
@@ -246,7 +225,6 @@ class Router(NamedTuple):
 
 class MoE(nn.Module):
     """Dropless mixture of SwiGLU experts: softmax router, then top-k (as Switch, ST-MoE, OLMoE)."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, d, h = config.n_experts, config.n_embd, config.expert_hidden
@@ -261,7 +239,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Router]:
         shape, E = x.shape, self.router.out_features
         x = x.reshape(-1, shape[-1])                                                  # (N, d)
-        logits = self.router(x).float() if x.dtype != torch.float64 else self.router(x)
+        logits = wide(self.router(x))
         probs = logits.softmax(-1)                                                    # (N, E)
         weight, expert = probs.topk(self.top_k)                                       # (N, k)
         if self.norm_topk_prob:
@@ -295,17 +273,15 @@ class Detail(NamedTuple):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper."""
-
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
-        def norm():
-            return RMSNorm(config.n_embd, eps=config.norm_eps)
+        norm = partial(RMSNorm, config.n_embd, config.norm_eps)
         self.attn_norm, self.ffn_norm = norm(), norm()
         self.attn = Attention(config, rope)
         self.ffn = MoE(config) if config.n_experts else SwiGLU(config.n_embd, config.ffn_hidden)
         self.scale = layer ** -0.5 if config.norm == "lns" else 1.0        # LayerNorm Scaling
-        peri = config.norm == "peri"                                       # Peri-LN: a norm after each sublayer as well
-        self.attn_out_norm, self.ffn_out_norm = (norm(), norm()) if peri else (nn.Identity(), nn.Identity())
+        out_norm = norm if config.norm == "peri" else nn.Identity          # Peri-LN: a norm after each sublayer as well
+        self.attn_out_norm, self.ffn_out_norm = out_norm(), out_norm()
 
     def scaled(self, x: Tensor) -> Tensor:
         """A norm's output as the sublayer gets it."""
@@ -339,7 +315,6 @@ class GPT(nn.Module):
         stream = block(stream)                     # h_1 .. h_L
     logits = model.head(model.norm(stream))        # (B, T, vocab_size)
     """
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         check(config.vocab_size > 0, "vocab_size=0: the model needs the size of its vocabulary")
@@ -355,8 +330,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Every matrix ~ N(0, init_std), every norm 1, every bias 0; no depth-scaled residual init: the paper's regime.
 
-        On the meta device this does nothing; call it again after `to_empty`. Drawn on the CPU one whole matrix at a
-        time: the same weights on every device, and on any number of ranks that hold shards of them.
+        Drawn on the CPU one whole matrix at a time: the same on every device and however many ranks hold its shards.
+        On the meta device this does nothing; call it again after `to_empty`.
         """
         if self.config.tie_embeddings:
             self.head.weight = self.embed.weight          # again, since `to_empty` makes two of one
@@ -369,33 +344,31 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False, return_logits: bool = True):
         """Logits (B, T, vocab_size) and the mean cross-entropy in nats per target (None without targets).
 
-        The loss's value is the cross-entropy alone; its gradient includes the MoE's auxiliary losses.
-        return_logits=False: the logits come back as None and never exist as a whole.
-        stats=True: a third result, the dict of `statistics`.
+        The loss's value is the cross-entropy alone; its gradient includes the MoE's auxiliary losses. stats=True adds
+        the dict of `statistics`. return_logits=False: they come back as None and never exist as a whole.
         """
-        check(idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens exceed block_size={self.config.block_size}")
+        c = self.config
+        check(idx.size(1) <= c.block_size, f"{idx.size(1)} tokens exceed block_size={c.block_size}")
         x = self.embed(idx)                                                           # (B, T, d)
-        streams, details = [x], []
+        streams, details, routers = [x], [], []
         for block in self.blocks:
             if self.recompute and self.training:
                 x, detail = checkpoint(block, x, True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, detail = block(x, detail=True)
-            if stats:
+            routers.append(detail.router)
+            if stats:                                            # else what the blocks did need not stay in memory
                 streams.append(x)
                 details.append(detail)
-            elif detail.router is not None:
-                details.append(detail)
-        x = self.norm(x)
-        loss = None
+        x, loss = self.norm(x), None
+        router = Router(*map(torch.stack, zip(*routers))) if c.n_experts else None    # of all: (L,), (L,), (L, E)
         if targets is not None:
             loss = cross_entropy(self.head, x, targets)
-            if self.config.n_experts:
-                aux = (self.config.lb_loss_weight * mean([d.router.lb_loss for d in details])
-                       + self.config.z_loss_weight * mean([d.router.z_loss for d in details]))
+            if router:
+                aux = c.lb_loss_weight * router.lb_loss.mean() + c.z_loss_weight * router.z_loss.mean()
                 loss = loss + (aux - aux.detach())                                    # adds 0, and aux's gradient
         logits = self.head(x) if return_logits or targets is None else None
-        return (logits, loss, statistics(streams, details)) if stats else (logits, loss)
+        return (logits, loss, statistics(streams, details, router)) if stats else (logits, loss)
 
     def count_parameters(self) -> dict[str, int]:
         """total; active: without the experts a token does not visit; non_embedding: active without embed and head."""
@@ -408,9 +381,8 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs of a training step per token at context T (default block_size); a forward pass is a third of it.
 
-        Forward: 2 per active matrix parameter (the head counts, the embedding is a look-up), and 4 T d per layer, d the
-        width of all heads, for q k^T and the weighted sum of values over all T keys, the causal half not subtracted
-        (appendix B of PaLM).
+        2 per active matrix parameter (the head counts, the embedding is a look-up) and, for q k^T and the sum of values
+        over all T keys, 4 T (n_head head_dim) per layer, the causal half not subtracted (appendix B of PaLM).
         """
         c = self.config
         gains = sum(p.numel() for p in self.parameters() if p.dim() == 1)
@@ -419,45 +391,33 @@ class GPT(nn.Module):
         return (3 if backward else 1) * forward
 
 
-def mean(xs: list[Tensor]) -> Tensor:
-    return torch.stack(xs).mean(0)
-
-
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of head(x) in nats, x (B, T, d), a chunk of logits at a time.
-
-    Each chunk's logits are recomputed in the backward pass, so what is held is one chunk and not B T vocab_size floats.
-    """
+    """Mean cross-entropy of head(x) in nats, x (B, T, d), a chunk of logits at a time, recomputed in the backward."""
     def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-        logits = head(x)
-        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="sum")
+        return F.cross_entropy(wide(head(x)), targets, reduction="sum")
 
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
     xs, ts = x.flatten(0, 1).split(rows), targets.flatten().split(rows)
-    if len(xs) == 1:
+    if len(xs) == 1:                                                         # nothing to save by recomputing
         return chunk_loss(xs[0], ts[0]) / targets.numel()
     return sum(checkpoint(chunk_loss, x, t, use_reentrant=False) for x, t in zip(xs, ts)) / targets.numel()
 
 
 def token_variance(x: Tensor) -> Tensor:
     """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (paper, probe 1)"""
-    return x.float().var(-1).mean() if x.dtype != torch.float64 else x.var(-1).mean()
+    return wide(x).var(-1).mean()
 
 
 @torch.no_grad()
-def statistics(streams: list[Tensor], details: list[Detail]) -> dict[str, Tensor]:
-    """Per-layer statistics of one micro-batch from the streams h_0 .. h_L and what the blocks did.
+def statistics(streams: list[Tensor], details: list[Detail], router: Router | None) -> dict[str, Tensor]:
+    """Statistics of one micro-batch, from the streams h_0 .. h_L, what the blocks did and the routers of all layers.
 
-    variance (L+1,), the embedding first; attn_variance (L,), ffn_variance (L,); of a MoE also lb_loss (), z_loss () and
-    expert_load (L, n_experts).
+    variance (L+1,), attn_variance (L,), ffn_variance (L,); of a MoE also lb_loss (), z_loss (), expert_load (L, E).
     """
-    out = {"variance": torch.stack([token_variance(x) for x in streams]),
-           "attn_variance": torch.stack([token_variance(d.attn) for d in details]),
-           "ffn_variance": torch.stack([token_variance(d.ffn) for d in details])}
-    if details[0].router is not None:
-        out |= {"lb_loss": mean([d.router.lb_loss for d in details]),
-                "z_loss": mean([d.router.z_loss for d in details]),
-                "expert_load": torch.stack([d.router.load for d in details])}
+    seen = {"variance": streams, "attn_variance": [d.attn for d in details], "ffn_variance": [d.ffn for d in details]}
+    out = {name: torch.stack([token_variance(x) for x in xs]) for name, xs in seen.items()}
+    if router:
+        out |= {"lb_loss": router.lb_loss.mean(), "z_loss": router.z_loss.mean(), "expert_load": router.load}
     return out
 
 
@@ -470,10 +430,8 @@ def put(p: Tensor, whole: Tensor) -> Tensor:
 
 
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1 before it stay.
-
-    They are ckpt.1.pt, the one before, ckpt.2.pt, ...; should the machine stop between two renames, none is lost.
-    """
+    """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1 before it stay as
+    ckpt.1.pt, the one before, ckpt.2.pt, ...; should the machine stop between two renames, none is lost."""
     tmp, names = path.with_name(path.name + ".tmp"), [path, *(path.with_suffix(f".{k}.pt") for k in range(1, keep))]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -488,26 +446,26 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
     except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             tmp.unlink()
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}): free some space or choose another "
-                        "place; what was there is intact") from e
+        raise UserError(f"cannot write {path} ({e!r:.90}): free some space or choose another place; "
+                        "what was there is intact") from e
 
 
 def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The dict that train.py saved: model, optimizer, settings, step, ... ; tensors only, nothing is executed.
-
-    Raises UserError if the file is missing, truncated or not a checkpoint. Memory-mapped: what is not used is not read.
-    Of a Hugging Face folder: model, in `dtype`, settings, step and tokenizer.
-    """
+    """The dict that train.py saved: model, optimizer, settings, step, ...; of a Hugging Face folder a part of that,
+    the model in `dtype`. Nothing in it is executed, and what is not used is not read. UserError if it is not sound."""
     if (Path(path) / "config.json").is_file():
         return load_hf(Path(path), dtype)
     check(Path(path).is_file(), f"no checkpoint {path}: make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} is damaged or no checkpoint ({str(e).splitlines()[0][:80]}): use another copy") from e
+    except Exception as e:                    # damaged bytes make torch raise almost anything
+        raise UserError(f"{path} is damaged or no checkpoint ({e!r:.90}): use another copy") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     check(isinstance(saved, dict) and all(isinstance(saved.get(key), kind) for key, kind in kinds.items()),
           f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
+    for f in fields(ModelConfig):
+        value, kind = saved["settings"].get(f.name, f.default), type(f.default)
+        check(isinstance(value, (int, float) if kind is float else kind), f"{path}: {f.name}={value!r} is no {f.type}")
     return saved
 
 
@@ -527,16 +485,14 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bo
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32) -> tuple[GPT, dict[str, Any]]:
     """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself."""
-    saved = load_checkpoint(path, dtype)
-    names = {f.name for f in fields(ModelConfig)}
-    config = ModelConfig(**{k: v for k, v in saved["settings"].items() if k in names})
+    saved, names = load_checkpoint(path, dtype), {f.name for f in fields(ModelConfig)}
+    config = ModelConfig(**{name: value for name, value in saved["settings"].items() if name in names})
     with torch.device("meta"):
         model = GPT(config)
     load_weights(model, saved, path, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
-    rope = model.blocks[0].attn.rope
-    rope.to_empty(device="cpu").reset()
+    model.blocks[0].attn.rope.to_empty(device="cpu").reset()
     return model.to(device, dtype).eval(), saved
 
 
@@ -561,17 +517,15 @@ HARMLESS = """model_type architectures dtype torch_dtype transformers_version us
     is_llama_config rope_interleaved transformers.js_config""".split()
 NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",       # ours: theirs; below, of a block
          "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
-         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ffn.gate": "mlp.gate_proj",
-         "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj", "ffn.router": "mlp.gate",
-         "ffn.shared_gate": "mlp.shared_expert_gate", "ffn.shared.gate": "mlp.shared_expert.gate_proj",
-         "ffn.shared.up": "mlp.shared_expert.up_proj", "ffn.shared.down": "mlp.shared_expert.down_proj"}
+         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ffn.router": "mlp.gate",
+         "ffn.shared_gate": "mlp.shared_expert_gate"}
+NAMES |= {f"ffn.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+NAMES |= {f"ffn.shared.{x}": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")}
 
 
 def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means.
-
-    UserError names what the model lacks and every field that is not known to leave the function alone.
-    """
+    """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means;
+    UserError names what the model lacks, and any field that is not known to leave the function alone."""
     family = hf.get("model_type")
     check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
     hf = {"sliding_window": 4096 if family == "mistral" else None} | hf                # its default is not null
@@ -620,10 +574,7 @@ def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """A Hugging Face folder as `load_checkpoint` returns a checkpoint, the weights in `dtype`.
-
-    Every stored tensor has its place and every place its tensor, or there is a UserError.
-    """
+    """A Hugging Face folder as `load_checkpoint` gives it: every tensor has its place and every place its tensor."""
     safetensors, stored = need("safetensors", f"reading {folder}"), {}
     index = folder / "model.safetensors.index.json"
     try:
@@ -659,11 +610,7 @@ def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 @torch.no_grad()
 def export(path: str | Path, folder: str | Path) -> None:
-    """Write a checkpoint as a Hugging Face folder that AutoModelForCausalLM loads; it appears by rename.
-
-    Llama, or Qwen2 or Qwen3 where biases or norms ask for it; a MoE as Qwen2-MoE, whose shared expert is weighed by a
-    sigmoid: a gate of zeros halves it, so a doubled down-projection restores it, and a zero one makes it nothing.
-    """
+    """Write a checkpoint as a Hugging Face folder that AutoModelForCausalLM loads; it appears by rename."""
     from data import write_json, write_tokenizer
     safetensors, out = need("safetensors.torch", "export"), Path(folder)
     model, saved = load_model(path)
@@ -674,20 +621,19 @@ def export(path: str | Path, folder: str | Path) -> None:
     check(c.norm != "peri" and family and not (c.qk_norm and (c.qkv_bias or c.n_experts and c.shared_hidden)),
           f"{path}: no Hugging Face family has norm={c.norm}, n_experts={c.n_experts}, qk_norm={c.qk_norm!r}, "
           f"qkv_bias={c.qkv_bias} and shared_hidden={c.shared_hidden} at once")
-    if family == "qwen2_moe":
-        down = 1 if c.shared_gate else 2
+    if family == "qwen2_moe":              # it has biases and weighs a shared expert by a sigmoid: a gate of zeros
+        if not c.shared_gate:              # halves that, and where there is none it consists of zeros
+            w |= {name: 2 * p for name, p in w.items() if name.endswith("shared.down.weight")}
         c = replace(c, qkv_bias=True, shared_gate=True, shared_hidden=c.shared_hidden or 1)
         with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(c).state_dict().items() if name not in w}
-        w |= {name: torch.zeros(shape) for name, shape in shapes.items()}
-        w |= {name: p * down for name, p in w.items() if name.endswith("shared.down.weight")}
+            new = {name: torch.zeros(p.shape, device="cpu") for name, p in GPT(c).state_dict().items() if name not in w}
+        w |= new
     w |= {f"blocks.{l}.{name}.weight": block.get_submodule(name).weight * block.scale
           for l, block in enumerate(model.blocks) for name in ("attn_norm", "ffn_norm")}        # LayerNorm Scaling
     hf = {theirs: getattr(c, ours) for theirs, ours in (FIELDS | (MOE_FIELDS if c.n_experts else {})).items()}
     hf |= {"model_type": family, "architectures": [family.title().replace("_", "") + "ForCausalLM"],
-           "torch_dtype": "float32", "hidden_act": "silu"}
-    if family == "olmoe":
-        hf["intermediate_size"] = c.expert_hidden
+           "torch_dtype": "float32", "hidden_act": "silu",
+           "intermediate_size": c.expert_hidden if family == "olmoe" else c.ffn_hidden}
     if c.rope_scaling:
         *factors, context = model.blocks[0].attn.rope.scaling
         hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, (*factors, int(context))))
@@ -709,21 +655,18 @@ def export(path: str | Path, folder: str | Path) -> None:
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: int = 50, n_vocab: int | None = None,
              generator: torch.Generator | None = None) -> Tensor:
-    """Continue idx (B, T) by n sampled tokens: (B, T + n). No key/value cache: every token costs a whole pass.
-
-    temperature 0 takes the likeliest token. Ids from n_vocab on, the padding of the embedding, are never drawn.
-    """
+    """Continue idx (B, T) by n tokens: (B, T + n), at temperature 0 the likeliest, never an id from n_vocab on, the
+    padding of the embedding. There is no key/value cache: every token costs a whole pass."""
     for _ in range(n):
         x = model.embed(idx[:, -model.config.block_size:])
         for block in model.blocks:
             x = block(x)
         logits = model.head(model.norm(x[:, -1]))[:, :n_vocab].float()                # (B, n_vocab)
-        if temperature == 0:
+        if temperature < 1e-6:                                                        # a quotient would overflow
             token = logits.argmax(-1, keepdim=True)
         else:
             kept, ids = logits.topk(min(top_k, logits.size(-1)))
-            choice = torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator)
-            token = ids.gather(-1, choice)
+            token = ids.gather(-1, torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator))
         idx = torch.cat((idx, token), dim=1)
     return idx
 
@@ -745,7 +688,6 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors and whose abbreviations are off."""
-
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
@@ -777,8 +719,8 @@ def main() -> None:
     enc = get_tokenizer(saved["tokenizer"])
     idx = torch.tensor([enc.encode_ordinary(args.prompt) or [enc.eot_token]])
     check(idx.max() < model.config.vocab_size, f"--prompt has tokens beyond vocab_size={model.config.vocab_size}")
-    generator = torch.Generator().manual_seed(args.seed)
-    idx = generate(model, idx, args.tokens, args.temperature, args.top_k, enc.n_vocab, generator)
+    random = torch.Generator().manual_seed(args.seed)
+    idx = generate(model, idx, args.tokens, args.temperature, args.top_k, enc.n_vocab, random)
     print(enc.decode(idx[0].tolist()))
 
 
