@@ -81,6 +81,7 @@ def folder_tokenizer(path: Path) -> SimpleNamespace:
         return inner.encode(text, add_special_tokens=False).ids
     return SimpleNamespace(
         name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos), encode_ordinary=encode,
+        start=inner.encode("").ids,                            # what every text begins with: Llama's BOS
         encode_to_numpy=lambda text, **_: np.array(encode(text), dtype=np.int64),
         decode=lambda ids: inner.decode(ids, skip_special_tokens=False))
 

@@ -487,7 +487,7 @@ def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Ta
             check(0 < len(answered) == len({row["doc_id"] for row in rows}),
                   f"--tasks: {file.parent} has no questions, or one whose label is the idx of none of its choices")
             check(max(max(a + b) for a, b in pairs) < model.config.vocab_size,
-                  f"--tokenizer {tokenizer} is another model's: it has tokens beyond vocab_size={model.config.vocab_size}")
+                  f"--tokenizer {tokenizer} has tokens beyond vocab_size={model.config.vocab_size}: name another")
             check(name not in ("average", *tasks), f"--tasks: {file.parent} would be another {name!r}: rename it")
             tasks[name] = rows, primary, pairs
     return tasks
@@ -497,11 +497,12 @@ def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
     """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
 
     Blanks at the end of the context go to the continuation. Both are encoded together, since tokens may merge over the
-    boundary: the continuation is what follows as many tokens as the context has alone.
+    boundary: the continuation is what follows as many tokens as the context has alone. A context begins with the BOS
+    of a tokenizer that has the habit.
     """
     stem = context.rstrip()
     before, whole = enc.encode_ordinary(stem), enc.encode_ordinary(context + continuation)
-    return before or [enc.eot_token], whole[len(before):]
+    return [*getattr(enc, "start", ()), *before] or [enc.eot_token], whole[len(before):]
 
 
 def seeing(block: Block, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
