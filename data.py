@@ -75,6 +75,7 @@ def folder_tokenizer(path: Path) -> SimpleNamespace:
     encode = functools.partial(inner.encode, add_special_tokens=False)
     return SimpleNamespace(
         name=str(file), n_vocab=max(inner.get_vocab().values()) + 1, eot_token=int(eos),
+        start=inner.encode("").ids,                            # what every text begins with: Llama's BOS
         encode_ordinary=lambda text: encode(text).ids, decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
         encode_to_numpy=lambda text, **_: np.array(encode(text).ids, dtype=np.int64))
 

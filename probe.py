@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Corpus, documents, get_tokenizer, write_json
-from model import (GPT, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run, save_checkpoint,
-                   token_variance)
+from model import (GPT, LOGITS_AT_ONCE, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run,
+                   save_checkpoint, token_variance)
 
 EXPERIMENTS = ("variance", "causal", "permutation", "usefulness", "released", "removal", "jacobian", "lens",
                "contribution", "sparsity")
@@ -46,6 +46,7 @@ METRICS = ("acc", "acc_per_char", "acc_per_token")
 TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
 
 Pair = tuple[list[int], list[int]]      # the tokens of a context and of its continuation
+Task = tuple[list[dict[str, Any]], str, list[Pair]]      # requests, primary metric, the requests' tokens
 Layer = Callable[[Tensor], Tensor]      # a block, or what stands in for one: (B, T, d) -> (B, T, d)
 
 
@@ -464,8 +465,9 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
 
 
 # ---- downstream accuracy: multiple choice by log-likelihood ----------------------------------------------------------
-def read_tasks(enc: Any, paths: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]], str, list[Pair]]]:
-    """Of each task in OLMES's format in and under the folders: name, requests, primary metric, the requests' tokens."""
+def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Task]:
+    """The tasks in OLMES's format in and under the folders, by name."""
+    enc, tasks = get_tokenizer(tokenizer), {}
     for path in map(Path, paths):
         files = sorted(path.rglob("requests.jsonl.gz"))
         check(len(files) > 0, f"--tasks {path}: no requests.jsonl.gz there")
@@ -475,23 +477,32 @@ def read_tasks(enc: Any, paths: Sequence[str]) -> Iterator[tuple[str, list[dict[
                     rows = [{**row["request"], "doc_id": row["doc_id"], "idx": row["idx"], "label": row["label"]}
                             for row in map(json.loads, f) if row["doc_id"] < 1_000_000]      # beyond: no question
                 primary = json.loads((file.parent / "config.json").read_text())["task_config"]["primary_metric"]
+                primary = primary.removesuffix("_raw")
                 pairs = [encode_pair(enc, row["context"], row["continuation"]) for row in rows]
+                answered = {row["doc_id"] for row in rows if row["idx"] == row["label"]}
             except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
                 raise UserError(f"--tasks: {file.parent} holds no multiple choice as OLMES writes it ({e})") from e
-            primary = primary.removesuffix("_raw")
+            name = file.parent.relative_to(path).as_posix() if file.parent != path else path.resolve().name
             check(primary in METRICS, f"--tasks: {file.parent} has primary_metric={primary}, not {', '.join(METRICS)}")
-            yield file.parent.relative_to(path).as_posix() if file.parent != path else path.name, rows, primary, pairs
+            check(0 < len(answered) == len({row["doc_id"] for row in rows}),
+                  f"--tasks: {file.parent} has no questions, or one whose label is the idx of none of its choices")
+            check(max(max(a + b) for a, b in pairs) < model.config.vocab_size,
+                  f"--tokenizer {tokenizer} has tokens beyond vocab_size={model.config.vocab_size}: name another")
+            check(name not in ("average", *tasks), f"--tasks: {file.parent} would be another {name!r}: rename it")
+            tasks[name] = rows, primary, pairs
+    return tasks
 
 
 def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
     """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
 
     Blanks at the end of the context go to the continuation. Both are encoded together, since tokens may merge over the
-    boundary: the continuation is what follows as many tokens as the context has alone.
+    boundary: the continuation is what follows as many tokens as the context has alone. A context begins with the BOS
+    of a tokenizer that has the habit.
     """
     stem = context.rstrip()
     before, whole = enc.encode_ordinary(stem), enc.encode_ordinary(context + continuation)
-    return before or [enc.eot_token], whole[len(before):]
+    return [*getattr(enc, "start", ()), *before] or [enc.eot_token], whole[len(before):]
 
 
 def seeing(block: Block, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
@@ -514,8 +525,8 @@ def loglikelihoods(model: GPT, pairs: Sequence[Pair],
     for i, (context, continuation) in enumerate(pairs):
         whole = (context + continuation)[-limit - 1:]
         start = max(1, len(whole) - len(continuation))
-        shared[tuple(whole[:start])].append((i, whole[start:]))
-    for context, choices in shared.items():
+        shared[i // 64, tuple(whole[:start])].append((i, whole[start:]))       # 64: no row without an end
+    for (_, context), choices in shared.items():
         n, tokens, position, segment, wanted = len(context), [*context], [*range(len(context))], [0] * len(context), []
         for k, (i, continuation) in enumerate(choices, 1):
             inputs = continuation[:-1]
@@ -539,9 +550,12 @@ def loglikelihoods(model: GPT, pairs: Sequence[Pair],
         x = model.embed(idx)
         for block in model.blocks:
             x = seeing(block, x, position, mask)
-        b, t, token, i = torch.tensor([(b, *w) for b, row in enumerate(batch) for w in row[3]]).T.to(device)
-        nats = F.cross_entropy(wide(model.head(model.norm(x[b, t]))), token, reduction="none")
-        out.index_add_(0, i.cpu(), -nats.double().cpu())
+        wanted = [(b, *w) for b, row in enumerate(batch) for w in row[3]]
+        wanted = torch.tensor(wanted, dtype=torch.long, device=device).view(-1, 4)
+        for part in wanted.split(max(1, LOGITS_AT_ONCE // model.config.vocab_size)):
+            b, t, token, i = part.T
+            nats = F.cross_entropy(wide(model.head(model.norm(x[b, t]))), token, reduction="none")
+            out.index_add_(0, i.cpu(), -nats.double().cpu())
     return out.tolist(), sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
 
 
@@ -552,17 +566,17 @@ def naive_loglikelihoods(model: GPT, pairs: Sequence[Pair]) -> list[float]:
     for context, continuation in pairs:
         row = torch.tensor([context + continuation], device=model.embed.weight.device)[:, -model.config.block_size - 1:]
         logp = model(row[:, :-1])[0].log_softmax(-1).gather(2, row[:, 1:, None])                      # (1, T, 1)
-        out.append(logp[0, -len(continuation):].sum().item())
+        out.append(logp[0].flip(0)[:len(continuation)].sum().item())
     return out
 
 
-def run_tasks(model: GPT, tokenizer: str, paths: Sequence[str], progress: Callable[[str], None]) -> dict[str, Any]:
-    """Accuracies of the tasks in and under the folders, with standard errors, and their averages.
+def run_tasks(model: GPT, tasks: dict[str, Task], progress: Callable[[str], None]) -> dict[str, Any]:
+    """Accuracies of the tasks with standard errors, and their averages.
 
     The choice with the largest log-likelihood is the answer: of the whole (acc), per character or per token.
     """
     out = {}
-    for name, rows, primary, pairs in read_tasks(get_tokenizer(tokenizer), paths):
+    for name, (rows, primary, pairs) in tasks.items():
         values, cut = loglikelihoods(model, pairs, lambda line: progress(f"{name}: {line}"))
         best: dict[str, dict[int, tuple[float, bool]]] = {metric: {} for metric in METRICS}      # per question
         for row, (_, continuation), value in zip(rows, pairs, values):
@@ -572,9 +586,12 @@ def run_tasks(model: GPT, tokenizer: str, paths: Sequence[str], progress: Callab
                 answers[row["doc_id"]] = max(answers.get(row["doc_id"], answer), answer, key=lambda a: a[0])
         n = len(best["acc"])
         accs = {metric: sum(right for _, right in answers.values()) / n for metric, answers in best.items()}
+        accs["primary"] = accs[primary]
         errors = {f"{metric}_stderr": math.sqrt(p * (1 - p) / max(1, n - 1)) for metric, p in accs.items()}
-        out[name] = {**accs, **errors, "primary_metric": primary, "primary": accs[primary], "n": n, "truncated": cut}
-    return out | {"average": {key: float(np.mean([r[key] for r in out.values()])) for key in (*METRICS, "primary")}}
+        out[name] = {**accs, **errors, "primary_metric": primary, "n": n, "truncated": cut}
+    average = {key: sum(r[key] for r in out.values()) / len(out) for key in accs}
+    errors = {key: math.hypot(*(r[key] for r in out.values())) / len(out) for key in errors}
+    return out | {"average": average | errors}
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
@@ -621,7 +638,8 @@ def block_table(r: dict[str, Any], n: int) -> str:
 
 SCORES = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
           "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio", "heldout": "usefulness_heldout.score",
-          "released": "released.usefulness.score", "influence": "block_influence", "|J-I|/d": "jacobian.deviation"}
+          "released": "released.usefulness.score", "influence": "block_influence", "|J-I|/d": "jacobian.deviation",
+          "accuracy": "tasks.average.primary"}
 
 
 def score_table(results: dict[str, dict[str, Any]]) -> str:
@@ -659,14 +677,12 @@ def summary(r: dict[str, Any], path: str) -> Iterator[str]:
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     """One line per task: its accuracies with standard errors, the primary one marked; and their averages."""
     width = max(map(len, tasks))
-    lines = [" " * width + "".join(f"{metric:>19}" for metric in METRICS) + "  questions  contexts cut"]
+    lines = [" " * width + "".join(f"{metric:>18} " for metric in METRICS) + "  questions  contexts cut"]
     for name, r in tasks.items():
-        for metric in METRICS:
-            error = f" +- {r[metric + '_stderr']:.3f}" if metric + "_stderr" in r else ""
-            name = f"{name:{width}}{r[metric]:8.3f}{error:9}{'*' if r.get('primary_metric') == metric else ' ':2}"
-            width += 19
-        width -= 57
-        lines.append(name + (f"{r['n']:11d}{r['truncated']:14d}" if "n" in r else f"  primary (*): {r['primary']:.3f}"))
+        values = {key: f"{r[key]:8.3f} +- {r[f'{key}_stderr']:.3f}" for key in (*METRICS, "primary")}
+        cells = "".join(f"{values[key]}{'*' if r.get('primary_metric') == key else ' '} " for key in METRICS)
+        end = f"{r['n']:11d}{r['truncated']:14d}" if "n" in r else values["primary"] + "*"
+        lines.append(f"{name:{width}}{cells}{end}")
     return "\n".join(lines)
 
 
@@ -844,6 +860,7 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
     make_folder(out)
     n, only, result, said = len(model.blocks), [name for name in args.only.split(",") if name != "tasks"], {}, []
+    tasks = read_tasks(model, saved["tokenizer"], args.tasks) if args.tasks else {}
     ran = {"checkpoint": str(path), "experiments": only, "dtype": args.dtype, "settings": asdict(model.config)}
     if only:
         tokens, origin = read_tokens(args, model, saved)
@@ -854,13 +871,14 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
                 "device": tokens.device.type}
         said = [f"on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
                 *summary(result, str(path))]
-    if args.tasks:
-        result["tasks"] = run_tasks(model, saved["tokenizer"], args.tasks, make_progress())
+    if tasks:
+        result["tasks"] = run_tasks(model, tasks, make_progress())
         ran["tasks"] = args.tasks
         said += ["", task_table(result["tasks"])]
     result["run"] = ran
     write_json(out / "probe.json", json.loads(json.dumps(result), parse_constant=lambda nan: None))     # null in JSON
-    print(f"\n{path}", *said, f"{out / 'probe.json'} written, {figures({label: result}, out)}", sep="\n")
+    said.append(f"{out / 'probe.json'} written" + (f", {figures({label: result}, out)}" if only else ""))
+    print(f"\n{path}", *said, sep="\n")
     return result
 
 
@@ -900,6 +918,7 @@ def main() -> None:
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
     several = len(args.checkpoints) > 1
+    check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
     check(not args.save or (args.drop and not several), "--save goes with --drop and one checkpoint")
 
     results: dict[str, dict[str, Any]] = {}
@@ -911,7 +930,7 @@ def main() -> None:
         if args.drop:
             drop_blocks(args, path, model, saved, read_tokens(args, model, saved)[0])
         elif args.bench and args.tasks:
-            for name, _, _, pairs in read_tasks(get_tokenizer(saved["tokenizer"]), args.tasks):
+            for name, (_, _, pairs) in read_tasks(model, saved["tokenizer"], args.tasks).items():
                 some = pairs[:args.samples]
                 side_by_side({name: (lambda: loglikelihoods(model, some), lambda: naive_loglikelihoods(model, some))})
         elif args.bench:
