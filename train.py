@@ -535,7 +535,7 @@ def bench(c: TrainConfig, families: bool) -> None:
                 for kind in ([False, True] if c.compile is None else [c.compile])
                 for name, model in (models if families else {"": c}).items()}
     steps = {way: bench_step(way_c, rank, 1 if way == "alone" else world, device, dtype) for way, way_c in ways.items()}
-    rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(9)]
+    rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(6)]
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
     out = {name: getattr(c, name) for name in shape} | {"ranks": world, "threads": torch.get_num_threads()}
     out["gemm_flops_per_s"], first = round(gemm_rate(device, dtype, 1024)), next(iter(ways))
