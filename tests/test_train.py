@@ -31,6 +31,7 @@ TINY = dict(block_size=32, n_layer=2, n_head=2, n_embd=16, ffn_hidden=40, tokens
             device="cpu", compile=False)
 MOE = dict(n_experts=4, top_k=2, expert_hidden=16)
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+PAPER = {path.stem: path for path in (ROOT / "configs" / "paper").glob("*.py")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -303,6 +304,47 @@ def test_a_config_of_the_repository_loads_and_its_model_builds(path):
     with torch.no_grad():
         assert model.head(model.norm(model.embed(idx))).shape == (1, c.block_size, c.vocab_size)
     assert len(model.blocks) == c.n_layer
+
+
+@pytest.mark.parametrize("names, differ", [      # the paper's families: members, and what alone tells them apart
+    ([f"depth_{L}" for L in (12, 16, 24, 32)], {"n_layer": [12, 16, 24, 32]}),
+    (["weight_decay_" + d for d in ("0", "0_01", "0_1", "1", "3")], {"weight_decay": [0, 0.01, 0.1, 1, 3]}),
+    ([f"context_{T}" for T in (256, 512, 1024, 2048, 4096, 8192)], {"block_size": [256, 512, 1024, 2048, 4096, 8192]}),
+    (["gqa_1", "gqa_4", "gqa_16"], {"n_kv_head": [16, 4, 1]}),
+    (["dense_1b", "moe_1b"], {"n_experts": [0, 64]}), (["dense_400m", "moe_400m"], {"n_experts": [0, 32]}),
+    (["ladder_32", "ladder_t4096", "ladder_decay_0_3", "ladder_g2", "ladder_moe"],
+     {"block_size": [2048, 4096, 4096, 4096, 4096], "weight_decay": [0.1, 0.1, 0.3, 0.3, 0.3],
+      "n_kv_head": [16, 16, 16, 8, 8], "n_experts": [0, 0, 0, 0, 64]}),
+    (["ladder_t4096", "ladder_t8192"], {"block_size": [4096, 8192]}),
+    (["ladder_decay_0_3", "ladder_decay_0_6", "ladder_decay_1"], {"weight_decay": [0.3, 0.6, 1]})],
+    ids=lambda x: x[0] if isinstance(x, list) else "")
+def test_a_family_of_the_papers_configs_differs_in_what_it_is_about_and_sees_10b_tokens(names, differ):
+    members = [vars(load_settings([str(PAPER[name])])[0]) for name in names]
+    free = {"out_dir", "batch_size", "parallel"} | ({"top_k", "expert_hidden", "shared_hidden"} if "n_experts" in differ else set())
+    for name in members[0].keys() - differ.keys() - free:
+        assert len({m[name] for m in members}) == 1, name
+    for name, values in differ.items():
+        assert [m[name] for m in members] == values
+    for m in members:
+        assert m["max_steps"] * m["tokens_per_step"] == pytest.approx(10e9, rel=1e-3)
+        assert (m["init_std"], m["beta1"], m["beta2"], m["warmup_steps"], m["grad_clip"]) == (0.02, 0.9, 0.95, 1000, 1.0)
+
+
+@pytest.mark.parametrize("name, total, active", [("dense_1b", 1.28e9, 1.28e9), ("moe_1b", 6.92e9, 1.28e9),
+                                                 ("moe_400m", 2e9, 0.4e9), ("dense_400m", 0.4e9, 0.4e9),
+                                                 ("ladder_32", 1.24e9, 1.24e9), ("ladder_moe", 7.9e9, 1.2e9)])
+def test_the_papers_models_have_the_papers_sizes_and_fit_80_gb_on_8_gpus(name, total, active):
+    c, _ = load_settings([str(PAPER[name])])
+    n = train.bare(c).count_parameters()
+    assert n["total"] == pytest.approx(total, rel=0.02) and n["active"] == pytest.approx(active, rel=0.02)
+    assert sum(train.memory(c, 8)) < 80e9
+
+
+def test_every_paper_config_says_what_it_is_about_and_shares_a_base():
+    assert len(PAPER) == 32
+    for name, path in PAPER.items():
+        assert name == "base" or 'base = "' in path.read_text()
+        load_settings([str(path)])
 
 
 MISTAKES = {     # name -> (arguments, what the line must name)
