@@ -486,6 +486,7 @@ def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Ta
             check(primary in METRICS, f"--tasks: {file.parent} has primary_metric={primary}, not {', '.join(METRICS)}")
             check(0 < len(answered) == len({row["doc_id"] for row in rows}),
                   f"--tasks: {file.parent} has no questions, or one whose label is the idx of none of its choices")
+            check(all(b for _, b in pairs), f"--tasks: {file.parent} has a choice without a token of its own")
             check(max(max(a + b) for a, b in pairs) < model.config.vocab_size,
                   f"--tokenizer {tokenizer} has tokens beyond vocab_size={model.config.vocab_size}: name another")
             check(name not in ("average", *tasks), f"--tasks: {file.parent} would be another {name!r}: rename it")
