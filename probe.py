@@ -8,9 +8,9 @@
     python probe.py SmolLM2-135M --data text.txt --samples 20           # a Hugging Face folder, on any text
     python probe.py ckpt.pt --bench                                     # how much faster than the naive way?
 
-Block numbers and lists count from 0: block l turns the stream h_l into h_{l+1}, h_0 is the embedding's output, and the
-last stream is taken before the final norm. A micro-batch goes through the model once; every intervention starts from
-the streams of that pass. Nothing in the model is changed or hooked: blocks are functions, recombined here.
+Blocks count from 0: block l turns the stream h_l into h_{l+1}; h_0 is the embedding's output, h_n is before the final
+norm. A micro-batch goes through the model once; every intervention starts from the streams of that pass. Nothing in the
+model is changed or hooked: blocks are functions, recombined here.
 """
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ import textwrap
 import time
 import zlib
 from collections import defaultdict
-from dataclasses import asdict
-from itertools import combinations, pairwise
+from functools import partial
+from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from timeit import timeit
 from types import SimpleNamespace
@@ -37,12 +37,11 @@ from torch import Tensor
 
 from data import Corpus, documents, get_tokenizer, write_json
 from model import (GPT, LOGITS_AT_ONCE, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run,
-                   save_checkpoint, token_variance)
+                   save_checkpoint, token_variance, wide)
 
-EXPERIMENTS = ("variance", "causal", "permutation", "usefulness", "released", "removal", "jacobian", "lens",
-               "contribution", "sparsity")
+EXPERIMENTS = "variance causal permutation usefulness released removal jacobian lens contribution sparsity".split()
 USEFUL = 1.1                # a layer is useful when its affine map multiplies the loss by more than this (paper)
-METRICS = ("acc", "acc_per_char", "acc_per_token")
+METRICS = ("acc", "acc_per_char", "acc_per_token")       # the best choice: as a whole, per character, per token
 TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
 
 Pair = tuple[list[int], list[int]]      # the tokens of a context and of its continuation
@@ -63,10 +62,7 @@ def forward(model: GPT, idx: Tensor) -> tuple[list[Tensor], list[Detail]]:
 
 def streams_of(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     """The stream x (B, T, d) and what it becomes after each of the layers."""
-    streams = [x]
-    for layer in layers:
-        streams.append(layer(streams[-1]))
-    return streams
+    return list(accumulate(layers, lambda x, layer: layer(x), initial=x))
 
 
 def nll(model: GPT, x: Tensor, idx: Tensor, layers: Sequence[Layer] = ()) -> float:
@@ -77,20 +73,9 @@ def nll(model: GPT, x: Tensor, idx: Tensor, layers: Sequence[Layer] = ()) -> flo
     return cross_entropy(model.head, model.norm(x[:, :-1]), targets).item() * targets.numel()
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in float32 or better: statistics are not taken in bfloat16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
     """Norm of each step from one stream to the next, summed over tokens."""
     return [torch.linalg.vector_norm(wide(y - x), dim=-1).sum() for x, y in pairwise(streams)]
-
-
-def skipped(blocks: Sequence[Layer], streams: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """For every block s: s and the streams g_0 .. g_n of the run that skips it; n (n - 1) / 2 evaluations in all."""
-    for s in range(len(blocks)):
-        yield s, streams[:s + 1] + streams_of(blocks[s + 1:], streams[s])
 
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> list[Any]:
@@ -109,14 +94,9 @@ def swapped(blocks: Sequence[Layer], i: int, j: int) -> list[Layer]:
     return [*blocks[:i], blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
 
 
-def with_one(x: Tensor) -> Tensor:
-    """Tokens as float64 rows with a 1 appended for the bias: (B, T, d) -> (B T, d + 1)."""
-    return F.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)
-
-
 def moments(x: Tensor, y: Tensor) -> Tensor:
     """All that the regression of y on (x, 1) needs, summed over tokens: (d + 1, d + 1 + d), float64."""
-    x = with_one(x)
+    x = F.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)                 # a 1 for the bias: (B T, d + 1)
     return torch.cat((x.T @ x, x.T @ y.flatten(0, 1).double()), dim=1)
 
 
@@ -138,11 +118,8 @@ def affine_map(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jacobian(f: Layer, x: Tensor) -> Tensor:
-    """J[a, b] = sum over sequences and input positions of d f_a / d x_b, f_a summed over output positions; x (B, T, d).
-
-    One backward pass per output feature. Batching them gains next to nothing: they are bound by FLOPs.
-    """
-    with torch.enable_grad():
+    """J[a, b]: sum over sequences, input positions of d f_a / d x_b, f_a summed over output positions; x (B, T, d)."""
+    with torch.enable_grad():      # a backward pass per feature: batching them gains nothing, they are bound by FLOPs
         x = x.detach().requires_grad_()
         y = wide(f(x)).sum((0, 1))                                                           # (d,)
         rows = [torch.autograd.grad(y_a, x, retain_graph=True)[0].sum((0, 1), dtype=torch.float64) for y_a in y]
@@ -189,7 +166,7 @@ def attention_sums(block: Block, x: Tensor) -> Tensor:
     Entropy relative to uniform over the visible keys; share of the visible keys that hold 90% of the mass; perplexity
     of the attention as a share of the visible keys. The first position sees one key only and is left out.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = []
     for sequence in x.split(1):                                              # T x T per head: one sequence at a time
         q, k, _ = block.attn.heads(block.scaled(block.attn_norm(sequence)))
         T, G = q.size(2), q.size(1) // k.size(1)
@@ -199,32 +176,28 @@ def attention_sums(block: Block, x: Tensor) -> Tensor:
         visible = torch.arange(2, T + 1, dtype=p.dtype, device=x.device)
         entropy = torch.special.entr(p).sum(-1)                                                  # (n_head, T - 1)
         needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
-        for i, value in enumerate((entropy / visible.log(), needed / visible, entropy.exp() / visible)):
-            sums[i] += value.mean(0).sum().item()
-    return sums
+        values = (entropy / visible.log(), needed / visible, entropy.exp() / visible)
+        sums.append([value.mean(0).sum() for value in values])
+    return exact(sums).sum(0)
 
 
 def released(model: GPT, idx: Tensor, streams: list[Tensor], g: list[Tensor], s: int,
-             maps: Sequence[tuple[Tensor, Tensor]], jacobians: Sequence[Tensor]) -> dict[str, Any]:
+             maps: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """What the authors' scripts compute about block s. They depart from the definitions in three ways:
 
     1. Every model: the least-squares W of y = x W + b is copied into a Linear.weight untransposed, so x W^T + b runs.
-    2. Dense models: the last stream is recorded after the final norm.
+    2. Dense models: the last stream is recorded after the final norm, for the variance and the Jacobian as well.
     3. Dense models: a skipped block leaves no stream in the record, so that the later g are read one place early.
 
-    streams, g: with block s and without it. maps, jacobians: of every block, and at the end, if the model is dense, of
-    the last block followed by the final norm. Returns sums over the micro-batch.
+    streams, g: with block s and without it. maps: of every block, at the end that to the last stream as recorded.
     """
     n, h = len(model.blocks), streams
     if not model.config.n_experts:
         h, g = ([*x[:n], model.norm(x[n])] for x in (streams, g))                                              # 2
         del g[s + 1]                                           # 3: none is left for the last block, C[s, n - 1] = 0
-    l = -1 if s == n - 1 else s                                                                                # 2
-    W, b = (x.to(h[s]) for x in maps[l])
-    return {"variance": token_variance(h[s + 1]) * idx.numel(),
-            "causal": causal_row(h, g, s),
-            "usefulness": nll(model, h[s] @ W.T + b, idx, list(model.blocks)[s + 1:]),                         # 1
-            **({"jacobian": jacobians[l]} if jacobians else {})}
+    W, b = (x.to(h[s]) for x in maps[-1 if s == n - 1 else s])                                                 # 2
+    return {"causal": causal_row(h, g, s),
+            "usefulness": nll(model, h[s] @ W.T + b, idx, list(model.blocks)[s + 1:])}                         # 1
 
 
 # ---- the whole measurement -------------------------------------------------------------------------------------------
@@ -257,23 +230,19 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     layers: list[Layer] = [*blocks]
     if "released" in want and not model.config.n_experts:
         layers.append(lambda x: model.norm(blocks[-1](x)))
-    sums, counts, seconds = defaultdict(float), defaultdict(float), defaultdict(float)
-    k, running, since = 0, "streams", time.perf_counter()
+    sums, counts, k, marks = defaultdict(float), defaultdict(float), 0, [("streams", time.perf_counter())]
 
     def add(name: str, value: Any, count: Any) -> None:
         """Add to a sum, and to what it is divided by in the end."""
         sums[name], counts[name] = sums[name] + exact(value), counts[name] + exact(count)
 
     def begin(stage: str, *experiments: str) -> bool:
-        """Is one of the experiments wanted? Then announce a stage; the time since the last one was that one's."""
-        nonlocal running, since
+        """Is one of the experiments wanted? Then announce a stage and mark when it began."""
         if not want.intersection(experiments or (stage,)):
             return False
         if tokens.is_cuda:
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[running] += now - since
-        running, since = stage, now
+        marks.append((stage, time.perf_counter()))
         progress(f"{stage}, micro-batch {k + 1}/{len(chunks)}")
         return True
 
@@ -301,6 +270,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             attn, ffn, _ = zip(*details)
             for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn)):
                 add(name, [token_variance(x) * positions for x in xs], positions)
+            last = streams[n] if model.config.n_experts else model.norm(streams[n])             # as `released` has it
+            add("released.variance", token_variance(last) * positions, positions)
         few, jacobians = idx[:max(0, n_jacobian - k * size)], []
         if len(few) and want & {"jacobian", "released"}:
             for f, x in zip(layers, [*streams[:n], streams[n - 1]]):
@@ -309,18 +280,18 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             add("jacobian", jacobians, few.numel())
         if begin("causal and single removal", "causal", "removal", "released"):
             rows = defaultdict(list)
-            for s, g in skipped(blocks, streams):
+            for s in range(n):
+                g = streams[:s + 1] + streams_of(blocks[s + 1:], streams[s])               # of the run without block s
                 if "causal" in want:
                     rows["causal"].append(causal_row(streams, g, s))
                 if "removal" in want and 1 in remove:
                     rows["removal.1"].append(nll(model, g[n], idx))
                 if begin("released"):
-                    for key, value in released(model, idx, streams, g, s, maps["usefulness"], jacobians).items():
+                    for key, value in released(model, idx, streams, g, s, maps["usefulness"]).items():
                         rows[f"released.{key}"].append(value)
                     begin("causal and single removal", "released")
-            count = {"causal": update_norms(streams), "variance": positions, "jacobian": few.numel()}
             for name, row in rows.items():
-                add(name, row, count.get(name.removeprefix("released."), predictions))
+                add(name, row, update_norms(streams) if "causal" in name else predictions)
         if begin("removal of runs and sublayers", "removal"):
             for r in sorted(set(remove) - {1}):
                 losses = [nll(model, streams[s], idx, blocks[s + r:]) for s in range(n - r + 1)]
@@ -351,7 +322,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             add("attention", [attention_sums(block, x) for block, x in zip(blocks, streams)], predictions)
             if model.config.n_experts:
                 add("load", [detail.router.load * positions for detail in details], positions)
-    begin("streams")                                                         # books the time of the last stage
+    begin("streams")                                                         # the end of the last stage
 
     mean = {name: sums[name] / counts[name].clamp_min(1e-300) for name in sums}
     out: dict[str, Any] = {"loss": mean["loss"].item()}
@@ -383,20 +354,21 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         out["block_influence"] = mean["block_influence"].tolist()
     if "jacobian" in want:
         out["jacobian"] = jacobian_scores(mean["jacobian"][:n])
-    if "lens" in want:
-        out["lens"] = dict(zip(("kl", "loss", "top5_overlap"), mean["lens"].T.tolist()))
-    if "contribution" in want:
-        names = ("attn_ratio", "ffn_ratio", "attn_cosine", "ffn_cosine")
-        out["contribution"] = dict(zip(names, mean["contribution"].T.tolist()))
+    for name, keys in ("lens", "kl loss top5_overlap"), ("contribution", "attn_ratio ffn_ratio attn_cosine ffn_cosine"):
+        if name in want:
+            out[name] = dict(zip(keys.split(), mean[name].T.tolist()))
     if "sparsity" in want:
         out["sparsity"] = sparsity_scores(model, mean["attention"], mean.get("load"), below)
     if "released" in want:
+        J = mean["jacobian"]
         out["released"] = {"causal": mean["released.causal"].tolist(),
                            "usefulness": usefulness("released.usefulness", B * T),
-                           "variance": [mean["variance"][0].item(), *mean["released.variance"].tolist()],
-                           "jacobian": jacobian_scores(mean["released.jacobian"])}
-    out["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-    return out
+                           "variance": [*mean["variance"][:n].tolist(), mean["released.variance"].item()],
+                           "jacobian": jacobian_scores(torch.cat((J[:n - 1], J[-1:])))}
+    seconds = defaultdict(float)
+    for (stage, start), (_, end) in pairwise(marks):
+        seconds[stage] += end - start
+    return out | {"seconds": {stage: round(value, 3) for stage, value in seconds.items()}}
 
 
 def exact(x: Any) -> Tensor:
@@ -448,16 +420,13 @@ def cheapest_drops(model: GPT, tokens: Tensor, count: int, progress: Callable[[s
 
 
 def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]:
-    """The checkpoint `saved` without the blocks `drop`, weights only: train.py --init_from and probe.py take it.
-
-    LayerNorm Scaling divides by the root of a block's number, which changes: the norms' gains make up for it.
-    """
+    """The checkpoint `saved` without the blocks `drop`, weights only: train.py --init_from and probe.py take it."""
     settings = saved["settings"]
     kept = [l for l in range(settings["n_layer"]) if l not in drop]
     weights = {name: w.clone() for name, w in saved["model"].items() if not name.startswith("blocks.")}
     for new, l in enumerate(kept):
         for name, w in saved["model"].items():
-            if name.startswith(f"blocks.{l}."):
+            if name.startswith(f"blocks.{l}."):    # LayerNorm Scaling divides by the root of l, which changes
                 scaled = settings.get("norm") == "lns" and name.endswith((".attn_norm.weight", ".ffn_norm.weight"))
                 weights[name.replace(f".{l}.", f".{new}.", 1)] = w * math.sqrt((new + 1) / (l + 1) if scaled else 1)
     return {"model": weights, "settings": {**settings, "n_layer": len(kept)}, "step": saved.get("step", 0),
@@ -497,21 +466,12 @@ def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Ta
 def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
     """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
 
-    Blanks at the end of the context go to the continuation. Both are encoded together, since tokens may merge over the
-    boundary: the continuation is what follows as many tokens as the context has alone. A context begins with the BOS
-    of a tokenizer that has the habit.
+    Blanks at the end of the context go to the continuation, which is what follows as many tokens as the context has
+    alone, since tokens may merge over the boundary. A context begins with the BOS of a tokenizer that has the habit.
     """
     stem = context.rstrip()
     before, whole = enc.encode_ordinary(stem), enc.encode_ordinary(context + continuation)
     return [*getattr(enc, "start", ()), *before] or [enc.eot_token], whole[len(before):]
-
-
-def seeing(block: Block, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-    """The stream (B, T, d) after a block whose tokens are at position (B, T) and see what mask (B, 1, T, T) allows."""
-    q, k, v = block.attn.heads(block.scaled(block.attn_norm(x)), position)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    x = x + block.attn_out_norm(block.attn.proj(y.transpose(1, 2).flatten(2)))
-    return x + block.ffn_output(x)[0]
 
 
 @torch.no_grad()
@@ -528,15 +488,12 @@ def loglikelihoods(model: GPT, pairs: Sequence[Pair],
         start = max(1, len(whole) - len(continuation))
         shared[i // 64, tuple(whole[:start])].append((i, whole[start:]))       # 64: no row without an end
     for (_, context), choices in shared.items():
-        n, tokens, position, segment, wanted = len(context), [*context], [*range(len(context))], [0] * len(context), []
+        row, asked, n = [(token, position, 0) for position, token in enumerate(context)], [], len(context)
         for k, (i, continuation) in enumerate(choices, 1):
-            inputs = continuation[:-1]
-            places = [n - 1, *range(len(tokens), len(tokens) + len(inputs))]
-            wanted += [(place, token, i) for place, token in zip(places, continuation)]
-            tokens += inputs
-            position += range(n, n + len(inputs))
-            segment += [k] * len(inputs)
-        rows.append((tokens, position, segment, wanted))
+            places = [n - 1, *range(len(row), len(row) + len(continuation))]                # where each is predicted
+            asked += [(place, token, i) for place, token in zip(places, continuation)]
+            row += [(token, position, k) for position, token in enumerate(continuation[:-1], n)]
+        rows.append((row, asked))                                                   # row: (token, position, segment)
     rows.sort(key=lambda row: -len(row[0]))
     out, device = torch.zeros(len(pairs), dtype=torch.float64), model.embed.weight.device
     while rows:
@@ -544,14 +501,17 @@ def loglikelihoods(model: GPT, pairs: Sequence[Pair],
         size = max(1, TOKENS_AT_ONCE // T)
         batch, rows = rows[:size], rows[size:]
         progress(f"tasks, {len(rows)} questions to go")
-        idx, position, segment = (torch.tensor([row[j] + [pad] * (T - len(row[j])) for row in batch], device=device)
-                                  for j, pad in enumerate((0, 0, -1)))                                # (B, T) each
+        padded = [row + [(0, 0, -1)] * (T - len(row)) for row, _ in batch]
+        idx, position, segment = torch.tensor(padded, device=device).unbind(-1)                       # (B, T) each
         query, key = segment[:, None, :, None], segment[:, None, None, :]
         mask = ((key == 0) | (key == query)).tril()                                                   # (B, 1, T, T)
         x = model.embed(idx)
         for block in model.blocks:
-            x = seeing(block, x, position, mask)
-        wanted = [(b, *w) for b, row in enumerate(batch) for w in row[3]]
+            q, k, v = block.attn.heads(block.scaled(block.attn_norm(x)), position)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            x = x + block.attn_out_norm(block.attn.proj(y.transpose(1, 2).flatten(2)))
+            x = x + block.ffn_output(x)[0]
+        wanted = [(b, *w) for b, (_, asked) in enumerate(batch) for w in asked]
         wanted = torch.tensor(wanted, dtype=torch.long, device=device).view(-1, 4)
         for part in wanted.split(max(1, LOGITS_AT_ONCE // model.config.vocab_size)):
             b, t, token, i = part.T
@@ -572,21 +532,17 @@ def naive_loglikelihoods(model: GPT, pairs: Sequence[Pair]) -> list[float]:
 
 
 def run_tasks(model: GPT, tasks: dict[str, Task], progress: Callable[[str], None]) -> dict[str, Any]:
-    """Accuracies of the tasks with standard errors, and their averages.
-
-    The choice with the largest log-likelihood is the answer: of the whole (acc), per character or per token.
-    """
+    """Accuracies of the tasks with standard errors, and their averages."""
     out = {}
     for name, (rows, primary, pairs) in tasks.items():
         values, cut = loglikelihoods(model, pairs, lambda line: progress(f"{name}: {line}"))
-        best: dict[str, dict[int, tuple[float, bool]]] = {metric: {} for metric in METRICS}      # per question
+        questions = defaultdict(list)                            # a choice: its score by each metric, is it the answer?
         for row, (_, continuation), value in zip(rows, pairs, values):
             lengths = (1, len(row["continuation"].lstrip()), len(continuation))
-            for (metric, answers), length in zip(best.items(), lengths):
-                answer = value / max(1, length), row["idx"] == row["label"]
-                answers[row["doc_id"]] = max(answers.get(row["doc_id"], answer), answer, key=lambda a: a[0])
-        n = len(best["acc"])
-        accs = {metric: sum(right for _, right in answers.values()) / n for metric, answers in best.items()}
+            questions[row["doc_id"]].append(([value / max(1, n) for n in lengths], row["idx"] == row["label"]))
+        n, accs = len(questions), {}
+        for k, metric in enumerate(METRICS):
+            accs[metric] = sum(max(choices, key=lambda choice: choice[0][k])[1] for choices in questions.values()) / n
         accs["primary"] = accs[primary]
         errors = {f"{metric}_stderr": math.sqrt(p * (1 - p) / max(1, n - 1)) for metric, p in accs.items()}
         out[name] = {**accs, **errors, "primary_metric": primary, "n": n, "truncated": cut}
@@ -607,19 +563,15 @@ def perplexity_ratios(r: dict[str, Any], losses: list[float] | None) -> list[flo
     return [math.exp(min(loss - r["loss"], 700)) for loss in losses or ()]
 
 
-def row_means(matrix: list[list[float]] | None, others: Callable[[list[float], int], list[float]]) -> list[float]:
-    """The mean of `others`, a part of each row, as far as it is known; nan if nothing is."""
-    rows = [[x for x in others(row, l) if not math.isnan(x)] for l, row in enumerate(matrix or ())]
-    return [sum(row) / len(row) if row else math.nan for row in rows]
-
-
 def block_table(r: dict[str, Any], n: int) -> str:
     """One line per block, and what its columns mean."""
+    later = [row[l + 1:] for l, row in enumerate(r.get("causal", ()))]
+    others = [[x for x in row[:l] + row[l + 1:] if not math.isnan(x)] for l, row in enumerate(r.get("permutation", ()))]
     columns = [column for column in (
         ("variance", r.get("variance"), "of the stream after the block"),
         ("growth", r.get("variance_growth"), "of the variance in the block"),
-        ("causal", row_means(r.get("causal"), lambda row, l: row[l + 1:]), "later updates without it"),
-        ("permuted", row_means(r.get("permutation"), lambda row, l: row[:l] + row[l + 1:]), "loss change of its swaps"),
+        ("causal", [np.mean(row or math.nan) for row in later], "later updates without it"),
+        ("permuted", [np.mean(row or math.nan) for row in others], "loss change of its swaps"),
         ("affine", at(r, "usefulness.ratio"), "loss ratio with its best affine map instead"),
         ("heldout", at(r, "usefulness_heldout.ratio"), "the same, fitted on other sequences"),
         ("released", at(r, "released.usefulness.ratio"), "the same by the released scripts"),
@@ -637,15 +589,13 @@ def block_table(r: dict[str, Any], n: int) -> str:
     return "\n".join(lines + textwrap.wrap(legend, 120)) if columns else ""
 
 
-SCORES = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
-          "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio", "heldout": "usefulness_heldout.score",
-          "released": "released.usefulness.score", "influence": "block_influence", "|J-I|/d": "jacobian.deviation",
-          "accuracy": "tasks.average.primary"}
-
-
 def score_table(results: dict[str, dict[str, Any]]) -> str:
     """One line per checkpoint; the mean over blocks where there is one number per block, of the variance the last."""
-    columns = {name: path for name, path in SCORES.items() if all(at(r, path) is not None for r in results.values())}
+    paths = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
+             "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
+             "heldout": "usefulness_heldout.score", "released": "released.usefulness.score",
+             "influence": "block_influence", "|J-I|/d": "jacobian.deviation", "accuracy": "tasks.average.primary"}
+    columns = {name: path for name, path in paths.items() if all(at(r, path) is not None for r in results.values())}
     width = max(map(len, results))
     lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
     for label, r in results.items():
@@ -670,7 +620,7 @@ def summary(r: dict[str, Any], path: str) -> Iterator[str]:
     for length, losses in r.get("removal", {}).items():
         if length.isdigit():
             s, ratio = int(np.argmin(losses)), min(perplexity_ratios(r, losses))
-            blocks = ",".join(str(s + k) for k in range(int(length)))
+            blocks = ",".join(map(str, range(s, s + int(length))))
             yield (f"cheapest run of {length}: blocks {blocks}, perplexity x{ratio:.3f}   "
                    f"python probe.py {path} --drop {blocks} --save pruned.pt")
 
@@ -690,24 +640,19 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
 def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
     """One PNG per experiment: curves of several checkpoints in one plot, heat maps side by side. Says what it did."""
     try:
-        import matplotlib
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
+        from matplotlib import colors, figure, ticker
     except ImportError:
         return "no figures: pip install matplotlib"
-    several, whole_numbers = len(results) > 1, matplotlib.ticker.MaxNLocator(integer=True)
-    passed = "blocks passed (0: embedding)"
-    for name, path, title, xlabel, ylabel in (
-            ("variance", "variance", "Variance of the residual stream", passed, "variance"),
-            ("jacobian", "jacobian.deviation", "Distance of the Jacobian from the identity", "block",
-             r"$\|J - I\|_F\,/\,d$"),
-            ("lens", "lens.kl", "What each stream already says", passed, "KL to the model's output (nats)"),
-            ("removal", "removal", "Perplexity without a run of blocks", "first removed block", "perplexity ratio"),
-            ("usefulness", "usefulness.ratio", "Loss with a block replaced by its best affine map", "block",
-             "loss ratio"),
-            ("causal", "causal", "Causal score C[s, l]", "later block l", "skipped block s"),
-            ("permutation", "permutation", "Relative change of the loss by a swap", "block j", "block i")):
-        found = {label: at(r, path) for label, r in results.items()}
+    several, passed = len(results) > 1, "blocks passed (0: embedding)"
+    for path, title, xlabel, ylabel in (
+            ("variance", "Variance of the residual stream", passed, "variance"),
+            ("jacobian.deviation", "Distance of the Jacobian from the identity", "block", r"$\|J - I\|_F\,/\,d$"),
+            ("lens.kl", "What each stream already says", passed, "KL to the model's output (nats)"),
+            ("removal", "Perplexity without a run of blocks", "first removed block", "perplexity ratio"),
+            ("usefulness.ratio", "Loss with a block replaced by its best affine map", "block", "loss ratio"),
+            ("causal", "Causal score C[s, l]", "later block l", "skipped block s"),
+            ("permutation", "Relative change of the loss by a swap", "block j", "block i")):
+        found, name = {label: at(r, path) for label, r in results.items()}, path.split(".")[0]
         if not all(found.values()):
             continue
         if name == "removal":
@@ -715,48 +660,48 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
                      for label, runs in found.items() for length, losses in runs.items() if length.isdigit()}
         heat, width = name in ("causal", "permutation"), 0.8 / len(found)
         columns = len(found) if heat else 1
-        fig, axes = plt.subplots(1, columns, figsize=(2 + 4 * columns, 4), layout="constrained", squeeze=False)
+        fig = figure.Figure(figsize=(2 + 4 * columns, 4), layout="constrained")
+        axes = fig.subplots(1, columns, squeeze=False)[0]
         arrays = {label: np.array(values, dtype=float) for label, values in found.items()}
-        norm = matplotlib.colors.PowerNorm(0.5, 0, max(1e-9, *(np.nanmax(a, initial=0) for a in arrays.values())))
+        norm = colors.PowerNorm(0.5, 0, max(1e-9, *(np.nanmax(a, initial=0) for a in arrays.values())))
         for k, (label, a) in enumerate(arrays.items()):
-            ax = axes[0, k % columns]
+            ax = axes[k % columns]
             ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if name in ("variance", "removal") else "linear")
-            ax.xaxis.set_major_locator(whole_numbers)
+            ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
             if heat:
                 image = ax.imshow(np.where(a == 0, np.nan, a), norm=norm)      # 0: the diagonal, what is before s
                 ax.set_title(label * several)
-                ax.yaxis.set_major_locator(whole_numbers)
+                ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
             elif name == "usefulness":
                 ax.bar(np.arange(len(a)) + (k + 0.5) * width - 0.4, a - 1, width, bottom=1, label=label)
             else:
                 ax.plot(np.minimum(a, 1e9), marker="o", markersize=3.5, label=label)
         if heat:
-            fig.colorbar(image, ax=axes[0].tolist(), shrink=0.85)
+            fig.colorbar(image, ax=axes.tolist(), shrink=0.85)
         if name == "usefulness":
             ax.axhline(USEFUL, color="black", linestyle="--", linewidth=1, label=f"useful above {USEFUL}")
         fig.suptitle(title)
         if len(ax.get_legend_handles_labels()[1]) > 1:
             fig.legend(fontsize=8, loc="outside lower center", ncols=4)        # below: curves may be anywhere above
         fig.savefig(out / f"{name}.png", dpi=130)
-        plt.close(fig)
     return f"figures in {out}"
 
 
 # ---- how fast: each probe against the naive way, which the authors' scripts go ---------------------------------------
-def side_by_side(ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]], rounds: int = 5) -> None:
-    """Time each thing and its naive version in turn; print the best of the rounds and their ratio."""
-    for name, both in ways.items():
-        times = [[timeit(way, number=1) for way in both] for _ in range(rounds)]
-        ours, theirs = map(min, zip(*times))
-        print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
+def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], rounds: int = 5) -> None:
+    """Time a thing and its naive version in turn; print the best of the rounds and their ratio."""
+    times = [[timeit(way, number=1) for way in (here, naive)] for _ in range(rounds)]
+    ours, theirs = map(min, zip(*times))
+    print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
 
 
 @torch.no_grad()
 def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
     """Time each probe beside its naive version: every intervention is a whole pass from the embedding."""
     blocks, n, d, half = list(model.blocks), len(model.blocks), model.config.n_embd, len(tokens) // 2
+    pairs = list(combinations(range(n), 2))
 
-    def naive_causal() -> None:
+    def causal() -> None:
         h = streams_of(blocks, model.embed(tokens))
         for s in range(n):
             g = streams_of([*blocks[:s], lambda x: x, *blocks[s + 1:]], model.embed(tokens))
@@ -764,29 +709,23 @@ def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
             causal_row(h, g, s)
             nll(model, g[n], tokens)
 
-    def naive_permutation() -> None:
-        for i, j in combinations(range(n), 2):
-            nll(model, model.embed(tokens), tokens, swapped(blocks, i, j))
-
-    def naive_usefulness() -> None:
+    def usefulness() -> None:
         for l in range(n):
             x, y = streams_of(blocks, model.embed(tokens))[l:l + 2]    # of layer l alone: a pass of its own
             for rows, judged in ((len(tokens), tokens), (half, tokens[half:])):
-                fit = torch.linalg.lstsq(with_one(x[:rows]), y[:rows].flatten(0, 1).double()).solution.to(x)
+                X, Y = F.pad(x[:rows], (0, 1), value=1.0).flatten(0, 1).double(), y[:rows].flatten(0, 1).double()
+                fit = torch.linalg.lstsq(X, Y).solution.to(x)
                 replaced = [*blocks[:l], lambda x: x @ fit[:d] + fit[d], *blocks[l + 1:]]
                 nll(model, model.embed(judged), judged, replaced)
 
-    def naive_jacobian() -> None:
-        for l in range(n):
-            jacobian(blocks[l], streams_of(blocks, model.embed(tokens))[l])
-
-    def here(name: str) -> Callable[[], Any]:
-        return lambda: probe(model, tokens, name.split(","), sublayers=False, jacobian_samples=len(tokens))
-
+    ways = {"causal,removal": causal,
+            "permutation": lambda: [nll(model, model.embed(tokens), tokens, swapped(blocks, i, j)) for i, j in pairs],
+            "usefulness": usefulness,
+            "jacobian": lambda: [jacobian(blocks[l], streams_of(blocks, model.embed(tokens))[l]) for l in range(n)]}
     print(f"{tuple(tokens.shape)} tokens, n_layer={n}, n_embd={d}, in turn")
-    side_by_side({name: (here(name), naive) for name, naive in (
-        ("causal,removal", naive_causal), ("permutation", naive_permutation), ("usefulness", naive_usefulness),
-        ("jacobian", naive_jacobian))}, rounds)
+    for name, naive in ways.items():
+        here = partial(probe, model, tokens, name.split(","), sublayers=False, jacobian_samples=len(tokens))
+        side_by_side(name, here, naive, rounds)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -807,15 +746,14 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
     if Path(source).is_file():
         enc = get_tokenizer(saved["tokenizer"])
         text = np.array([i for text in documents(source) for i in (*enc.encode_ordinary(text), enc.eot_token)])
-        n, read = (len(text) - 1) // T, lambda start: text[start:start + T]
+        n, read, origin = (len(text) - 1) // T, lambda start: text[start:start + T], source
     else:
         corpus = Corpus(source)
         check(corpus.tokenizer == saved["tokenizer"],
               f"{source} has {corpus.tokenizer!r} tokens, the model knows {saved['tokenizer']!r}: give another --data")
-        n, read = corpus.n_windows("val", T), lambda start: corpus.read("val", start, T)
+        n, read, origin = corpus.n_windows("val", T), lambda i: corpus.read("val", i, T), f"{source} (validation)"
     windows = np.random.default_rng(args.seed).permutation(n)[:max(args.samples, 0)]
     rows = [read(int(i) * T) for i in np.sort(windows)]
-    origin = f"{source} (validation)" if Path(source).is_dir() else str(source)
     return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, T)).to(device), origin
 
 
@@ -860,14 +798,15 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any], tokens
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str, out: Path) -> dict[str, Any]:
     """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
     make_folder(out)
-    n, only, result, said = len(model.blocks), [name for name in args.only.split(",") if name != "tasks"], {}, []
+    n, only, said = len(model.blocks), [name for name in args.only.split(",") if name != "tasks"], []
     tasks = read_tasks(model, saved["tokenizer"], args.tasks) if args.tasks else {}
-    ran = {"checkpoint": str(path), "experiments": only, "dtype": args.dtype, "settings": asdict(model.config)}
+    ran = {"checkpoint": str(path), "experiments": only, "dtype": args.dtype, "settings": vars(model.config)}
+    result = {"run": ran}
     if only:
         tokens, origin = read_tokens(args, model, saved)
         remove = integers(args.remove, "--remove") if args.remove else [2**k for k in range(n) if 2**k < max(n, 2)]
-        result = probe(model, tokens, only, remove=remove, pairs=args.pairs, jacobian_samples=args.jacobian_samples,
-                       below=args.below, seed=args.seed, progress=make_progress())
+        result |= probe(model, tokens, only, remove=remove, pairs=args.pairs, jacobian_samples=args.jacobian_samples,
+                        below=args.below, seed=args.seed, progress=make_progress())
         ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
                 "device": tokens.device.type}
         said = [f"on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
@@ -876,7 +815,6 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
         result["tasks"] = run_tasks(model, tasks, make_progress())
         ran["tasks"] = args.tasks
         said += ["", task_table(result["tasks"])]
-    result["run"] = ran
     write_json(out / "probe.json", json.loads(json.dumps(result), parse_constant=lambda nan: None))     # null in JSON
     said.append(f"{out / 'probe.json'} written" + (f", {figures({label: result}, out)}" if only else ""))
     print(f"\n{path}", *said, sep="\n")
@@ -894,27 +832,27 @@ def make_folder(out: Path) -> None:
 
 def main() -> None:
     parser = Parser(prog="probe.py", description=__doc__)
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
-    parser.add_argument("--only", default=",".join(EXPERIMENTS),
-                        help="experiments, or tasks for --tasks alone (default: %(default)s)")
-    parser.add_argument("--data", help="prepared corpus, its validation split is used, or a text (default: the run's)")
-    parser.add_argument("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
-    parser.add_argument("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
-    parser.add_argument("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of a corpus")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of sequences and pairs")
-    parser.add_argument("--pairs", type=int, default=0, help="permute a sample of so many pairs (default: all)")
-    parser.add_argument("--remove", default="", help="lengths of runs to remove (default: 1,2,4,... below n_layer)")
-    parser.add_argument("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
-    parser.add_argument("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
-    parser.add_argument("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
-    parser.add_argument("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., or a tokenizer.json")
-    parser.add_argument("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
-    parser.add_argument("--save", help="target of --drop (default: beside ckpt.pt pruned.pt, NAME.pt NAME_pruned.pt)")
-    parser.add_argument("--out", help="folder for probe.json and figures; several checkpoints get a folder each in it "
-                        "(default: where ckpt.pt is; of a NAME.pt the folder NAME beside it)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
-    parser.add_argument("--bench", action="store_true", help="time each probe against the naive way")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
+    add("--only", default=",".join(EXPERIMENTS), help="experiments, or tasks for --tasks alone (default: %(default)s)")
+    add("--data", help="prepared corpus, its validation split is used, or a text (default: the run's)")
+    add("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
+    add("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
+    add("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of a corpus")
+    add("--seed", type=int, default=0, help="of the choice of sequences and pairs")
+    add("--pairs", type=int, default=0, help="permute a sample of so many pairs (default: all)")
+    add("--remove", default="", help="lengths of runs to remove (default: 1,2,4,... below n_layer)")
+    add("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
+    add("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
+    add("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
+    add("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., or a tokenizer.json")
+    add("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
+    add("--save", help="target of --drop (default: beside ckpt.pt pruned.pt, NAME.pt NAME_pruned.pt)")
+    add("--out", help="folder for probe.json and figures; several checkpoints get a folder each in it (default: "
+        "where ckpt.pt is; of a NAME.pt the folder NAME beside it)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    add("--bench", action="store_true", help="time each probe against the naive way")
     args = parser.parse_args()
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
@@ -933,15 +871,13 @@ def main() -> None:
         elif args.bench and args.tasks:
             for name, (_, _, pairs) in read_tasks(model, saved["tokenizer"], args.tasks).items():
                 some = pairs[:args.samples]
-                side_by_side({name: (lambda: loglikelihoods(model, some), lambda: naive_loglikelihoods(model, some))})
+                side_by_side(name, lambda: loglikelihoods(model, some), lambda: naive_loglikelihoods(model, some))
         elif args.bench:
             bench(model, read_tokens(args, model, saved)[0])
         else:
-            own = path.is_dir() or path.name == "ckpt.pt"         # a folder of its own: results go there
-            out = path.with_suffix("") if not own else path if path.is_dir() else path.parent
-            label = str(path).replace("/", "_") if out.resolve().name in results else out.resolve().name
-            if args.out:
-                out = Path(args.out, label) if several else Path(args.out)
+            home = path if path.is_dir() else path.parent if path.name == "ckpt.pt" else path.with_suffix("")
+            label = str(path).replace("/", "_") if home.resolve().name in results else home.resolve().name
+            out = Path(args.out, label if several else "") if args.out else home
             results[label] = measure(args, path, model, saved, label, out)
     if len(results) > 1:
         out = Path(args.out or args.checkpoints[0].parent / "comparison")
