@@ -36,7 +36,6 @@ DOCUMENT_CHARS = 1 << 16     # a longer .txt, .md or .py file becomes several do
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; what an interrupted preparation has to do again at the most
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 
-
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """A tiktoken encoding by name, a tokenizer.json or its folder by path, or "bytes": 256 bytes and EOT, offline."""
@@ -53,7 +52,6 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     except (OSError, ValueError) as e:      # requests' errors are OSErrors; a damaged cache is a ValueError
         raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set "
                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
-
 
 def folder_tokenizer(path: Path) -> SimpleNamespace:
     """A tokenizer.json of Hugging Face, or that of a folder, with what is used here of tiktoken.Encoding."""
@@ -79,7 +77,6 @@ def folder_tokenizer(path: Path) -> SimpleNamespace:
         encode_ordinary=lambda text: encode(text).ids, decode=lambda ids: inner.decode(ids, skip_special_tokens=False),
         encode_to_numpy=lambda text, **_: np.array(encode(text).ids, dtype=np.int64))
 
-
 def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to say of it."""
     if Path(name).suffix == ".json":            # of another folder
@@ -102,7 +99,6 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     else:
         print(f"{folder}: tokenizer {name} not written, it has no Hugging Face form here")
     return {"tokenizer": name, "eos_token_id": enc.eot_token}
-
 
 # ---- reading: a prepared corpus --------------------------------------------------------------------------------------
 class Corpus:
@@ -158,23 +154,19 @@ class Corpus:
                 check(zlib.crc32(array) == shard["crc32"],
                       f"{self.folder / shard['file']} is damaged (checksum): prepare the corpus again")
 
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """A permutation of range(n), another one in every epoch."""
     return np.random.default_rng((seed, epoch)).permutation(n)
-
 
 def train_windows(seed: int, step: int, per_step: int, n_windows: int) -> np.ndarray:
     """The windows of the global batch of a step, (per_step,), each once per epoch: a pure function of its arguments."""
     place = np.arange(step * per_step, (step + 1) * per_step)
     return np.array([epoch_order(seed, int(p) // n_windows, n_windows)[int(p) % n_windows] for p in place])
 
-
 def eval_windows(count: int, n_windows: int) -> np.ndarray:
     """`count` windows spread evenly over a split, always the same."""
     return np.arange(min(count, n_windows)) * n_windows // min(count, n_windows)
-
 
 # ---- writing: documents in, shards out -------------------------------------------------------------------------------
 def documents(source: str) -> Iterator[str]:
@@ -196,7 +188,6 @@ def documents(source: str) -> Iterator[str]:
             else:
                 yield from (read_jsonl if path.name.endswith((".jsonl", ".jsonl.gz")) else read_text)(path)
 
-
 def read_text(path: Path) -> Iterator[str]:
     """A text file as one document, or several if it is long: cut where no token is lost, if such a place comes."""
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
@@ -211,7 +202,6 @@ def read_text(path: Path) -> Iterator[str]:
         if text:
             yield text
 
-
 def read_jsonl(path: Path) -> Iterator[str]:
     """The "text" of every line of a .jsonl or .jsonl.gz file."""
     number = 0
@@ -223,7 +213,6 @@ def read_jsonl(path: Path) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error) as e:
             raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
 
-
 def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
     """The "text" of a Hugging Face data set's train split, streamed: nothing but the current rows is held."""
     where = kwargs.get("data_files", path)
@@ -233,7 +222,6 @@ def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
         yield from ("" + row["text"] for row in rows if row["text"] is not None)     # a TypeError where it is no string
     except Exception as e:      # its own errors, Arrow's and the network's
         raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): run it again to go on") from e
-
 
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
             max_tokens: float = float("inf"), docs: Callable[[str], Iterator[str]] = documents) -> Path:
@@ -292,7 +280,6 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
         raise UserError(f"preparing {out} failed ({e}): with that mended the same command resumes it") from e
     return out
 
-
 def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
     """Empty the buffers into a new file for each split, then say in progress.json that they are there."""
     out.mkdir(parents=True, exist_ok=True)
@@ -307,13 +294,11 @@ def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.nda
             parts.clear()
     write_json(out / "progress.json", meta)
 
-
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file by rename: a reader sees the old one or the new one."""
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(json.dumps(value, indent=1))
     os.replace(tmp, path)
-
 
 def bigram_entropy(folder: Path, meta: dict) -> float:
     """Entropy of a token given the one before it, over the training split, in nats: a model must get well under it."""
@@ -327,7 +312,6 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
     joint = pairs / pairs.sum()
     given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-300)
     return float(-(joint[joint > 0] * np.log(given[joint > 0])).sum())
-
 
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
@@ -349,7 +333,6 @@ def main() -> None:
     print(f"{out}: {meta['documents']:,} documents, {meta['train']['tokens']:,} training and "
           f"{meta['val']['tokens']:,} validation tokens of {meta['tokenizer']}"
           + (f"; bigram entropy {meta['bigram_entropy']:.3f} nats" if "bigram_entropy" in meta else ""))
-
 
 if __name__ == "__main__":
     run(main)

@@ -32,15 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**26      # the loss holds at most this many logits at a time: 256 MB in float32
 
-
 class UserError(Exception):
     """A mistake of the user's: the message names the culprit and the remedy; `run` prints it without a traceback."""
-
 
 def setting(default: Any, meaning: str, least: float | None = None) -> Any:
     """A dataclass field that explains itself in --help, and the least value it may have."""
     return field(default=default, metadata={"help": meaning, "least": least})
-
 
 @dataclass
 class ModelConfig:
@@ -94,12 +91,10 @@ class ModelConfig:
             for name, width in (("n_embd", self.n_embd), ("expert_hidden", self.expert_hidden)):    # for grouped_mm
                 check(width > 0 and width % 8 == 0, f"{name}={width} must be a multiple of 8 in a MoE")
 
-
 def check(ok: bool, message: str) -> None:
     """Raise UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
-
 
 def need(package: str, purpose: str) -> Any:
     """Import an optional package, which comes back as its top level, or say how to get it."""
@@ -108,18 +103,15 @@ def need(package: str, purpose: str) -> Any:
     except ImportError as e:
         raise UserError(f"{purpose} needs {package}: pip install {package.split('.')[0]}") from e
 
-
 def wide(x: Tensor) -> Tensor:
     """x in float32 or better: no loss or statistic is taken in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 # ---- the blocks ------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the stream: FSDP2's mixed precision gives it in bfloat16, the stream is float32."""
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
 
 class RoPE(nn.Module):
     """Rotary position embedding (arXiv 2104.09864), the half-split layout of Llama: pairs are (i, i + head_dim / 2)."""
@@ -146,7 +138,6 @@ class RoPE(nn.Module):
         at = slice(x.size(1)) if position is None else position
         cos, sin = self.cos[at], self.sin[at]                                          # (T, 1, head_dim)
         return x * cos + x.roll(self.half, dims=-1) * sin
-
 
 class Attention(nn.Module):
     """Causal self-attention; n_kv_head < n_head makes it grouped-query attention (arXiv 2305.13245)."""
@@ -176,7 +167,6 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
         return self.proj(y.transpose(1, 2).flatten(2))
 
-
 class SwiGLU(nn.Module):
     """The dense FFN: (silu(x W_gate) * x W_up) W_down."""
     def __init__(self, n_embd: int, hidden: int):
@@ -188,14 +178,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
-
 @torch.library.custom_op("depth::grouped_mm", mutates_args=())   # torch.compile refuses F.grouped_mm in float32
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     """Rows ends[e-1] to ends[e] of x (M, K) times w[e] (E, K, N): (M, N)."""
     if x.dtype == torch.float64:                                      # which F.grouped_mm lacks, and tests want
         return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(ends[:-1].cpu().long()))])
     return F.grouped_mm(x, w, offs=ends)
-
 
 @torch.library.custom_op("depth::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
@@ -205,23 +193,19 @@ def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
         return torch.stack([a.T @ b for a, b in zip(x.tensor_split(splits), y.tensor_split(splits))])
     return F.grouped_mm(x.t(), y, offs=ends)
 
-
 def backward(ctx, grad):
     (x, w, ends), grad = ctx.saved_tensors, grad.contiguous()
     return grouped_mm(grad, w.transpose(1, 2), ends), grouped_outer(x, grad, ends), None
 
-
 grouped_mm.register_fake(lambda x, w, ends: x.new_empty(x.size(0), w.size(2)))
 grouped_outer.register_fake(lambda x, y, ends: x.new_empty(ends.size(0), x.size(1), y.size(1)))
 grouped_mm.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
 
 class Router(NamedTuple):
     """What the router of one MoE layer did with a micro-batch."""
     lb_loss: Tensor     # (), 1 when perfectly balanced
     z_loss: Tensor      # ()
     load: Tensor        # (n_experts,), share of the token-to-expert assignments, sums to 1
-
 
 class MoE(nn.Module):
     """Dropless mixture of SwiGLU experts: softmax router, then top-k (as Switch, ST-MoE, OLMoE)."""
@@ -263,13 +247,11 @@ class MoE(nn.Module):
         z_loss = logits.logsumexp(-1).square().mean()           # eq. 5 of ST-MoE, arXiv 2202.08906
         return y.view(shape), Router(lb_loss, z_loss, load)
 
-
 class Detail(NamedTuple):
     """What a block did on the way."""
     attn: Tensor                # (B, T, d), what attention added to the stream
     ffn: Tensor                 # (B, T, d), what the FFN added
     router: Router | None       # of a MoE layer
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper."""
@@ -304,7 +286,6 @@ class Block(nn.Module):
         ffn, router = self.ffn_output(x)
         x = x + ffn
         return (x, Detail(attn, ffn, router)) if detail else x
-
 
 # ---- the model -------------------------------------------------------------------------------------------------------
 class GPT(nn.Module):
@@ -390,7 +371,6 @@ class GPT(nn.Module):
         forward = 2 * matrices + 4 * (T or c.block_size) * c.n_head * c.head_dim * c.n_layer
         return (3 if backward else 1) * forward
 
-
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of head(x) in nats, x (B, T, d), a chunk of logits at a time, recomputed in the backward."""
     def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
@@ -402,11 +382,9 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
         return chunk_loss(xs[0], ts[0]) / targets.numel()
     return sum(checkpoint(chunk_loss, x, t, use_reentrant=False) for x, t in zip(xs, ts)) / targets.numel()
 
-
 def token_variance(x: Tensor) -> Tensor:
     """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (paper, probe 1)"""
     return wide(x).var(-1).mean()
-
 
 @torch.no_grad()
 def statistics(streams: list[Tensor], details: list[Detail], router: Router | None) -> dict[str, Tensor]:
@@ -420,14 +398,12 @@ def statistics(streams: list[Tensor], details: list[Detail], router: Router | No
         out |= {"lb_loss": router.lb_loss.mean(), "z_loss": router.z_loss.mean(), "expert_load": router.load}
     return out
 
-
 # ---- checkpoints, sampling, and the command line that the scripts share ----------------------------------------------
 def put(p: Tensor, whole: Tensor) -> Tensor:
     """Copy a whole tensor into p, which may be this rank's shard of one (FSDP2); returns p."""
     if isinstance(p, DTensor):
         whole = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return p.copy_(whole)
-
 
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
     """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1 before it stay as
@@ -449,7 +425,6 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
         raise UserError(f"cannot write {path} ({e!r:.90}): free some space or choose another place; "
                         "what was there is intact") from e
 
-
 def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The dict that train.py saved: model, optimizer, settings, step, ...; of a Hugging Face folder a part of that,
     the model in `dtype`. Nothing in it is executed, and what is not used is not read. UserError if it is not sound."""
@@ -468,7 +443,6 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
         check(isinstance(value, (int, float) if kind is float else kind), f"{path}: {f.name}={value!r} is no {f.type}")
     return saved
 
-
 def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bool = False) -> None:
     """Put a checkpoint's weights into a model; UserError where they do not fit. assign: take the tensors themselves."""
     own, theirs = model.state_dict(), saved["model"]
@@ -480,7 +454,6 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path, assign: bo
     else:
         for name, p in own.items():
             put(p, theirs[name])
-
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32) -> tuple[GPT, dict[str, Any]]:
@@ -494,7 +467,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
         model.head.weight = model.embed.weight
     model.blocks[0].attn.rope.to_empty(device="cpu").reset()
     return model.to(device, dtype).eval(), saved
-
 
 # ---- Hugging Face folders, in and out --------------------------------------------------------------------------------
 FAMILIES: dict[str, dict[str, Any]] = {       # model_type: what it implies where config.json is silent
@@ -521,7 +493,6 @@ NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
          "ffn.shared_gate": "mlp.shared_expert_gate"}
 NAMES |= {f"ffn.{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
 NAMES |= {f"ffn.shared.{x}": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")}
-
 
 def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
     """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means;
@@ -557,7 +528,6 @@ def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
         print(f"{path}: block_size={values['block_size']}, its sliding_window, not {longest}", file=sys.stderr)
     return ModelConfig(**values)
 
-
 def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the names and in the shapes of transformers: views, to be read into or to be written out."""
     views, widths = {}, [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
@@ -571,7 +541,6 @@ def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not (name == "head" and c.tie_embeddings):
             views[f"{layer}{NAMES[name]}.{kind}"] = w
     return views
-
 
 def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A Hugging Face folder as `load_checkpoint` gives it: every tensor has its place and every place its tensor."""
@@ -606,7 +575,6 @@ def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         weights["head.weight"] = weights["embed.weight"]
     return {"model": weights, "settings": asdict(c), "step": 0,
             "tokenizer": hf.get("tokenizer", str((folder / "tokenizer.json").resolve()))}
-
 
 @torch.no_grad()
 def export(path: str | Path, folder: str | Path) -> None:
@@ -651,7 +619,6 @@ def export(path: str | Path, folder: str | Path) -> None:
         raise UserError(f"cannot write {out} ({e}): free some space or choose another folder") from e
     print(f"{out}: {path} as {hf['architectures'][0]} in float32")
 
-
 @torch.no_grad()
 def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: int = 50, n_vocab: int | None = None,
              generator: torch.Generator | None = None) -> Tensor:
@@ -670,7 +637,6 @@ def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: i
         idx = torch.cat((idx, token), dim=1)
     return idx
 
-
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C is status 130."""
     try:
@@ -685,7 +651,6 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(130)
     sys.exit(0)
 
-
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors and whose abbreviations are off."""
     def __init__(self, **kwargs: Any):
@@ -693,7 +658,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `python {self.prog} --help`")
-
 
 def main() -> None:
     parser = Parser(prog="model.py", description=__doc__)
@@ -722,7 +686,6 @@ def main() -> None:
     random = torch.Generator().manual_seed(args.seed)
     idx = generate(model, idx, args.tokens, args.temperature, args.top_k, enc.n_vocab, random)
     print(enc.decode(idx[0].tolist()))
-
 
 if __name__ == "__main__":
     import model                # the module that data.py imports too, so that its UserError is ours

@@ -48,7 +48,6 @@ Pair = tuple[list[int], list[int]]      # the tokens of a context and of its con
 Task = tuple[list[dict[str, Any]], str, list[Pair]]      # requests, primary metric, the requests' tokens
 Layer = Callable[[Tensor], Tensor]      # a block, or what stands in for one: (B, T, d) -> (B, T, d)
 
-
 # ---- the pieces: each returns sums over the tokens of one micro-batch, which `probe` adds up before it divides -------
 def forward(model: GPT, idx: Tensor) -> tuple[list[Tensor], list[Detail]]:
     """The streams h_0 .. h_n of idx (B, T), each (B, T, d), and what each block did: the pass that all probes share."""
@@ -59,11 +58,9 @@ def forward(model: GPT, idx: Tensor) -> tuple[list[Tensor], list[Detail]]:
         details.append(detail)
     return streams, details
 
-
 def streams_of(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     """The stream x (B, T, d) and what it becomes after each of the layers."""
     return list(accumulate(layers, lambda x, layer: layer(x), initial=x))
-
 
 def nll(model: GPT, x: Tensor, idx: Tensor, layers: Sequence[Layer] = ()) -> float:
     """Sum over the B (T - 1) predictions of -log p in nats when the stream x (B, T, d) goes on through the layers."""
@@ -72,11 +69,9 @@ def nll(model: GPT, x: Tensor, idx: Tensor, layers: Sequence[Layer] = ()) -> flo
     targets = idx[:, 1:]
     return cross_entropy(model.head, model.norm(x[:, :-1]), targets).item() * targets.numel()
 
-
 def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
     """Norm of each step from one stream to the next, summed over tokens."""
     return [torch.linalg.vector_norm(wide(y - x), dim=-1).sum() for x, y in pairwise(streams)]
-
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> list[Any]:
     """Skip block s; how much does the update of every later block l change?  (paper, probe 2)
@@ -88,17 +83,14 @@ def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> list[Any]:
     row = [0.0] * (s + 1) + update_norms(missing)
     return row + [0.0] * (len(h) - 1 - len(row))
 
-
 def swapped(blocks: Sequence[Layer], i: int, j: int) -> list[Layer]:
     """Blocks i < j have changed places.  (paper, probe 3)"""
     return [*blocks[:i], blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
-
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
     """All that the regression of y on (x, 1) needs, summed over tokens: (d + 1, d + 1 + d), float64."""
     x = F.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)                 # a 1 for the bias: (B T, d + 1)
     return torch.cat((x.T @ x, x.T @ y.flatten(0, 1).double()), dim=1)
-
 
 def affine_map(moments: Tensor) -> tuple[Tensor, Tensor]:
     """The least-squares W (d, d) and b (d,) of y = x W + b from summed `moments`.
@@ -116,7 +108,6 @@ def affine_map(moments: Tensor) -> tuple[Tensor, Tensor]:
     W = scale[:, None] * (inverse @ (scale[:, None] * cov_xy))
     return W, mean_y - mean_x @ W
 
-
 def jacobian(f: Layer, x: Tensor) -> Tensor:
     """J[a, b]: sum over sequences, input positions of d f_a / d x_b, f_a summed over output positions; x (B, T, d)."""
     with torch.enable_grad():      # a backward pass per feature: batching them gains nothing, they are bound by FLOPs
@@ -125,7 +116,6 @@ def jacobian(f: Layer, x: Tensor) -> Tensor:
         rows = [torch.autograd.grad(y_a, x, retain_graph=True)[0].sum((0, 1), dtype=torch.float64) for y_a in y]
     return torch.stack(rows)
 
-
 def jacobian_scores(J: Tensor) -> dict[str, list[float]]:
     """How far are the blocks' mean Jacobians J (n, d, d) from the identity?  (paper, probe 5)"""
     d, diagonal, norm = J.size(-1), J.diagonal(dim1=1, dim2=2), torch.linalg.matrix_norm
@@ -133,7 +123,6 @@ def jacobian_scores(J: Tensor) -> dict[str, list[float]]:
               "diagonal_std": diagonal.std(-1), "spectral": norm(J, 2),
               "off_diagonal": norm(J - diagonal.diag_embed()) / math.sqrt(d * d - d)}
     return {name: x.tolist() for name, x in scores.items()}
-
 
 def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
     """Read the answer off every stream: (n + 1, 3), summed over tokens. After arXiv 2505.13898.
@@ -149,7 +138,6 @@ def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
             sums[l] += exact([(own.exp() * (own - q)).sum(), -q[:-1].gather(1, targets).sum(), shared])
     return sums
 
-
 def contribution_sums(streams: list[Tensor], details: list[Detail]) -> list[list[Tensor]]:
     """Each sublayer's output f against the stream x it joins: ||f|| / ||x|| and cosine; (n, 4), summed over tokens."""
     rows = []
@@ -158,7 +146,6 @@ def contribution_sums(streams: list[Tensor], details: list[Detail]) -> list[list
         rows.append([(f.norm(dim=-1) / x.norm(dim=-1)).sum() for x, f in pairs]
                     + [F.cosine_similarity(x, f, dim=-1).sum() for x, f in pairs])
     return rows
-
 
 def attention_sums(block: Block, x: Tensor) -> Tensor:
     """How sparse is the attention of a block at stream x (B, T, d)? (3,), summed over tokens, a mean over heads.
@@ -180,7 +167,6 @@ def attention_sums(block: Block, x: Tensor) -> Tensor:
         sums.append([value.mean(0).sum() for value in values])
     return exact(sums).sum(0)
 
-
 def released(model: GPT, idx: Tensor, streams: list[Tensor], g: list[Tensor], s: int,
              maps: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """What the authors' scripts compute about block s. They depart from the definitions in three ways:
@@ -198,7 +184,6 @@ def released(model: GPT, idx: Tensor, streams: list[Tensor], g: list[Tensor], s:
     W, b = (x.to(h[s]) for x in maps[-1 if s == n - 1 else s])                                                 # 2
     return {"causal": causal_row(h, g, s),
             "usefulness": nll(model, h[s] @ W.T + b, idx, list(model.blocks)[s + 1:])}                         # 1
-
 
 # ---- the whole measurement -------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -370,13 +355,11 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         seconds[stage] += end - start
     return out | {"seconds": {stage: round(value, 3) for stage, value in seconds.items()}}
 
-
 def exact(x: Any) -> Tensor:
     """Numbers, tensors and lists of them in float64 on the CPU."""
     if isinstance(x, list) and x:
         return torch.stack([exact(y) for y in x])
     return torch.as_tensor(x, dtype=torch.float64, device="cpu")
-
 
 def sparsity_scores(model: GPT, attention: Tensor, load: Tensor | None, below: float) -> dict[str, Any]:
     """The measures of `sparsity` from the means of `attention_sums` (n, 3) and a MoE's expert loads (n, n_experts).
@@ -401,13 +384,11 @@ def sparsity_scores(model: GPT, attention: Tensor, load: Tensor | None, below: f
                           "entropy": (torch.special.entr(load).sum(-1) / math.log(max(c.n_experts, 2))).tolist()}
     return out
 
-
 # ---- dropping blocks -------------------------------------------------------------------------------------------------
 def only_blocks(model: GPT, kept: Sequence[int]) -> Any:
     """The model with only these of its blocks, as far as `probe` is concerned."""
     return SimpleNamespace(config=model.config, embed=model.embed, blocks=[model.blocks[l] for l in kept],
                            norm=model.norm, head=model.head)
-
 
 def cheapest_drops(model: GPT, tokens: Tensor, count: int, progress: Callable[[str], None]) -> list[int]:
     """`count` blocks, each the one whose removal costs least after the ones before; in the order in which they go."""
@@ -417,7 +398,6 @@ def cheapest_drops(model: GPT, tokens: Tensor, count: int, progress: Callable[[s
                        progress=lambda line: progress(f"choosing block {len(gone) + 1} of {count} to drop: {line}"))
         gone.append(kept.pop(int(np.argmin(scores["removal"]["1"]))))
     return gone
-
 
 def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]:
     """The checkpoint `saved` without the blocks `drop`, weights only: train.py --init_from and probe.py take it."""
@@ -431,7 +411,6 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
                 weights[name.replace(f".{l}.", f".{new}.", 1)] = w * math.sqrt((new + 1) / (l + 1) if scaled else 1)
     return {"model": weights, "settings": {**settings, "n_layer": len(kept)}, "step": saved.get("step", 0),
             "tokenizer": saved["tokenizer"], "kept": [saved.get("kept", range(settings["n_layer"]))[l] for l in kept]}
-
 
 # ---- downstream accuracy: multiple choice by log-likelihood ----------------------------------------------------------
 def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Task]:
@@ -462,7 +441,6 @@ def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Ta
             tasks[name] = rows, primary, pairs
     return tasks
 
-
 def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
     """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
 
@@ -472,7 +450,6 @@ def encode_pair(enc: Any, context: str, continuation: str) -> Pair:
     stem = context.rstrip()
     before, whole = enc.encode_ordinary(stem), enc.encode_ordinary(context + continuation)
     return [*getattr(enc, "start", ()), *before] or [enc.eot_token], whole[len(before):]
-
 
 @torch.no_grad()
 def loglikelihoods(model: GPT, pairs: Sequence[Pair],
@@ -519,7 +496,6 @@ def loglikelihoods(model: GPT, pairs: Sequence[Pair],
             out.index_add_(0, i.cpu(), -nats.double().cpu())
     return out.tolist(), sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
 
-
 @torch.no_grad()
 def naive_loglikelihoods(model: GPT, pairs: Sequence[Pair]) -> list[float]:
     """`loglikelihoods` one request at a time, with logits for every position: to compare with."""
@@ -529,7 +505,6 @@ def naive_loglikelihoods(model: GPT, pairs: Sequence[Pair]) -> list[float]:
         logp = model(row[:, :-1])[0].log_softmax(-1).gather(2, row[:, 1:, None])                      # (1, T, 1)
         out.append(logp[0].flip(0)[:len(continuation)].sum().item())
     return out
-
 
 def run_tasks(model: GPT, tasks: dict[str, Task], progress: Callable[[str], None]) -> dict[str, Any]:
     """Accuracies of the tasks with standard errors, and their averages."""
@@ -550,7 +525,6 @@ def run_tasks(model: GPT, tasks: dict[str, Task], progress: Callable[[str], None
     errors = {key: math.hypot(*(r[key] for r in out.values())) / len(out) for key in errors}
     return out | {"average": average | errors}
 
-
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 def at(r: dict[str, Any], path: str) -> Any:
     """The entry of a result at a path such as "released.usefulness.score"; None if it has none."""
@@ -558,10 +532,8 @@ def at(r: dict[str, Any], path: str) -> Any:
         r = (r or {}).get(key)
     return r
 
-
 def perplexity_ratios(r: dict[str, Any], losses: list[float] | None) -> list[float]:
     return [math.exp(min(loss - r["loss"], 700)) for loss in losses or ()]
-
 
 def block_table(r: dict[str, Any], n: int) -> str:
     """One line per block, and what its columns mean."""
@@ -588,7 +560,6 @@ def block_table(r: dict[str, Any], n: int) -> str:
     legend = "; ".join(f"{name}: {meaning}" for name, _, meaning in columns)
     return "\n".join(lines + textwrap.wrap(legend, 120)) if columns else ""
 
-
 def score_table(results: dict[str, dict[str, Any]]) -> str:
     """One line per checkpoint; the mean over blocks where there is one number per block, of the variance the last."""
     paths = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
@@ -602,7 +573,6 @@ def score_table(results: dict[str, dict[str, Any]]) -> str:
         values = [at(r, path)[-1] if path == "variance" else np.mean(at(r, path)) for path in columns.values()]
         lines.append(f"{label:{width}}" + "".join(f"{x:11.4f}" for x in values))
     return "\n".join(lines)
-
 
 def summary(r: dict[str, Any], path: str) -> Iterator[str]:
     """The scores of a model, a line each."""
@@ -624,7 +594,6 @@ def summary(r: dict[str, Any], path: str) -> Iterator[str]:
             yield (f"cheapest run of {length}: blocks {blocks}, perplexity x{ratio:.3f}   "
                    f"python probe.py {path} --drop {blocks} --save pruned.pt")
 
-
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     """One line per task: its accuracies with standard errors, the primary one marked; and their averages."""
     width = max(map(len, tasks))
@@ -635,7 +604,6 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
         end = f"{r['n']:11d}{r['truncated']:14d}" if "n" in r else values["primary"] + "*"
         lines.append(f"{name:{width}}{cells}{end}")
     return "\n".join(lines)
-
 
 def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
     """One PNG per experiment: curves of several checkpoints in one plot, heat maps side by side. Says what it did."""
@@ -686,14 +654,12 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
         fig.savefig(out / f"{name}.png", dpi=130)
     return f"figures in {out}"
 
-
 # ---- how fast: each probe against the naive way, which the authors' scripts go ---------------------------------------
 def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], rounds: int = 5) -> None:
     """Time a thing and its naive version in turn; print the best of the rounds and their ratio."""
     times = [[timeit(way, number=1) for way in (here, naive)] for _ in range(rounds)]
     ours, theirs = map(min, zip(*times))
     print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
-
 
 @torch.no_grad()
 def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
@@ -727,7 +693,6 @@ def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
         here = partial(probe, model, tokens, name.split(","), sublayers=False, jacobian_samples=len(tokens))
         side_by_side(name, here, naive, rounds)
 
-
 # ---- the command line ------------------------------------------------------------------------------------------------
 def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, str]:
     """The sequences to probe on, (B, T) int64, and where they are from."""
@@ -756,7 +721,6 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
     rows = [read(int(i) * T) for i in np.sort(windows)]
     return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, T)).to(device), origin
 
-
 def make_progress() -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every half minute."""
     begun, last, live = time.time(), 0.0, sys.stderr.isatty()
@@ -769,13 +733,11 @@ def make_progress() -> Callable[[str], None]:
             print(f"{line}, {now - begun:.0f} s".ljust(80), end="\r" if live else "\n", file=sys.stderr, flush=True)
     return progress
 
-
 def integers(text: str, flag: str) -> list[int]:
     try:
         return [int(x) for x in text.split(",")]
     except ValueError as e:
         raise UserError(f"{flag} {text}: numbers such as 1,2,4 are expected") from e
-
 
 def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any], tokens: Tensor) -> None:
     """--drop: choose the blocks, say what it costs, save the rest."""
@@ -793,7 +755,6 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any], tokens
           f"perplexity x{math.exp(pruned - whole):.3f}\n"
           f"train it on:  python train.py --init_from={target} --out_dir=out/pruned "
           f"--data={saved['settings'].get('data', 'data/python')}")
-
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str, out: Path) -> dict[str, Any]:
     """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
@@ -820,7 +781,6 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     print(f"\n{path}", *said, sep="\n")
     return result
 
-
 def make_folder(out: Path) -> None:
     """Make a folder for results, and find out before the work whether it can be written."""
     try:
@@ -828,7 +788,6 @@ def make_folder(out: Path) -> None:
         check(os.access(out, os.W_OK), f"cannot write to {out}: choose another --out")
     except OSError as e:
         raise UserError(f"cannot make {out} ({e.strerror or e}): choose another --out") from e
-
 
 def main() -> None:
     parser = Parser(prog="probe.py", description=__doc__)
@@ -883,7 +842,6 @@ def main() -> None:
         out = Path(args.out or args.checkpoints[0].parent / "comparison")
         make_folder(out)
         print("", score_table(results), f"of the comparison: {figures(results, out)}", sep="\n")
-
 
 if __name__ == "__main__":
     run(main)

@@ -43,7 +43,6 @@ from data import Corpus, eval_windows, prepare, train_windows
 from model import (GPT, ModelConfig, Parser, UserError, check, load_checkpoint, load_weights, put, run,
                    save_checkpoint, setting)
 
-
 @dataclass
 class TrainConfig(ModelConfig):
     """Every setting of a run: the model's and these. The defaults of the optimizer are the paper's."""
@@ -84,7 +83,6 @@ class TrainConfig(ModelConfig):
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r} is none of auto, float32, bfloat16")
         check(self.parallel in ("ddp", "fsdp"), f"parallel={self.parallel!r} is none of ddp, fsdp")
 
-
 # ---- settings: defaults < config files < command line ----------------------------------------------------------------
 def typed(name: str, value: Any, where: str) -> Any:
     """The value of a setting in the setting's type, from Python or from the command line, or a UserError."""
@@ -109,7 +107,6 @@ def typed(name: str, value: Any, where: str) -> Any:
                 return int(number)
     raise UserError(f"{where}: {name}={value!r} is no {kind.split()[0]}")
 
-
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`. Names that begin with _ are its own."""
     neighbours = " ".join(sorted(map(str, path.parent.glob("*.py"))))
@@ -122,7 +119,6 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     check(isinstance(base, str) and depth < 10, f"{path}: base={base!r} must name another config, and not in a circle")
     inherited = read_config(path.parent / base, depth + 1) if base else {}
     return inherited | {k: typed(k, v, str(path)) for k, v in values.items()}
-
 
 def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     """The settings of a command line, and its switches: resume, plan, gpus, mfu, bench."""
@@ -156,7 +152,6 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
             values.setdefault(name, saved[name])
     return TrainConfig(**values), args
 
-
 # ---- one step --------------------------------------------------------------------------------------------------------
 def learning_rate(step: int, c: TrainConfig) -> float:
     """Linear warm-up, then a cosine to min_lr_ratio of the peak; step counts from 0."""
@@ -165,14 +160,12 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     progress = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-
 def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.AdamW:
     """AdamW with decay on every matrix and none on norms (facts of the released configs; eps 1e-8)."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=1e-8, fused=True)
-
 
 def gradients(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]], c: TrainConfig, dtype: torch.dtype,
               stats: bool) -> dict[str, Tensor]:
@@ -188,7 +181,6 @@ def gradients(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]], c: T
             sums[name] = sums.get(name, 0) + value / len(batches)
     return sums
 
-
 def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     """The mean of every value over the ranks, as Python floats and lists: one exchange, one synchronisation."""
     flat = torch.cat([v.flatten().double() for v in values.values()])
@@ -197,7 +189,6 @@ def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
         flat /= world
     parts = flat.cpu().split([v.numel() for v in values.values()])
     return {k: part.view(v.shape).tolist() for (k, v), part in zip(values.items(), parts)}
-
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, rank: int, world: int,
@@ -215,7 +206,6 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int, 
         total += loss.double() * len(ids) * (i < len(batches))
     model.train()
     return average_over_ranks({"loss": total}, world)["loss"] * world / len(windows)
-
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def train(c: TrainConfig, resume: bool = False) -> None:
@@ -311,7 +301,6 @@ def train(c: TrainConfig, resume: bool = False) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
-
 def build(c: TrainConfig, world: int, device: torch.device, dtype: torch.dtype) -> tuple[GPT, torch.nn.Module]:
     """The model with its first weights, and the same one as a step calls it: compiled, and parallel if world > 1."""
     compiled = c.compile if c.compile is not None else device.type == "cuda"
@@ -335,17 +324,14 @@ def build(c: TrainConfig, world: int, device: torch.device, dtype: torch.dtype) 
                     forward_sync_buffers=False)          # the only buffers are RoPE's tables
     return raw, model
 
-
 def bare(c: ModelConfig) -> GPT:
     """The model without storage."""
     with torch.device("meta"):
         return GPT(c)
 
-
 def whole(t: Tensor) -> Tensor:
     """The tensor of which t is this rank's shard under FSDP; all ranks must ask."""
     return t.full_tensor() if isinstance(t, DTensor) else t
-
 
 def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> dict[str, dict[str, Any]]:
     """Weights and AdamW's moments by name, whole, in rank 0's host memory: the same whatever engine ran them."""
@@ -355,7 +341,6 @@ def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> dict[str,
     weights = {name: copy(p) for name, p in raw.state_dict().items()}      # first: FSDP2 shards the parameters again
     moments = {name: {k: copy(v) for k, v in optimizer.state[p].items()} for name, p in raw.named_parameters()}
     return {"model": weights, "optimizer": moments}
-
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of a run, None if it has none; damaged ones are named and passed over."""
@@ -370,7 +355,6 @@ def newest_checkpoint(out: Path) -> Path | None:
     check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
     print(f"nothing to resume in {out}: starting afresh")
     return None
-
 
 @torch.no_grad()
 def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: int, world: int) -> int:
@@ -395,7 +379,6 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
                               for k, v in saved["optimizer"][name].items()}
     return saved["step"]
 
-
 def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
     """Join the process group if torchrun made one; returns rank, world size, device and compute dtype."""
     cuda = c.device != "cpu" and torch.cuda.is_available()
@@ -418,7 +401,6 @@ def set_up(c: TrainConfig) -> tuple[int, int, torch.device, torch.dtype]:
     dtype = getattr(torch, c.dtype if c.dtype != "auto" else "bfloat16" if cuda else "float32")
     return int(os.environ.get("RANK", 0)), world, device, dtype
 
-
 def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
     """Sequences per step over all ranks, and sequences per forward pass of one rank."""
     per_step = c.tokens_per_step // c.block_size
@@ -427,7 +409,6 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
           f"tokens_per_step={c.tokens_per_step} is no multiple of block_size={c.block_size} x batch_size={size} x "
           f"{world} rank{'s' * (world > 1)}: change one of them")
     return per_step, size
-
 
 def open_out_dir(out: Path, first: int) -> None:
     """Make out_dir. A run that resumes keeps its log up to step `first`; else an earlier run's files become *.old."""
@@ -445,7 +426,6 @@ def open_out_dir(out: Path, first: int) -> None:
     except OSError as e:
         raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
 
-
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: float) -> None:
     """A line of log.jsonl; one live line on a terminal, and lines that stay for validations and statistics."""
@@ -462,7 +442,6 @@ def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: 
         print("\r" * live + line.ljust(100), end="\n" * stays, flush=True)
     if "variance" in record:
         print(f"  variance of h_0 .. h_{c.n_layer}:", *(f"{v:.2g}" for v in record["variance"]), flush=True)
-
 
 def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, waited: float, saving: float) -> None:
     """What the run came to, layer by layer, and what to do next."""
@@ -482,12 +461,10 @@ def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, w
           + (f"; the corpus's bigram entropy is {entropy:.4f}" if entropy else ""))
     print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
 
-
 # ---- how fast it is --------------------------------------------------------------------------------------------------
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}    # dense bfloat16, data sheet
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product",
            "aten::_flash_attention", "aten::_efficient_attention")
-
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure MFU against: the data sheet's for the GPUs above, else a matrix product's, measured."""
@@ -496,12 +473,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             return peak
     return gemm_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
 
-
 def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
     """FLOP/s of an n x n matrix product, best of ten."""
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(10))
-
 
 def timed(f: Callable[[], Any], device: torch.device) -> float:
     """Seconds that f takes, on all ranks."""
@@ -513,7 +488,6 @@ def timed(f: Callable[[], Any], device: torch.device) -> float:
             dist.barrier()
         clock.append(time.perf_counter())
     return clock[1] - clock[0]
-
 
 def bench(c: TrainConfig, families: bool) -> None:
     """Print a line of JSON: the speed of whole training steps on random tokens, several ways in turn.
@@ -547,7 +521,6 @@ def bench(c: TrainConfig, families: bool) -> None:
     if rank == 0:
         print(json.dumps(out))
 
-
 def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     """A closure that does one whole step, as `train` does; ranks beyond `world` do nothing."""
     if rank >= world:
@@ -565,7 +538,6 @@ def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtyp
         optimizer.zero_grad()
     return step
 
-
 def kernel_share(step: Callable[[], None], device: torch.device) -> float:
     """Share of the time of a step that is spent inside KERNELS."""
     with torch.profiler.profile() as profile:                       # of the CPU, and of the GPU if there is one
@@ -573,7 +545,6 @@ def kernel_share(step: Callable[[], None], device: torch.device) -> float:
     inside = [getattr(e, f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total")
               for e in profile.key_averages() if e.key.startswith(KERNELS)]
     return sum(inside) / 1e6 / seconds
-
 
 # ---- what a run would take -------------------------------------------------------------------------------------------
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
@@ -602,7 +573,6 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
             lines.append(f"{parallel + ', recompute' * recompute:22}{row}")
     return "\n".join(lines)
 
-
 def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
     """Bytes on one GPU: weights, gradients, AdamW's moments, and at most what comes and goes in a pass."""
     sharded, bf16, (_, size) = c.parallel == "fsdp" and gpus > 1, c.dtype != "float32", batch_shape(c, gpus)
@@ -625,7 +595,6 @@ def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
     share, passing = (gpus, peak - resting + gathered) if sharded else (1, peak - resting)
     return 4 * P // share, 4 * P // share, 8 * P // share, passing
 
-
 def main() -> None:
     c, args = load_settings(sys.argv[1:])
     if args.plan:
@@ -647,7 +616,6 @@ def main() -> None:
             print("error:", f"rank {dist.get_rank()} lost another rank; --resume goes on from the last checkpoint"
                   if lost else e, file=sys.stderr, flush=True)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     run(main)
