@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+
+torch.set_num_threads(1)      # a second one only gets in the way of matrices this small, tenfold on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as M
 from model import GPT, ModelConfig, MoE, RoPE, UserError
 
-torch.set_num_threads(1)      # a second one only gets in the way of matrices this small, tenfold on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = dict(vocab_size=61, block_size=12, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_hidden=40)
 SPARSE = dict(DENSE, n_experts=5, top_k=2, expert_hidden=16)

@@ -40,15 +40,6 @@ MODELS = {
 REMOVE = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and threads that wait for each other cost everything."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_model(dtype=torch.float64, seed=0, **settings):
     """A tiny model with large weights and uneven norm gains: every score is far from that of an identity."""
     torch.manual_seed(seed)

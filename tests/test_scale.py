@@ -51,14 +51,6 @@ torch.save = slowly
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
     monkeypatch.setattr(train, "gemm_rate", lambda *_: 1e11)

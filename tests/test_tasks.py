@@ -36,14 +36,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---- log-likelihoods -------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def one_token_at_a_time(model, context, continuation):

@@ -34,15 +34,6 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PAPER = {path.stem: path for path in (ROOT / "configs" / "paper").glob("*.py")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and one thread adds in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
     """The peak FLOP/s only scales the MFU on the terminal; measuring it would take most of the time of a tiny run."""
