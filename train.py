@@ -423,8 +423,8 @@ def open_out_dir(out: Path, first: int) -> None:
             for path in (*out.glob("log.jsonl"), *sorted(out.glob("ckpt*.pt"))):
                 os.replace(path, f"{path}.old")
                 print(f"{path} of an earlier run is now {path.name}.old")
-    except OSError as e:
-        raise UserError(f"cannot write to out_dir={out} ({e.strerror or e}): choose another --out_dir") from e
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"cannot write to out_dir={out} or read its log.jsonl ({e}): choose another --out_dir") from e
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: float) -> None:
