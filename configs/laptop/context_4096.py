@@ -1,0 +1,2 @@
+base = "context_2048.py"
+block_size = 256

@@ -1,0 +1,2 @@
+# Dense, the counterpart of moe_1b.py.
+base = "base.py"

@@ -1,0 +1,4 @@
+# Dense and narrower, with the FFN that a token visits in moe_400m.py.
+base = "base.py"
+n_embd = 32
+ffn_hidden = 192

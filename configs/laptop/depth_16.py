@@ -1,0 +1,3 @@
+# Depth: half the paper's, and nothing else changes.
+base = "base.py"
+n_layer = 8

@@ -1,0 +1,2 @@
+base = "depth_16.py"
+n_layer = 12

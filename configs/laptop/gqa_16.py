@@ -1,0 +1,2 @@
+base = "gqa_1.py"
+n_kv_head = 1

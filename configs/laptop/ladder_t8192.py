@@ -1,0 +1,2 @@
+base = "ladder_32.py"
+block_size = 512

@@ -1,0 +1,2 @@
+base = "weight_decay_0_1.py"
+weight_decay = 1.92

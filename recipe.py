@@ -1,0 +1,331 @@
+"""The paper's experiments and its rule of thumb: run, put beside the paper's numbers, and applied to a model of yours.
+
+    python recipe.py run depth --seeds 2                  # train and probe every member of a family; resumable
+    python recipe.py run all --dry-run                    # what would run, what it costs
+    python recipe.py run ladder --scale paper --tasks DIR # at the paper's size, with downstream accuracy
+    python recipe.py report                               # tables and figures from what is on disk
+    python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py    # the paper's settings for it
+    python recipe.py diagnose out/gqa_deep                # does this run use its depth, and what would help?
+
+A member of a family is a file of configs/laptop/ or configs/paper/, perhaps with a setting changed ("gqa_16,norm=lns").
+Members with equal settings are one run. Settings of train.py at the end of `run` change all members.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+
+from model import Parser, UserError, check, load_checkpoint, run
+from probe import USEFUL, at, summary
+from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan
+
+ROOT = Path(__file__).parent
+PAPER = (ROOT / "configs/paper/reported.txt").read_text().splitlines()     # a row per family and member, - is unknown
+# Not in the paper: does each cure still help on top of LayerNorm Scaling or Peri-LN, alone and all of them together?
+CURES = "dense_1b weight_decay_0 context_4096 gqa_16 moe_1b ladder_32 ladder_moe".split()
+# A column of the tables and its place in probe.json.
+COLUMNS = {"variance": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
+           "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
+           "held out": "usefulness_heldout.mean_log_ratio",
+           "released useful": "released.usefulness.score", "released log ratio": "released.usefulness.mean_log_ratio",
+           "released causal": "released.causal", "|J-I|/d": "jacobian.deviation", "accuracy": "tasks.average.primary"}
+EXPERIMENTS = "variance,causal,permutation,usefulness,released,removal,jacobian"
+# Settings that change how a run is computed and not what it is.
+NO_MATTER = {"vocab_size", "out_dir", "device", "dtype", "compile", "parallel", "recompute", "batch_size"}
+# What each setting of the recipe rests on: the paper's ladder, downstream accuracy and usefulness.
+LADDER = {"block_size": "T = 4096: accuracy 39.5 -> 40.0, usefulness 0.53 -> 0.59; with 8192 39.5 and 0.53",
+          "weight_decay": "0.3: accuracy 40.0 -> 41.4, usefulness 0.59 -> 0.63; 0.6 gives 41.0, 1.0 gives 38.5",
+          "n_kv_head": "G = 2: accuracy 41.4 -> 42.1, usefulness 0.63 -> 0.66",
+          "n_experts": "64 experts, top 8: accuracy 42.1 -> 44.1, usefulness 0.66 -> 0.75"}
+IDLE = 0.02      # a block whose output has a cosine above 0.98 with its input is near the identity: our choice
+Runs = dict[str, list[dict[str, Any]]]      # of each member, what its seeds came to
+
+def families() -> dict[str, dict[str, dict[str, float]]]:
+    """The members of each family in order, and what the paper reports of each, by column."""
+    out: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for family, member, *values in map(str.split, PAPER[1:]):
+        out[family][member] = {column: float(x) for column, x in zip(PAPER[0].split()[2:], values) if x != "-"}
+    out["norms"] = {cure + norm: {} for cure in CURES for norm in ("", ",norm=lns", ",norm=peri")}
+    return dict(out)
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+def arguments(member: str, scale: str) -> list[str]:
+    """What train.py is told about a member."""
+    name, *changes = member.split(",")
+    return [str(ROOT / "configs" / scale / f"{name}.py"), *(f"--{change}" for change in changes)]
+
+def folders(out: str, scale: str) -> dict[str, Path]:
+    """Where each member's runs are: in the folder of the first member with the same settings."""
+    first: dict[str, Path] = {}
+    return {member: first.setdefault(str(load_settings([*arguments(member, scale), "--out_dir=any"])[0]),
+                                     Path(out, scale, member)) for members in families().values() for member in members}
+
+def commands(member: str, seed: int, out: Path, args: Any) -> tuple[TrainConfig, dict[str, list[str]]]:
+    """The settings of a run, and the commands that it still needs, by stage: train, probe."""
+    given = [*arguments(member, args.scale), f"--seed={seed}", f"--out_dir={out}", *args.settings]
+    c, todo, saved, ran = load_settings(given)[0], {}, {}, {}
+    with contextlib.suppress(UserError):                    # none there, or a damaged one: train.py deals with either
+        saved = load_checkpoint(out / "ckpt.pt")
+    ours, theirs = ({k: v for k, v in settings.items() if k not in NO_MATTER} for settings in
+                    (asdict(c), saved.get("settings", asdict(c))))
+    if ours != theirs or saved.get("step") != c.max_steps:
+        many = ["-m", "torch.distributed.run", "--nproc-per-node=gpu"] if torch.cuda.device_count() > 1 else []
+        resume = ["--resume"] if ours == theirs else []     # else train.py puts aside what is there
+        todo["train"] = [sys.executable, *many, str(ROOT / "train.py"), *given, *resume]
+    with contextlib.suppress(OSError, ValueError):
+        if (out / "probe.json").stat().st_mtime > (out / "ckpt.pt").stat().st_mtime:
+            ran = json.loads((out / "probe.json").read_text())["run"]
+    if todo or not {*args.only.split(","), *args.tasks} <= {*ran.get("experiments", ()), *ran.get("tasks", ())}:
+        # At laptop size 8,192 tokens whatever the context is: 64 sequences of 128.
+        samples = 100 if args.scale == "paper" else 8192 // c.block_size
+        tasks = ["--tasks", *args.tasks] if args.tasks else []
+        todo["probe"] = [sys.executable, str(ROOT / "probe.py"), str(out / "ckpt.pt"), f"--samples={samples}",
+                         f"--only={args.only}" + ",tasks" * bool(tasks), *tasks]
+    return c, todo
+
+def cost(out: Path, c: TrainConfig, todo: dict[str, list[str]], rate: float) -> float:
+    """Print what a run takes at `rate` FLOP/s; returns its hours of training."""
+    model, tokens = bare(replace(c, vocab_size=c.vocab_size or 320)), c.max_steps * c.tokens_per_step
+    flops = model.flops_per_token() * tokens
+    hours = flops / rate / 3600 if "train" in todo else 0.0
+    print(f"{out}: {model.count_parameters()['active']:,} active parameters, {tokens:,} tokens, {flops:.2g} FLOPs, "
+          f"{hours:.2f} h; to do: {', '.join(todo) or 'nothing'}")
+    return hours
+
+def run_family(args: Any) -> None:
+    """Train and probe what is not on disk yet; a run that fails does not stop the others."""
+    folder, chosen = folders(args.out, args.scale), [*families()] if args.family == "all" else [args.family]
+    members = [member for family in chosen for member in families()[family]]
+    places = {folder[m] / f"seed_{seed}": (m, seed) for seed in range(args.seeds) for m in members}
+    runs = {out: commands(*run, out, args) for out, run in places.items()}
+    if args.dry_run:
+        # A CPU reaches a third of its matrix product's rate at this size (measured, see README).
+        rate = 8 * PEAK["H100"] * 0.4 if args.scale == "paper" else peak_flops(torch.device("cpu"), torch.float32) / 3
+        hours = sum(cost(out, *of_run, rate) for out, of_run in runs.items())
+        return print(f"{hours:.1f} h of training on {'8 H100 at 40% MFU' if args.scale == 'paper' else 'this machine'}")
+    # Runs side by side must not ask for more threads than there are cores: that slows them all tenfold.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
+
+    def one(out: Path) -> bool:
+        for stage, command in runs[out][1].items():
+            out.mkdir(parents=True, exist_ok=True)
+            print(f"{out}: {stage}", flush=True)
+            with open(out / f"{stage}.txt", "w") as said:
+                if subprocess.run(command, stdout=said, stderr=said, env=os.environ | threads).returncode:
+                    print(f"{out}: {stage} failed, see {said.name}", flush=True)
+                    return False
+        return True
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        failed = [str(out) for out, fine in zip(runs, pool.map(one, runs)) if not fine]
+    report(args.out, args.scale, chosen)
+    check(not failed, f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command tries again")
+
+# ---- tables and figures ----------------------------------------------------------------------------------------------
+def measured(out: Path) -> dict[str, Any]:
+    """What a run came to, by column, and its last layer's variance by step; {} where it is not finished."""
+    try:
+        r = json.loads((out / "probe.json").read_text())
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return {}
+    values = {column: at(r, path) for column, path in COLUMNS.items()}
+    if v := values["variance"]:
+        values["variance"] = v[-1]
+    if J := values["|J-I|/d"]:
+        values["|J-I|/d"] = np.mean(J)
+    if C := values["released causal"]:
+        values["released causal"] = np.mean(np.array(C)[np.triu_indices(len(C), 1)])     # as our own: over all s < l
+    values["val loss"] = next((x["val_loss"] for x in reversed(log) if "val_loss" in x), None)
+    return values | {"curve": [(x["step"], x["variance"][-1]) for x in log if "variance" in x]}
+
+def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Each member's mean and standard deviation over its seeds; nan where there is none."""
+    values = [[r[column] for r in seeds if r[column] is not None] for seeds in runs.values()]
+    return (np.array([statistics.mean(x) if x else math.nan for x in values]),
+            np.array([statistics.stdev(x) if len(x) > 1 else math.nan for x in values]))
+
+def table(runs: Runs, paper: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row per member, what was measured (± standard deviation over seeds) and what the paper reports."""
+    def cell(x: float, deviation: float = math.nan) -> str:
+        texts = [f"{y:.{3 if abs(x) < 10 else 1}f}" for y in (x, deviation) if not math.isnan(y)]
+        return " ± ".join(texts)
+
+    columns = {"": [f"`{member}`" for member in runs], "seeds": [str(len(seeds)) for seeds in runs.values()]}
+    columns |= {name: list(map(cell, *spread(runs, name))) for name in ("val loss", *COLUMNS)}
+    columns |= {f"paper: {name}": [cell(paper[m].get(name, math.nan)) for m in runs] for name in PAPER[0].split()[2:]}
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+def figure(family: str, runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
+    """Left the last layer's variance over training; right the scores, the paper's hollow, the ladder's over bars."""
+    try:
+        from matplotlib import colormaps, figure
+    except ImportError:
+        return "no figure: pip install matplotlib"
+    fig, places = figure.Figure(figsize=(12, 4.8), layout="constrained"), np.arange(len(runs))
+    left, right = fig.subplots(1, 2)
+    for color, (member, seeds) in zip(colormaps["viridis"](np.linspace(0, 0.9, len(runs))), runs.items()):
+        for k, r in enumerate(seeds):
+            left.plot(*zip(*r["curve"]), color=color, alpha=0.35 if k else 1, label=None if k else member)
+    left.set(xlabel="step", ylabel="variance of the last layer", yscale="log", title="Variance over training")
+    left.legend(fontsize=7, ncols=1 + len(runs) // 8)
+    marks = {"useful": "o", "released useful": "x", "causal": "s", "permuted": "^"}
+    right.set(title="Scores after training", ylabel="score")
+    right.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
+    if family == "ladder":
+        (means, deviations), name = spread(runs, "accuracy"), "downstream accuracy"
+        if np.isnan(means).any():
+            (means, deviations), name = spread(runs, "val loss"), "validation loss (nats a token)"
+        right.bar(places, means, yerr=np.nan_to_num(deviations), color="lightsteelblue", capsize=3)
+        right.set(ylabel=name, ylim=(means.min() * 0.95, means.max() * 1.02))
+        right, marks = right.twinx(), {"useful": "o", "released useful": "x"}
+        right.set_ylabel("usefulness")
+    for column, mark in marks.items():
+        means, deviations = spread(runs, column)
+        line = right.errorbar(places, means, np.nan_to_num(deviations), marker=mark, capsize=3, label=column)[0]
+        theirs = [paper[member].get(column, math.nan) for member in runs]
+        if not np.isnan(theirs).all():
+            right.plot(places, theirs, mark, color=line.get_color(), fillstyle="none", ms=9, label=f"{column}, paper")
+    right.set_ylim(bottom=0)
+    right.legend(fontsize=7)
+    fig.savefig(path, dpi=110)
+    return str(path)
+
+def report(out: str, scale: str, chosen: Sequence[str]) -> None:
+    """Write FAMILY.md and FAMILY.png for each chosen family that has a finished run, and print the tables."""
+    folder, found = folders(out, scale), False
+    for family, paper in ((name, families()[name]) for name in chosen):
+        runs = {m: [r for seed in sorted(folder[m].glob("seed_*")) if (r := measured(seed))] for m in paper}
+        runs = {member: seeds for member, seeds in runs.items() if seeds}
+        if runs:
+            path, text, found = Path(out, scale, f"{family}.md"), table(runs, paper), True
+            path.write_text(text + "\n")
+            print(f"\n{family}: {path}, {figure(family, runs, paper, path.with_suffix('.png'))}\n\n{text}", flush=True)
+    check(found, f"no finished run in {out}/{scale}: python recipe.py run depth --scale {scale}")
+
+# ---- the rule of thumb -----------------------------------------------------------------------------------------------
+def advise(args: Any) -> None:
+    """Print the paper's recipe at another size: why each setting, where it extrapolates, what it takes; write a config.
+
+    --params counts what is active for a token, embeddings included. The recipe's experts are as wide as the stream, so
+    the width solves a quadratic. What weight decay does goes with decay x steps, so that product is the paper's.
+    """
+    check(args.n_layer > 0 and args.gpus > 0 and args.params >= 1e5 and args.tokens >= 1e6,
+          "--n_layer and --gpus must be positive, --params at least 1e5, --tokens at least 1e6")
+    vocab_size, steps, block_size = 50304, 4768, 4096
+    a, b = args.n_layer * (4 - 1 + 8 * 3), 2 * vocab_size + args.n_layer * 66       # attention with G = 2, 8 experts
+    n_embd = max(32, 32 * round((math.sqrt(b * b + 4 * a * args.params) - b) / (2 * a) / 32))
+    while block_size > 128 and block_size * args.gpus * steps > args.tokens:
+        block_size //= 2
+    per_step = block_size * args.gpus * max(1, round(min(2**21, args.tokens / steps) / (block_size * args.gpus)))
+    max_steps = max(1, round(args.tokens / per_step))
+    regime = {"n_layer": (args.n_layer, 32, 12, 32), "params": (args.params, 1.24e9, 4e8, 1.3e9),
+              "tokens": (args.tokens, 1e10, 1e10, 1e10)}
+    lines = [f"# {name} = {asked:.4g}, {asked / ladder:.3g} times the ladder's: " + (
+        "within what the paper measured" if low * 0.95 <= asked <= high * 1.05 else
+        f"EXTRAPOLATES, the paper has {low:.4g} to {high:.4g}") for name, (asked, ladder, low, high) in regime.items()]
+    settings = {
+        "data": ("data/fineweb-edu", "python data.py fineweb-edu --max_tokens 10.5e9"),
+        "vocab_size": (vocab_size, "GPT-2's tokenizer; the paper's is GPT-NeoX's, of the same size"),
+        "n_layer": (args.n_layer, "as asked"),
+        "n_embd": (n_embd, f"the multiple of 32 nearest to {args.params:.4g} active parameters"),
+        "n_head": (16, "as in the paper"),
+        "n_kv_head": (8, LADDER["n_kv_head"]),
+        "n_experts": (64, LADDER["n_experts"]),
+        "top_k": (8, "as in the recipe"),
+        "expert_hidden": (n_embd, "as wide as the stream, as in the recipe"),
+        "block_size": (block_size, LADDER["block_size"] + "; here less, for the steps' sake" * (block_size < 4096)),
+        "weight_decay": (float(f"{0.3 * steps / max_steps:.3g}"), LADDER["weight_decay"] + "; x 4,768 steps / ours"),
+        "learning_rate": (4e-4, "our choice: the paper's is not known"),
+        "warmup_steps": (min(1000, max_steps // 5), "1000 in the paper's launch script"),
+        "tokens_per_step": (per_step, "2M in the paper; fewer where that left fewer than its 4,768 steps"),
+        "max_steps": (max_steps, f"{max_steps * per_step:.4g} tokens"),
+        "batch_size": (1, "sequences per pass and GPU: raise it as memory allows"),
+        "parallel": ("fsdp", "the experts are most of the weights")}
+    lines += [f"{name} = {value!r}".ljust(28) + f"# {why}" for name, (value, why) in settings.items()]
+    print(*lines, "", plan(TrainConfig(**{k: value for k, (value, _) in settings.items()}), args.gpus, 0.4), sep="\n")
+    if args.out:
+        try:
+            Path(args.out).write_text("\n".join(lines) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {args.out} ({e.strerror}): choose another --out") from e
+        print(f"\ntorchrun --nproc-per-node={args.gpus} train.py {args.out}")
+
+def diagnose(path: Path) -> str:
+    """Does a run use its depth, what could go, what next? From its checkpoint's settings, log.jsonl and probe.json."""
+    ckpt = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
+    home = ckpt.parent if ckpt.name == "ckpt.pt" else ckpt if ckpt.is_dir() else ckpt.with_suffix("")
+    c = load_checkpoint(ckpt)["settings"]
+    try:
+        r = json.loads((home / "probe.json").read_text())
+        v, ratio, influence = r["variance"], r["usefulness"]["ratio"], r["block_influence"]
+        log = (home / "log.jsonl").read_text().splitlines() if (home / "log.jsonl").exists() else ()
+        last = [(x["variance"][-1], x["step"]) for x in map(json.loads, log) if "variance" in x]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise UserError(f"{home / 'probe.json'} is missing, damaged or in part ({type(e).__name__}: {e}): "
+                        f"python probe.py {ckpt}") from e
+    idle = ", ".join(str(l) for l, x in enumerate(influence) if x < IDLE)
+    lines = [f"{path}: {sum(x > USEFUL for x in ratio)} of {len(ratio)} blocks are useful", *summary(r, str(ckpt)),
+             f"variance x{v[-1] / v[1]:.1f} from the first block's output to the last's, {v[1]:.3g} to {v[-1]:.3g}"
+             + (f"; over training the last peaked at {max(last)[0]:.3g}, step {max(last)[1]}" if last else ""),
+             f"near the identity (influence below {IDLE}): {idle or 'no block'}"]
+    taken = {"weight_decay": c.get("weight_decay", 0) >= 0.3, "block_size": c["block_size"] >= 4096,
+             "n_kv_head": c["n_kv_head"] < c["n_head"], "n_experts": c["n_experts"] > 0}
+    # Decay is what acts on the variance itself: it comes first where that grows tenfold.
+    order = sorted(taken, key=lambda name: (name != "weight_decay" or v[-1] < 10 * v[1], [*LADDER].index(name)))
+    knobs = [name for name in order if not taken[name]]
+    if r["usefulness"]["score"] >= 0.9 or not knobs:
+        return "\n".join([*lines, "next: its depth is used" if knobs else "next: every step of the recipe is taken"])
+    return "\n".join([*lines, f"next: {knobs[0]}, here {c.get(knobs[0])}; in the paper {LADDER[knobs[0]]}",
+                      f"then: {', '.join(knobs[1:]) or 'nothing'}"])
+
+def main() -> None:
+    parser = Parser(prog="recipe.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    on_disk = argparse.ArgumentParser(add_help=False)
+    on_disk.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
+    on_disk.add_argument("--out", default="out/recipe", help="where the runs are (default %(default)s)")
+    add = commands.add_parser("run", help="train, probe and report a family", parents=[on_disk]).add_argument
+    add("family", choices=[*families(), "all"])
+    add("--seeds", type=int, default=1, metavar="N", help="of every member, 0 to N - 1 (default 1)")
+    add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
+    add("--tasks", nargs="+", default=[], metavar="DIR", help="folders of OLMES tasks to score, see probe.py")
+    add("--only", default=EXPERIMENTS, help="experiments of probe.py (default %(default)s)")
+    add("--dry-run", action="store_true", help="print the runs, their cost and time")
+    commands.add_parser("report", help="tables and figures from what is on disk", parents=[on_disk])
+    add = commands.add_parser("advise", help="the paper's settings for a model of yours").add_argument
+    for name, meaning in ("n_layer", "blocks"), ("params", "active for a token"), ("tokens", "to train on"):
+        add(f"--{name}", type=int if name == "n_layer" else float, required=True, help=meaning)
+    add("--gpus", type=int, default=8)
+    add("--out", help="config file to write")
+    commands.add_parser("diagnose", help="does a run use its depth?").add_argument("paths", nargs="+", type=Path)
+    args, args.settings = parser.parse_known_args()
+    check(args.command == "run" or not args.settings, f"unknown argument {args.settings[:1]}; see --help")
+    if args.command == "run":
+        check(args.seeds > 0 and args.jobs > 0, "--seeds and --jobs must be positive")
+        run_family(args)
+    elif args.command == "report":
+        report(args.out, args.scale, [*families()])
+    elif args.command == "advise":
+        advise(args)
+    else:
+        print("\n\n".join(map(diagnose, args.paths)))
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,328 @@
+"""recipe.py against the paper's own numbers, hand arithmetic and runs whose outcome is written by hand.
+
+    python -m pytest -q tests/test_recipe.py                   # half a minute on two cores
+"""
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recipe
+import train
+from model import UserError
+from recipe import advise, diagnose, families, folders, measured, report
+from train import bare, load_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALES = ("laptop", "paper")
+
+
+def settings(member, scale):
+    return load_settings([*recipe.arguments(member, scale), "--out_dir=any"])[0]
+
+
+def cli(*args, cwd):
+    return subprocess.run([sys.executable, ROOT / "recipe.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def invent(tmp_path):
+    """invent(member, seed, ...) writes the files of a finished run of two blocks, with these numbers in them."""
+    def write(member, seed=0, useful=0.5, variance=7.0, val_loss=1.25, **more):
+        out = folders(tmp_path / "out", "laptop")[member] / f"seed_{seed}"
+        out.mkdir(parents=True)
+        (out / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (
+            {"step": 10, "variance": [0.1, 2.0, 90.0]}, {"step": 15}, {"step": 20, "variance": [0.1, 3.0, variance]},
+            {"step": 20, "val_loss": val_loss})))
+        (out / "probe.json").write_text(json.dumps({
+            "loss": 1.0, "variance": [0.1, 3.0, variance], "causal_mean": 0.25, "permutation_mean": 0.75,
+            "usefulness": {"score": useful, "mean_log_ratio": 0.125, "ratio": [1.2, 1.05]},
+            "released": {"causal": [[0.0, 0.375], [0.0, 0.0]], "usefulness": {"score": 1.0, "mean_log_ratio": 0.5}},
+            "block_influence": [0.5, 0.01], "removal": {"1": [1.5, 1.02]}, **more}))
+        return out
+    return write
+
+
+# ---- the families ----------------------------------------------------------------------------------------------------
+def test_the_ladder_climbs_by_the_points_of_the_abstract():
+    ladder = families()["ladder"]
+    assert ladder["ladder_moe"]["accuracy"] - ladder["ladder_32"]["accuracy"] == pytest.approx(4.6)
+
+
+def test_every_reported_usefulness_is_a_share_of_the_blocks_of_its_model():
+    for family in ("depth", "weight_decay", "context", "gqa", "moe", "ladder"):
+        for member, reported in families()[family].items():
+            share = reported["useful"] * settings(member, "paper").n_layer
+            assert abs(share - round(share)) <= 0.0051 * settings(member, "paper").n_layer + 1e-9, member
+
+
+def test_reported_numbers_are_those_of_the_facts():
+    facts = ROOT.parent / "shared/paper/facts.md"
+    if not facts.exists():
+        pytest.skip("the paper's facts do not lie beside this checkout")
+    rows = [[cell.strip(" *|") for cell in line.split("|")[1:-1]] for line in facts.read_text().splitlines()]
+    depth = {int(row[0]): [float(x) for x in row[1:]] for row in rows if len(row) == 4 and row[0] in ("12", "16", "24", "32")}
+    for L, values in depth.items():
+        reported = families()["depth"][f"depth_{L}"]
+        assert [reported["causal"], reported["permuted"], reported["useful"]] == values
+    sweeps = [row for row in rows if len(row) == 7]
+    for row in sweeps:
+        for prefix, (knob, ppl, useful) in (("weight_decay", row[:3]), ("context", row[4:])):
+            member = f"{prefix}_{knob.replace('.0', '').replace('.', '_')}"
+            if ppl.replace(".", "").isdigit():
+                reported = families()[prefix][member]
+                assert (reported["ppl"], reported["useful"]) == (float(ppl), float(useful)), member
+    assert len(depth) == 4 and len(sweeps) > 6
+    for step, (_, accuracy, useful) in zip(families()["ladder"].values(), [
+            row for row in rows if len(row) == 3 and row[1].replace(".", "").isdigit()][-9:]):
+        assert (step["accuracy"], step["useful"]) == (float(accuracy), float(useful))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_members_of_a_family_see_the_same_tokens(scale):
+    for family, members in families().items():
+        budgets = {(c.max_steps * c.tokens_per_step, c.tokens_per_step, c.data, c.learning_rate)
+                   for c in (settings(member, scale) for member in members if not member.startswith("ladder") or
+                             family == "ladder")}
+        assert len(budgets) == 1, family
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("pair", [("dense_1b", "moe_1b"), ("dense_400m", "moe_400m"), ("ladder_g2", "ladder_moe")])
+def test_dense_and_moe_are_compared_at_equal_active_flops(scale, pair):
+    dense, moe = (settings(member, scale) for member in pair)
+    dense.vocab_size = moe.vocab_size = dense.vocab_size or 320
+    router = 3 * 2 * moe.n_layer * moe.n_embd * moe.n_experts
+    assert bare(moe).flops_per_token() - router == bare(dense).flops_per_token()
+
+
+def test_a_laptop_member_stands_to_its_base_as_the_papers_does():
+    base = {scale: settings("dense_1b", scale) for scale in SCALES}
+    for member in (member for members in families().values() for member in members):
+        laptop, paper = (settings(member, scale) for scale in SCALES)
+        assert laptop.norm == paper.norm and (laptop.n_experts > 0) == (paper.n_experts > 0)
+        assert laptop.n_layer / 8 == paper.n_layer / 16
+        if member.partition(",")[0] not in ("depth_12", "depth_16", "depth_24", "depth_32"):
+            assert laptop.block_size / base["laptop"].block_size == paper.block_size / base["paper"].block_size
+        assert laptop.weight_decay == pytest.approx(0.64 * paper.weight_decay)
+        if paper.n_experts:
+            assert laptop.top_k / laptop.n_experts == paper.top_k / paper.n_experts
+
+
+def test_the_laptops_decay_does_what_the_papers_does():
+    for member in families()["weight_decay"]:
+        laptop, paper = (settings(member, scale) for scale in SCALES)
+        assert laptop.learning_rate * laptop.weight_decay * laptop.max_steps == pytest.approx(
+            paper.learning_rate * paper.weight_decay * paper.max_steps, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_members_share_a_folder_exactly_if_their_settings_are_equal(scale):
+    found = folders("out", scale)
+    for a in found:
+        for b in found:
+            assert (found[a] == found[b]) == (settings(a, scale) == settings(b, scale)), (a, b)
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def ran(corpus, tmp_path_factory):
+    """A family run with real processes: its folder, the command and what it printed."""
+    where = tmp_path_factory.mktemp("recipe")
+    command = ["run", "gqa", "--jobs", "2", "--only", "variance,usefulness", "--n_layer=2", "--n_embd=16", "--max_steps=3",
+               "--block_size=32", "--tokens_per_step=256", "--eval_tokens=256", "--stats_interval=1", "--warmup_steps=1",
+               f"--data={corpus}"]
+    return where, command, cli(*command, cwd=where)
+
+
+def test_a_family_is_trained_probed_and_tabulated(ran):
+    where, _, done = ran
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = where / "out/recipe/laptop"
+    text = (out / "gqa.md").read_text()
+    assert text in done.stdout
+    for member in ("gqa_1", "gqa_4", "gqa_16"):
+        run_dir = folders(out.parent, "laptop")[member] / "seed_0"
+        assert torch.load(run_dir / "ckpt.pt", weights_only=True)["step"] == 3
+        r = json.loads((run_dir / "probe.json").read_text())
+        log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+        row = next(line for line in text.splitlines() if f"`{member}`" in line)
+        for value in (log[-1]["val_loss"], r["variance"][-1], r["usefulness"]["score"]):
+            assert f" {value:.3f} " in row
+    heads = {member: torch.load(folders(out.parent, "laptop")[member] / "seed_0/ckpt.pt", weights_only=True)["settings"]
+             ["n_kv_head"] for member in families()["gqa"]}
+    assert heads == {"gqa_1": 4, "gqa_4": 2, "gqa_16": 1}
+
+
+def test_what_is_finished_is_not_run_again_and_what_changed_is(ran):
+    where, command, _ = ran
+    before = {path: path.stat().st_mtime_ns for path in where.rglob("*.pt")}
+    plan = cli(*command, "--dry-run", cwd=where)
+    assert plan.returncode == 0 and plan.stdout.count("to do: nothing") == 3 and "0.0 h" in plan.stdout
+    again = cli(*command, cwd=where)
+    assert again.returncode == 0 and ": train" not in again.stdout and ": probe" not in again.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in where.rglob("*.pt")}
+    more = cli(*command, "--only", "variance,usefulness,removal", "--dry-run", cwd=where)
+    assert more.stdout.count("to do: probe") == 3
+    other = cli(*command, "--learning_rate=1e-4", "--dry-run", cwd=where)
+    assert other.stdout.count("to do: train, probe") == 3
+    seeds = cli(*command, "--seeds", "2", "--dry-run", cwd=where)
+    assert seeds.stdout.count("to do: nothing") == 3 and seeds.stdout.count("to do: train, probe") == 3
+
+
+def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys, invent):
+    def run_one(command, stdout, **_):
+        out = Path(stdout.name).parent
+        if "context_512" in str(out):
+            return subprocess.CompletedProcess(command, 2)
+        if "probe.py" in command[1]:
+            made = invent.__wrapped__(out) if hasattr(invent, "__wrapped__") else None
+            assert made is None
+            (out / "probe.json").write_text(json.dumps({"usefulness": {"score": 0.5}, "variance": [1.0]}))
+            (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(recipe.subprocess, "run", run_one)
+    args = type("Args", (), dict(family="context", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance", settings=[],
+                                 dry_run=False, out=str(tmp_path / "out")))
+    with pytest.raises(UserError, match="1 of 6 runs failed: .*context_512/seed_0"):
+        recipe.run_family(args)
+    said = capsys.readouterr().out
+    assert "context_512/seed_0: train failed" in said and "context_512/seed_0: probe" not in said
+    assert all(f"context_{T}`" in said for T in (256, 1024, 2048, 4096, 8192)) and "context_512`" not in said
+
+
+def test_the_probe_takes_the_same_tokens_whatever_the_context(tmp_path):
+    args = type("Args", (), dict(scale="laptop", tasks=["copa"], only="variance", settings=[]))
+    for T in (256, 2048, 8192):
+        c, todo = recipe.commands(f"context_{T}", 3, tmp_path, args)
+        samples = int(next(x for x in todo["probe"] if x.startswith("--samples=")).split("=")[1])
+        assert samples * c.block_size == 8192 and c.seed == 3 and todo["probe"][-3:] == [
+            "--only=variance,tasks", "--tasks", "copa"]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbers(invent, tmp_path, capsys):
+    for seed, useful in enumerate((0.5, 0.75, 0.25)):
+        invent("gqa_4", seed, useful, variance=3.0 + seed)
+    invent("gqa_1", 0, 1.0)
+    report(tmp_path / "out", "laptop", ["gqa"])
+    text = (tmp_path / "out/laptop/gqa.md").read_text()
+    assert text in capsys.readouterr().out
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    one, four = (dict(zip(head, row)) for row in rows)
+    assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1`", "1", "1.000", "14.5")
+    assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.870", "125.0")
+    assert four["useful"] == f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}" and four["variance"] == "4.000 ± 1.000"
+    assert four["released causal"] == "0.375 ± 0.000" and four["released useful"] == "1.000 ± 0.000"
+    assert four["val loss"] == "1.250 ± 0.000" and "accuracy" not in head
+
+
+def test_a_broken_or_unfinished_run_is_left_out(invent, tmp_path):
+    (invent("gqa_4") / "probe.json").write_text("{")
+    (invent("gqa_16") / "log.jsonl").unlink()
+    assert measured(folders(tmp_path / "out", "laptop")["gqa_4"] / "seed_0") == {}
+    with pytest.raises(UserError, match="no finished run"):
+        report(tmp_path / "out", "laptop", ["gqa"])
+
+
+def test_every_family_has_a_figure(invent, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    made = {}
+    for family, members in families().items():
+        for member in members:
+            if folders(tmp_path / "out", "laptop")[member] not in made:
+                made[folders(tmp_path / "out", "laptop")[member]] = invent(member)
+    report(tmp_path / "out", "laptop", [*families()])
+    for family in families():
+        assert (tmp_path / f"out/laptop/{family}.png").stat().st_size > 10_000
+
+
+# ---- the rule of thumb -----------------------------------------------------------------------------------------------
+def advice(tmp_path, monkeypatch, capsys, **asked):
+    monkeypatch.setattr(recipe, "plan", lambda c, gpus, mfu: f"plan of {gpus}")          # tested in test_scale.py
+    args = dict(n_layer=32, params=1.24e9, tokens=1e10, gpus=8, out=str(tmp_path / "advised.py")) | asked
+    advise(type("Args", (), args))
+    return load_settings([str(tmp_path / "advised.py")])[0], capsys.readouterr().out
+
+
+def test_advice_at_the_papers_size_is_the_papers_recipe(tmp_path, monkeypatch, capsys):
+    c, said = advice(tmp_path, monkeypatch, capsys)
+    theirs = settings("ladder_moe", "paper")
+    for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "top_k", "expert_hidden", "block_size",
+                 "weight_decay", "tokens_per_step", "max_steps", "learning_rate"):
+        assert getattr(c, name) == getattr(theirs, name), name
+    assert "EXTRAPOLATES" not in said and "plan of 8" in said and said.count("within what the paper measured") == 3
+
+
+@pytest.mark.parametrize("asked", [dict(n_layer=12, params=4e8), dict(n_layer=64, params=7e9, tokens=1e11, gpus=64),
+                                   dict(n_layer=16, params=2e7, tokens=2e8, gpus=1)])
+def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, tmp_path, monkeypatch, capsys):
+    c, _ = advice(tmp_path, monkeypatch, capsys, **asked)
+    wider = {}
+    for d in (c.n_embd - 32, c.n_embd, c.n_embd + 32):
+        wider[d] = bare(train.replace(c, n_embd=d, expert_hidden=d, head_dim=0)).count_parameters()["active"] if d else 0
+    assert min(wider, key=lambda d: abs(wider[d] - asked["params"])) == c.n_embd
+    assert c.max_steps * c.tokens_per_step == pytest.approx(asked.get("tokens", 1e10), rel=0.02)
+    assert c.tokens_per_step % (c.block_size * asked.get("gpus", 8)) == 0
+    assert c.weight_decay * c.max_steps == pytest.approx(0.3 * 4768, rel=0.01)       # what decay does is the paper's
+
+
+@pytest.mark.parametrize("asked, name", [(dict(n_layer=48), "n_layer"), (dict(params=7e9), "params"),
+                                         (dict(tokens=1e11), "tokens")])
+def test_advice_says_where_it_extrapolates(asked, name, tmp_path, monkeypatch, capsys):
+    _, said = advice(tmp_path, monkeypatch, capsys, **asked)
+    assert [line.split()[1] for line in said.splitlines() if "EXTRAPOLATES" in line] == [name]
+
+
+def checkpoint(out, **changes):
+    c = dict(n_layer=2, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1) | changes
+    torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
+    return out
+
+
+def test_a_diagnosis_says_what_the_run_and_its_probe_hold(invent):
+    out = checkpoint(invent("gqa_4", variance=9.0))
+    said = diagnose(out)
+    assert said == diagnose(out / "ckpt.pt").replace(f"{out}/ckpt.pt: 1 of", f"{out}: 1 of")
+    assert "1 of 2 blocks are useful" in said and "x3.0 from the first block's output to the last's, 3 to 9" in said
+    assert "peaked at 90, step 10" in said and "near the identity (influence below 0.02): 1" in said
+    assert f"cheapest run of 1: blocks 1, perplexity x{math.exp(0.02):.3f}" in said and "--drop 1" in said
+
+
+@pytest.mark.parametrize("changes, variance, knob", [
+    ({}, 9.0, "block_size"), ({}, 31.0, "weight_decay"), ({"block_size": 4096}, 9.0, "weight_decay"),
+    ({"block_size": 4096, "weight_decay": 0.3}, 9.0, "n_kv_head"),
+    ({"block_size": 4096, "weight_decay": 0.3, "n_kv_head": 2}, 9.0, "n_experts")])
+def test_the_next_knob_is_the_first_step_of_the_ladder_not_taken(invent, changes, variance, knob):
+    said = diagnose(checkpoint(invent("gqa_4", variance=variance), **changes)).splitlines()
+    assert next(line for line in said if line.startswith("next: ")).startswith(f"next: {knob}, here ")
+
+
+def test_a_run_that_uses_its_depth_is_left_alone(invent):
+    assert diagnose(checkpoint(invent("gqa_4", useful=1.0))).endswith("next: its depth is used")
+
+
+@pytest.mark.parametrize("args, said", [
+    (["report"], "no finished run in out/recipe/laptop"), (["run", "width"], "width"), (["run", "gqa", "--sedes=2"], "seed"),
+    (["diagnose", "nowhere"], "nowhere"), (["advise", "--n_layer=32", "--params=1e9"], "--tokens"),
+    (["advise", "--n_layer=0", "--params=1e9", "--tokens=1e9"], "--n_layer"), (["report", "--jobs=2"], "--jobs"),
+    (["run", "gqa", "--seeds=0"], "--seeds")])
+def test_a_mistake_is_one_line_and_status_2(args, said, tmp_path):
+    done = cli(*args, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+def test_a_run_without_a_probe_names_the_command(invent):
+    out = checkpoint(invent("gqa_4"))
+    (out / "probe.json").unlink()
+    with pytest.raises(UserError, match=f"python probe.py {out}/ckpt.pt"):
+        diagnose(out)
