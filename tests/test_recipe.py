@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 import recipe
-import train
 from model import UserError
 from recipe import advise, diagnose, families, folders, measured, report
 from train import bare, load_settings
@@ -29,8 +29,8 @@ def settings(member, scale):
 
 
 def cli(*args, cwd):
-    return subprocess.run([sys.executable, ROOT / "recipe.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, ROOT / "recipe.py", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture
@@ -43,9 +43,12 @@ def invent(tmp_path):
             {"step": 10, "variance": [0.1, 2.0, 90.0]}, {"step": 15}, {"step": 20, "variance": [0.1, 3.0, variance]},
             {"step": 20, "val_loss": val_loss})))
         (out / "probe.json").write_text(json.dumps({
-            "loss": 1.0, "variance": [0.1, 3.0, variance], "causal_mean": 0.25, "permutation_mean": 0.75,
-            "usefulness": {"score": useful, "mean_log_ratio": 0.125, "ratio": [1.2, 1.05]},
-            "released": {"causal": [[0.0, 0.375], [0.0, 0.0]], "usefulness": {"score": 1.0, "mean_log_ratio": 0.5}},
+            "loss": 1.0, "variance": [0.1, 3.0, variance], "causal_mean": 0.25, "causal": [[0.0, 0.25], [0.0, 0.0]],
+            "permutation": [[0.0, 0.75], [0.75, 0.0]], "permutation_mean": 0.75,
+            "usefulness": {"score": useful, "mean_log_ratio": 0.125, "ratio": [1.2, 1.05], "loose_fit": False},
+            "permutation_pairs": 1, "released": {
+                "causal": [[0.0, 0.375], [0.0, 0.0]],
+                "usefulness": {"score": 1.0, "mean_log_ratio": 0.5, "loose_fit": False}},
             "block_influence": [0.5, 0.01], "removal": {"1": [1.5, 1.02]}, **more}))
         return out
     return write
@@ -69,15 +72,16 @@ def test_reported_numbers_are_those_of_the_facts():
     if not facts.exists():
         pytest.skip("the paper's facts do not lie beside this checkout")
     rows = [[cell.strip(" *|") for cell in line.split("|")[1:-1]] for line in facts.read_text().splitlines()]
-    depth = {int(row[0]): [float(x) for x in row[1:]] for row in rows if len(row) == 4 and row[0] in ("12", "16", "24", "32")}
+    depth = {int(row[0]): [float(x) for x in row[1:]] for row in rows
+             if len(row) == 4 and row[0] in ("12", "16", "24", "32") and "~" not in row[3]}
     for L, values in depth.items():
         reported = families()["depth"][f"depth_{L}"]
         assert [reported["causal"], reported["permuted"], reported["useful"]] == values
     sweeps = [row for row in rows if len(row) == 7]
     for row in sweeps:
         for prefix, (knob, ppl, useful) in (("weight_decay", row[:3]), ("context", row[4:])):
-            member = f"{prefix}_{knob.replace('.0', '').replace('.', '_')}"
             if ppl.replace(".", "").isdigit():
+                member = f"{prefix}_{float(knob):g}".replace(".", "_")
                 reported = families()[prefix][member]
                 assert (reported["ppl"], reported["useful"]) == (float(ppl), float(useful)), member
     assert len(depth) == 4 and len(sweeps) > 6
@@ -89,9 +93,10 @@ def test_reported_numbers_are_those_of_the_facts():
 @pytest.mark.parametrize("scale", SCALES)
 def test_members_of_a_family_see_the_same_tokens(scale):
     for family, members in families().items():
+        if family == "norms" and scale == "paper":
+            continue                     # its members are of several families, whose steps the paper sized differently
         budgets = {(c.max_steps * c.tokens_per_step, c.tokens_per_step, c.data, c.learning_rate)
-                   for c in (settings(member, scale) for member in members if not member.startswith("ladder") or
-                             family == "ladder")}
+                   for c in (settings(member, scale) for member in members)}
         assert len(budgets) == 1, family
 
 
@@ -137,9 +142,9 @@ def test_members_share_a_folder_exactly_if_their_settings_are_equal(scale):
 def ran(corpus, tmp_path_factory):
     """A family run with real processes: its folder, the command and what it printed."""
     where = tmp_path_factory.mktemp("recipe")
-    command = ["run", "gqa", "--jobs", "2", "--only", "variance,usefulness", "--n_layer=2", "--n_embd=16", "--max_steps=3",
-               "--block_size=32", "--tokens_per_step=256", "--eval_tokens=256", "--stats_interval=1", "--warmup_steps=1",
-               f"--data={corpus}"]
+    command = ["run", "gqa", "--jobs", "2", "--only", "variance,usefulness", "--n_layer=2", "--n_embd=16",
+               "--max_steps=3", "--warmup_steps=1", "--block_size=32", "--tokens_per_step=256", "--eval_tokens=256",
+               "--stats_interval=1", f"--data={corpus}"]
     return where, command, cli(*command, cwd=where)
 
 
@@ -178,21 +183,19 @@ def test_what_is_finished_is_not_run_again_and_what_changed_is(ran):
     assert seeds.stdout.count("to do: nothing") == 3 and seeds.stdout.count("to do: train, probe") == 3
 
 
-def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys, invent):
+def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     def run_one(command, stdout, **_):
         out = Path(stdout.name).parent
         if "context_512" in str(out):
             return subprocess.CompletedProcess(command, 2)
         if "probe.py" in command[1]:
-            made = invent.__wrapped__(out) if hasattr(invent, "__wrapped__") else None
-            assert made is None
             (out / "probe.json").write_text(json.dumps({"usefulness": {"score": 0.5}, "variance": [1.0]}))
             (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(recipe.subprocess, "run", run_one)
-    args = type("Args", (), dict(family="context", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance", settings=[],
-                                 dry_run=False, out=str(tmp_path / "out")))
+    args = type("Args", (), dict(family="context", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance",
+                                 settings=[], dry_run=False, out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="1 of 6 runs failed: .*context_512/seed_0"):
         recipe.run_family(args)
     said = capsys.readouterr().out
@@ -221,7 +224,8 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     one, four = (dict(zip(head, row)) for row in rows)
     assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1`", "1", "1.000", "14.5")
     assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.870", "125.0")
-    assert four["useful"] == f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}" and four["variance"] == "4.000 ± 1.000"
+    assert four["useful"] == f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}"
+    assert four["variance"] == "4.000 ± 1.000"
     assert four["released causal"] == "0.375 ± 0.000" and four["released useful"] == "1.000 ± 0.000"
     assert four["val loss"] == "1.250 ± 0.000" and "accuracy" not in head
 
@@ -249,7 +253,7 @@ def test_every_family_has_a_figure(invent, tmp_path):
 # ---- the rule of thumb -----------------------------------------------------------------------------------------------
 def advice(tmp_path, monkeypatch, capsys, **asked):
     monkeypatch.setattr(recipe, "plan", lambda c, gpus, mfu: f"plan of {gpus}")          # tested in test_scale.py
-    args = dict(n_layer=32, params=1.24e9, tokens=1e10, gpus=8, out=str(tmp_path / "advised.py")) | asked
+    args = dict(n_layer=32, params=1.2e9, tokens=1e10, gpus=8, out=str(tmp_path / "advised.py")) | asked
     advise(type("Args", (), args))
     return load_settings([str(tmp_path / "advised.py")])[0], capsys.readouterr().out
 
@@ -267,10 +271,9 @@ def test_advice_at_the_papers_size_is_the_papers_recipe(tmp_path, monkeypatch, c
                                    dict(n_layer=16, params=2e7, tokens=2e8, gpus=1)])
 def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, tmp_path, monkeypatch, capsys):
     c, _ = advice(tmp_path, monkeypatch, capsys, **asked)
-    wider = {}
-    for d in (c.n_embd - 32, c.n_embd, c.n_embd + 32):
-        wider[d] = bare(train.replace(c, n_embd=d, expert_hidden=d, head_dim=0)).count_parameters()["active"] if d else 0
-    assert min(wider, key=lambda d: abs(wider[d] - asked["params"])) == c.n_embd
+    widths = [d for d in (c.n_embd - 32, c.n_embd, c.n_embd + 32) if d]
+    models = [bare(replace(c, n_embd=d, expert_hidden=d, head_dim=0)).count_parameters()["active"] for d in widths]
+    assert widths[np.abs(np.array(models) - asked["params"]).argmin()] == c.n_embd
     assert c.max_steps * c.tokens_per_step == pytest.approx(asked.get("tokens", 1e10), rel=0.02)
     assert c.tokens_per_step % (c.block_size * asked.get("gpus", 8)) == 0
     assert c.weight_decay * c.max_steps == pytest.approx(0.3 * 4768, rel=0.01)       # what decay does is the paper's
@@ -312,7 +315,8 @@ def test_a_run_that_uses_its_depth_is_left_alone(invent):
 
 
 @pytest.mark.parametrize("args, said", [
-    (["report"], "no finished run in out/recipe/laptop"), (["run", "width"], "width"), (["run", "gqa", "--sedes=2"], "seed"),
+    (["report"], "no finished run in out/recipe/laptop"), (["run", "width"], "width"),
+    (["run", "gqa", "--sedes=2"], "seed"),
     (["diagnose", "nowhere"], "nowhere"), (["advise", "--n_layer=32", "--params=1e9"], "--tokens"),
     (["advise", "--n_layer=0", "--params=1e9", "--tokens=1e9"], "--n_layer"), (["report", "--jobs=2"], "--jobs"),
     (["run", "gqa", "--seeds=0"], "--seeds")])
