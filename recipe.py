@@ -42,7 +42,7 @@ COLUMNS = {"variance": "variance", "causal": "causal_mean", "permuted": "permuta
            "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
            "held out": "usefulness_heldout.mean_log_ratio",
            "released useful": "released.usefulness.score", "released log ratio": "released.usefulness.mean_log_ratio",
-           "released causal": "released.causal", "|J-I|/d": "jacobian.deviation", "accuracy": "tasks.average.primary"}
+           "released causal": "released.causal", "Jacobian - 1": "jacobian.deviation", "accuracy": "tasks.average.primary"}
 EXPERIMENTS = "variance,causal,permutation,usefulness,released,removal,jacobian"
 # Settings that change how a run is computed and not what it is.
 NO_MATTER = {"vocab_size", "out_dir", "device", "dtype", "compile", "parallel", "recompute", "batch_size"}
@@ -146,8 +146,8 @@ def measured(out: Path) -> dict[str, Any]:
     values = {column: at(r, path) for column, path in COLUMNS.items()}
     if v := values["variance"]:
         values["variance"] = v[-1]
-    if J := values["|J-I|/d"]:
-        values["|J-I|/d"] = np.mean(J)
+    if J := values["Jacobian - 1"]:
+        values["Jacobian - 1"] = np.mean(J)
     if C := values["released causal"]:
         values["released causal"] = np.mean(np.array(C)[np.triu_indices(len(C), 1)])     # as our own: over all s < l
     values["val loss"] = next((x["val_loss"] for x in reversed(log) if "val_loss" in x), None)
@@ -172,38 +172,34 @@ def table(runs: Runs, paper: dict[str, dict[str, float]]) -> str:
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-def figure(family: str, runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
-    """Left the last layer's variance over training; right the scores, the paper's hollow, the ladder's over bars."""
+def figure(runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
+    """Left the last layer's variance over training; right the scores, the paper's hollow, over accuracy or loss."""
     try:
         from matplotlib import colormaps, figure
     except ImportError:
         return "no figure: pip install matplotlib"
-    fig, places = figure.Figure(figsize=(12, 4.8), layout="constrained"), np.arange(len(runs))
-    left, right = fig.subplots(1, 2)
+    fig, places = figure.Figure(figsize=(13, 5), layout="constrained"), np.arange(len(runs))
+    left, bars = fig.subplots(1, 2)
     for color, (member, seeds) in zip(colormaps["viridis"](np.linspace(0, 0.9, len(runs))), runs.items()):
         for k, r in enumerate(seeds):
             left.plot(*zip(*r["curve"]), color=color, alpha=0.35 if k else 1, label=None if k else member)
     left.set(xlabel="step", ylabel="variance of the last layer", yscale="log", title="Variance over training")
     left.legend(fontsize=7, ncols=1 + len(runs) // 8)
-    marks = {"useful": "o", "released useful": "x", "causal": "s", "permuted": "^"}
-    right.set(title="Scores after training", ylabel="score")
-    right.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
-    if family == "ladder":
-        (means, deviations), name = spread(runs, "accuracy"), "downstream accuracy"
-        if np.isnan(means).any():
-            (means, deviations), name = spread(runs, "val loss"), "validation loss (nats a token)"
-        right.bar(places, means, yerr=np.nan_to_num(deviations), color="lightsteelblue", capsize=3)
-        right.set(ylabel=name, ylim=(means.min() * 0.95, means.max() * 1.02))
-        right, marks = right.twinx(), {"useful": "o", "released useful": "x"}
-        right.set_ylabel("usefulness")
-    for column, mark in marks.items():
+    scored = all(r["accuracy"] for seeds in runs.values() for r in seeds)
+    means, deviations = spread(runs, "accuracy" if scored else "val loss")
+    bars.bar(places, means, yerr=np.nan_to_num(deviations), color="gainsboro", ecolor="gray", capsize=3)
+    bars.set(ylabel="downstream accuracy" if scored else "validation loss (nats a token), bars", title="After training",
+             ylim=(means.min() * 0.95, means.max() * 1.02))
+    bars.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
+    marks = bars.twinx()
+    for column, mark in {"useful": "o", "released useful": "x", "causal": "s", "permuted": "^"}.items():
         means, deviations = spread(runs, column)
-        line = right.errorbar(places, means, np.nan_to_num(deviations), marker=mark, capsize=3, label=column)[0]
+        line = marks.errorbar(places, means, np.nan_to_num(deviations), marker=mark, capsize=3, label=column)[0]
         theirs = [paper[member].get(column, math.nan) for member in runs]
         if not np.isnan(theirs).all():
-            right.plot(places, theirs, mark, color=line.get_color(), fillstyle="none", ms=9, label=f"{column}, paper")
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=7)
+            marks.plot(places, theirs, mark, color=line.get_color(), fillstyle="none", ms=9, label=f"{column}, paper")
+    marks.set(ylabel="score", ylim=(0, None))
+    fig.legend(*marks.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=110)
     return str(path)
 
@@ -216,50 +212,37 @@ def report(out: str, scale: str, chosen: Sequence[str]) -> None:
         if runs:
             path, text, found = Path(out, scale, f"{family}.md"), table(runs, paper), True
             path.write_text(text + "\n")
-            print(f"\n{family}: {path}, {figure(family, runs, paper, path.with_suffix('.png'))}\n\n{text}", flush=True)
+            print(f"\n{family}: {path}, {figure(runs, paper, path.with_suffix('.png'))}\n\n{text}", flush=True)
     check(found, f"no finished run in {out}/{scale}: python recipe.py run depth --scale {scale}")
 
 # ---- the rule of thumb -----------------------------------------------------------------------------------------------
 def advise(args: Any) -> None:
-    """Print the paper's recipe at another size: why each setting, where it extrapolates, what it takes; write a config.
+    """Print the paper's recipe at another size: why each knob, where it extrapolates, what it takes; write a config.
 
     --params counts what is active for a token, embeddings included. The recipe's experts are as wide as the stream, so
     the width solves a quadratic. What weight decay does goes with decay x steps, so that product is the paper's.
     """
     check(args.n_layer > 0 and args.gpus > 0 and args.params >= 1e5 and args.tokens >= 1e6,
           "--n_layer and --gpus must be positive, --params at least 1e5, --tokens at least 1e6")
-    vocab_size, steps, block_size = 50304, 4768, 4096
-    a, b = args.n_layer * (4 - 1 + 8 * 3), 2 * vocab_size + args.n_layer * 66       # attention with G = 2, 8 experts
+    base, T = ROOT / "configs/paper/ladder_moe.py", 4096
+    c = load_settings([str(base)])[0]
+    a = args.n_layer * (2 + 2 * c.n_kv_head / c.n_head + 3 * c.top_k)     # times d^2: attention, a token's experts
+    b = 2 * c.vocab_size + args.n_layer * (c.n_experts + 2)               # times d: embedding, head, routers, norms
     n_embd = max(32, 32 * round((math.sqrt(b * b + 4 * a * args.params) - b) / (2 * a) / 32))
-    while block_size > 128 and block_size * args.gpus * steps > args.tokens:
-        block_size //= 2
-    per_step = block_size * args.gpus * max(1, round(min(2**21, args.tokens / steps) / (block_size * args.gpus)))
-    max_steps = max(1, round(args.tokens / per_step))
-    regime = {"n_layer": (args.n_layer, 32, 12, 32), "params": (args.params, 1.24e9, 4e8, 1.3e9),
-              "tokens": (args.tokens, 1e10, 1e10, 1e10)}
-    lines = [f"# {name} = {asked:.4g}, {asked / ladder:.3g} times the ladder's: " + (
-        "within what the paper measured" if low * 0.95 <= asked <= high * 1.05 else
-        f"EXTRAPOLATES, the paper has {low:.4g} to {high:.4g}") for name, (asked, ladder, low, high) in regime.items()]
-    settings = {
-        "data": ("data/fineweb-edu", "python data.py fineweb-edu --max_tokens 10.5e9"),
-        "vocab_size": (vocab_size, "GPT-2's tokenizer; the paper's is GPT-NeoX's, of the same size"),
-        "n_layer": (args.n_layer, "as asked"),
-        "n_embd": (n_embd, f"the multiple of 32 nearest to {args.params:.4g} active parameters"),
-        "n_head": (16, "as in the paper"),
-        "n_kv_head": (8, LADDER["n_kv_head"]),
-        "n_experts": (64, LADDER["n_experts"]),
-        "top_k": (8, "as in the recipe"),
-        "expert_hidden": (n_embd, "as wide as the stream, as in the recipe"),
-        "block_size": (block_size, LADDER["block_size"] + "; here less, for the steps' sake" * (block_size < 4096)),
-        "weight_decay": (float(f"{0.3 * steps / max_steps:.3g}"), LADDER["weight_decay"] + "; x 4,768 steps / ours"),
-        "learning_rate": (4e-4, "our choice: the paper's is not known"),
-        "warmup_steps": (min(1000, max_steps // 5), "1000 in the paper's launch script"),
-        "tokens_per_step": (per_step, "2M in the paper; fewer where that left fewer than its 4,768 steps"),
-        "max_steps": (max_steps, f"{max_steps * per_step:.4g} tokens"),
-        "batch_size": (1, "sequences per pass and GPU: raise it as memory allows"),
-        "parallel": ("fsdp", "the experts are most of the weights")}
-    lines += [f"{name} = {value!r}".ljust(28) + f"# {why}" for name, (value, why) in settings.items()]
-    print(*lines, "", plan(TrainConfig(**{k: value for k, (value, _) in settings.items()}), args.gpus, 0.4), sep="\n")
+    while T > 128 and T * args.gpus * c.max_steps > args.tokens:
+        T //= 2
+    per_step = T * args.gpus * max(1, round(min(c.tokens_per_step, args.tokens / c.max_steps) / (T * args.gpus)))
+    steps = max(1, round(args.tokens / per_step))
+    new = {"n_layer": args.n_layer, "n_embd": n_embd, "expert_hidden": n_embd, "block_size": T, "batch_size": 1,
+           "tokens_per_step": per_step, "max_steps": steps, "warmup_steps": min(c.warmup_steps, steps // 5),
+           "weight_decay": float(f"{c.weight_decay * c.max_steps / steps:.3g}")}
+    lines = [f"# {name} = {(asdict(c) | new)[name]}: in the paper {why}" for name, why in LADDER.items()]
+    regime = ("n_layer", 32, 12, 32), ("params", 1.2e9, 4e8, 1.3e9), ("tokens", 1e10, 1e10, 1e10)
+    for (name, ladder, low, high), asked in zip(regime, (args.n_layer, args.params, args.tokens)):
+        said = "" if 0.95 * low <= asked <= 1.05 * high else f": EXTRAPOLATES, the paper has {low:.4g} to {high:.4g}"
+        lines.append(f"# {name} {asked:.4g} is {asked / ladder:.3g} times the ladder's" + said)
+    lines += [f"base = {str(base)!r}", *(f"{name} = {value}" for name, value in new.items())]
+    print(*lines, "", plan(replace(c, head_dim=0, **new), args.gpus, 0.4), sep="\n")
     if args.out:
         try:
             Path(args.out).write_text("\n".join(lines) + "\n")

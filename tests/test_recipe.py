@@ -264,7 +264,7 @@ def test_advice_at_the_papers_size_is_the_papers_recipe(tmp_path, monkeypatch, c
     for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "top_k", "expert_hidden", "block_size",
                  "weight_decay", "tokens_per_step", "max_steps", "learning_rate"):
         assert getattr(c, name) == getattr(theirs, name), name
-    assert "EXTRAPOLATES" not in said and "plan of 8" in said and said.count("within what the paper measured") == 3
+    assert "EXTRAPOLATES" not in said and "plan of 8" in said
 
 
 @pytest.mark.parametrize("asked", [dict(n_layer=12, params=4e8), dict(n_layer=64, params=7e9, tokens=1e11, gpus=64),
