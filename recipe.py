@@ -42,7 +42,8 @@ COLUMNS = {"variance": "variance", "causal": "causal_mean", "permuted": "permuta
            "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
            "held out": "usefulness_heldout.mean_log_ratio",
            "released useful": "released.usefulness.score", "released log ratio": "released.usefulness.mean_log_ratio",
-           "released causal": "released.causal", "Jacobian - 1": "jacobian.deviation", "accuracy": "tasks.average.primary"}
+           "released causal": "released.causal", "Jacobian - 1": "jacobian.deviation",
+           "accuracy": "tasks.average.primary"}
 EXPERIMENTS = "variance,causal,permutation,usefulness,released,removal,jacobian"
 # Settings that change how a run is computed and not what it is.
 NO_MATTER = {"vocab_size", "out_dir", "device", "dtype", "compile", "parallel", "recompute", "batch_size"}
@@ -161,13 +162,13 @@ def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 def table(runs: Runs, paper: dict[str, dict[str, float]]) -> str:
     """Markdown: a row per member, what was measured (± standard deviation over seeds) and what the paper reports."""
-    def cell(x: float, deviation: float = math.nan) -> str:
+    def cell(x: float, deviation: float) -> str:
         texts = [f"{y:.{3 if abs(x) < 10 else 1}f}" for y in (x, deviation) if not math.isnan(y)]
         return " ± ".join(texts)
 
     columns = {"": [f"`{member}`" for member in runs], "seeds": [str(len(seeds)) for seeds in runs.values()]}
     columns |= {name: list(map(cell, *spread(runs, name))) for name in ("val loss", *COLUMNS)}
-    columns |= {f"paper: {name}": [cell(paper[m].get(name, math.nan)) for m in runs] for name in PAPER[0].split()[2:]}
+    columns |= {f"paper: {name}": [f"{paper[m][name]:g}" if name in paper[m] else "" for m in runs] for name in PAPER[0].split()[2:]}
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -5,3 +5,4 @@ n_embd = 1120
 ffn_hidden = 8960           # our choice: what a token visits in ladder_moe.py, 8 x 1120; 1.24B parameters
 batch_size = 4
 block_size = 2048           # our choice: the ladder goes on to 4096
+tokens_per_step = 2**21     # our choice: the batch of these runs is not stated
