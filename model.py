@@ -180,25 +180,21 @@ class SwiGLU(nn.Module):
 
 @torch.library.custom_op("depth::grouped_mm", mutates_args=())   # torch.compile refuses F.grouped_mm in float32
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Rows ends[e-1] to ends[e] of x (M, K) times w[e] (E, K, N): (M, N)."""
-    if x.dtype == torch.float64:                                      # which F.grouped_mm lacks, and tests want
-        return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(ends[:-1].cpu().long()))])
-    return F.grouped_mm(x, w, offs=ends)
-
-@torch.library.custom_op("depth::grouped_outer", mutates_args=())
-def grouped_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    """x^T y over the rows of each expert, the weight gradient of grouped_mm: x (M, K), y (M, N) -> (E, K, N)."""
-    if x.dtype == torch.float64:
-        splits = ends[:-1].cpu().long()
-        return torch.stack([a.T @ b for a, b in zip(x.tensor_split(splits), y.tensor_split(splits))])
-    return F.grouped_mm(x.t(), y, offs=ends)
+    """Expert e's slots, ends[e-1] to ends[e] of M, times its matrix: x (M, K), w (E, K, N) -> (M, N). The gradient of w
+    is the product over the slots of each expert: x (K, M), w (M, N) -> (E, K, N)."""
+    if x.dtype != torch.float64:                                      # which F.grouped_mm lacks, and tests want
+        return F.grouped_mm(x, w, offs=ends)
+    inner = ends[:-1].cpu().long()
+    if w.dim() == 3:
+        return torch.cat([rows @ w[e] for e, rows in enumerate(x.tensor_split(inner))])
+    return torch.stack([a @ b for a, b in zip(x.tensor_split(inner, dim=1), w.tensor_split(inner))])
 
 def backward(ctx, grad):
     (x, w, ends), grad = ctx.saved_tensors, grad.contiguous()
-    return grouped_mm(grad, w.transpose(1, 2), ends), grouped_outer(x, grad, ends), None
+    return grouped_mm(grad, w.mT, ends), grouped_mm(x.T, grad, ends), None
 
-grouped_mm.register_fake(lambda x, w, ends: x.new_empty(x.size(0), w.size(2)))
-grouped_outer.register_fake(lambda x, y, ends: x.new_empty(ends.size(0), x.size(1), y.size(1)))
+grouped_mm.register_fake(
+    lambda x, w, ends: x.new_empty((len(x), w.size(2)) if w.dim() == 3 else (len(ends), len(x), w.size(1))))
 grouped_mm.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 class Router(NamedTuple):

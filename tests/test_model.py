@@ -209,7 +209,8 @@ def test_the_grouped_matrix_product_is_a_well_formed_custom_op(dtype):
     w = torch.randn(3, 8, 16, dtype=dtype, requires_grad=True)
     ends = torch.tensor([4, 4, 10], dtype=torch.int32)
     torch.library.opcheck(torch.ops.depth.grouped_mm.default, (x, w, ends))
-    torch.library.opcheck(torch.ops.depth.grouped_outer.default, (x.detach(), torch.randn(10, 16, dtype=dtype), ends))
+    gradient = torch.randn(10, 16, dtype=dtype)
+    torch.library.opcheck(torch.ops.depth.grouped_mm.default, (x.detach().T, gradient, ends))      # that of w
 
 
 def router_of(logits: list[list[float]], top_k: int) -> M.Router:
@@ -522,8 +523,7 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
     """The math backend of attention, since the CPU's fused one is not counted; the grouped product is told by hand."""
     settings = DENSE | extra
     model, idx = build(torch.float32, **settings), tokens(settings, T=8)
-    product = {torch.ops.depth.grouped_mm: lambda x, w, ends, out_shape=None, **_: 2 * x[0] * x[1] * w[2],
-               torch.ops.depth.grouped_outer: lambda x, y, ends, out_shape=None, **_: 2 * x[0] * x[1] * y[1]}
+    product = {torch.ops.depth.grouped_mm: lambda x, w, ends, out_shape=None, **_: 2 * x[0] * x[1] * w[-1]}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=product) as forward:
         loss = model(idx, idx, return_logits=False)[1]           # or the head runs twice
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=product) as backward:
