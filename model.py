@@ -46,12 +46,12 @@ class ModelConfig:
     block_size: int = setting(128, "context length T in tokens", 1)
     n_layer: int = setting(8, "blocks L", 1)
     n_head: int = setting(4, "query heads", 1)
-    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)", 1)
+    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)", 0)
     n_embd: int = setting(128, "width d of the residual stream", 1)
-    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models", 1)
+    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models", 0)
     n_experts: int = setting(0, "experts per MoE layer; 0: dense", 0)
-    top_k: int = setting(2, "experts per token")
-    expert_hidden: int = setting(0, "hidden width of one expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer")
+    top_k: int = setting(2, "experts per token", 1)
+    expert_hidden: int = setting(0, "hidden width of an expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer", 0)
     shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none", 0)
     norm_topk_prob: bool = setting(False, "rescale the chosen experts' weights to sum to 1")
     lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)", 0)
@@ -68,16 +68,14 @@ class ModelConfig:
     norm: str = setting("pre", "pre | lns (LayerNorm Scaling, arXiv 2502.05795) | peri (Peri-LN, arXiv 2502.02732)")
 
     def __post_init__(self) -> None:
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
-        if self.n_experts and self.top_k > 0:
-            self.expert_hidden = self.expert_hidden or self.ffn_hidden // self.top_k
         for f in fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
             check(least is None or value >= least, f"{f.name}={value} must be at least {least}")
-        if not self.head_dim:
-            check(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-            self.head_dim = self.n_embd // self.n_head
+        check(self.head_dim or self.n_embd % self.n_head == 0,
+              f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
         check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for RoPE: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         check(self.norm in ("pre", "lns", "peri"), f"norm={self.norm!r} is none of pre, lns, peri")
@@ -87,7 +85,8 @@ class ModelConfig:
         check(not self.shared_gate or self.n_experts and self.shared_hidden,
               "shared_gate=True gates a shared expert, and there is none: set n_experts and shared_hidden")
         if self.n_experts:
-            check(0 < self.top_k <= self.n_experts, f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
+            check(self.top_k <= self.n_experts, f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
+            self.expert_hidden = self.expert_hidden or self.ffn_hidden // self.top_k
             for name, width in (("n_embd", self.n_embd), ("expert_hidden", self.expert_hidden)):    # for grouped_mm
                 check(width > 0 and width % 8 == 0, f"{name}={width} must be a multiple of 8 in a MoE")
 
