@@ -326,16 +326,15 @@ class GPT(nn.Module):
         c = self.config
         check(idx.size(1) <= c.block_size, f"{idx.size(1)} tokens exceed block_size={c.block_size}")
         x = self.embed(idx)                                                           # (B, T, d)
-        streams, details, routers = [x], [], []
+        variances, routers = [token_variance(x)] if stats else [], []
         for block in self.blocks:
             if self.recompute and self.training:
                 x, detail = checkpoint(block, x, True, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, detail = block(x, detail=True)
             routers.append(detail.router)
-            if stats:                                            # else what the blocks did need not stay in memory
-                streams.append(x)
-                details.append(detail)
+            if stats:
+                variances += map(token_variance, (detail.attn, detail.ffn, x))
         x, loss = self.norm(x), None
         router = Router(*map(torch.stack, zip(*routers))) if c.n_experts else None    # of all: (L,), (L,), (L, E)
         if targets is not None:
@@ -344,7 +343,7 @@ class GPT(nn.Module):
                 aux = c.lb_loss_weight * router.lb_loss.mean() + c.z_loss_weight * router.z_loss.mean()
                 loss = loss + (aux - aux.detach())                                    # adds 0, and aux's gradient
         logits = self.head(x) if return_logits or targets is None else None
-        return (logits, loss, statistics(streams, details, router)) if stats else (logits, loss)
+        return (logits, loss, statistics(variances, router)) if stats else (logits, loss)
 
     def count_parameters(self) -> dict[str, int]:
         """total; active: without the experts a token does not visit; non_embedding: active without embed and head."""
@@ -377,18 +376,19 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
         return chunk_loss(xs[0], ts[0]) / targets.numel()
     return sum(checkpoint(chunk_loss, x, t, use_reentrant=False) for x, t in zip(xs, ts)) / targets.numel()
 
+@torch.no_grad()
 def token_variance(x: Tensor) -> Tensor:
     """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (paper, probe 1)"""
     return wide(x).var(-1).mean()
 
 @torch.no_grad()
-def statistics(streams: list[Tensor], details: list[Detail], router: Router | None) -> dict[str, Tensor]:
-    """Statistics of one micro-batch, from the streams h_0 .. h_L, what the blocks did and the routers of all layers.
+def statistics(variances: list[Tensor], router: Router | None) -> dict[str, Tensor]:
+    """Statistics of one micro-batch, from the token variances of h_0, attn_1, ffn_1, h_1, attn_2, ... and the routers.
 
     variance (L+1,), attn_variance (L,), ffn_variance (L,); of a MoE also lb_loss (), z_loss (), expert_load (L, E).
     """
-    seen = {"variance": streams, "attn_variance": [d.attn for d in details], "ffn_variance": [d.ffn for d in details]}
-    out = {name: torch.stack([token_variance(x) for x in xs]) for name, xs in seen.items()}
+    variance = torch.stack(variances)
+    out = {"variance": variance[::3], "attn_variance": variance[1::3], "ffn_variance": variance[2::3]}
     if router:
         out |= {"lb_loss": router.lb_loss.mean(), "z_loss": router.z_loss.mean(), "expert_load": router.load}
     return out
