@@ -624,12 +624,9 @@ def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: i
         for block in model.blocks:
             x = block(x)
         logits = model.head(model.norm(x[:, -1]))[:, :n_vocab].float()                # (B, n_vocab)
-        if temperature < 1e-6:                                                        # a quotient would overflow
-            token = logits.argmax(-1, keepdim=True)
-        else:
-            kept, ids = logits.topk(min(top_k, logits.size(-1)))
-            token = ids.gather(-1, torch.multinomial((kept / temperature).softmax(-1), 1, generator=generator))
-        idx = torch.cat((idx, token), dim=1)
+        kept, ids = logits.topk(min(top_k, logits.size(-1)))
+        chance = ((kept - kept[:, :1]) / max(temperature, 1e-9)).softmax(-1)          # 1e-9: the likeliest takes all
+        idx = torch.cat((idx, ids.gather(-1, torch.multinomial(chance, 1, generator=generator))), dim=1)
     return idx
 
 def run(main: Callable[[], None]) -> NoReturn:
