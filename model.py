@@ -118,24 +118,22 @@ class RoPE(nn.Module):
         super().__init__()
         self.half, self.theta = config.head_dim // 2, config.rope_theta
         self.scaling = [float(x) for x in config.rope_scaling.removeprefix("llama3:").split(",") if x]
-        self.register_buffer("cos", torch.empty(config.block_size, 1, config.head_dim), persistent=False)
-        self.register_buffer("sin", torch.empty(config.block_size, 1, config.head_dim), persistent=False)
+        self.register_buffer("table", torch.empty(config.block_size, 1, 2 * config.head_dim), persistent=False)
 
     def reset(self) -> None:
-        """Fill the tables: apart from __init__, since that may run on the meta device."""
+        """Fill the table of cosines and sines: apart from __init__, since that may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         if self.scaling:       # wavelengths that did not fit into the original context grow, with a ramp in between
             factor, low, high, context = self.scaling
             kept = ((context * freq / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
             freq = freq * (kept + (1 - kept) / factor)
-        angle = torch.outer(torch.arange(len(self.cos), dtype=torch.float64), freq)[:, None]    # (T, 1, head_dim / 2)
-        self.cos.copy_(torch.cat((angle.cos(), angle.cos()), dim=-1))
-        self.sin.copy_(torch.cat((-angle.sin(), angle.sin()), dim=-1))
+        angle = torch.outer(torch.arange(len(self.table), dtype=torch.float64), freq)[:, None]    # (T, 1, head_dim / 2)
+        self.table.copy_(torch.cat((angle.cos(), angle.cos(), -angle.sin(), angle.sin()), dim=-1))
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
         """Rotate queries or keys (B, T, heads, head_dim) by their place in the sequence, or by position (B, T)."""
-        at = slice(x.size(1)) if position is None else position
-        cos, sin = self.cos[at], self.sin[at]                                          # (T, 1, head_dim)
+        table = self.table[:x.size(1)] if position is None else self.table[position]
+        cos, sin = table.chunk(2, dim=-1)                                              # (T, 1, head_dim)
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 class Attention(nn.Module):
