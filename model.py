@@ -464,7 +464,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 # ---- Hugging Face folders, in and out --------------------------------------------------------------------------------
 FAMILIES: dict[str, dict[str, Any]] = {       # model_type: what it implies where config.json is silent
     "llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"},
-    "mixtral": {"rope_theta": 1e6, "norm_eps": 1e-5}, "olmoe": {"qk_norm": "full", "norm_eps": 1e-5, "top_k": 8},
+    "mixtral": {"rope_theta": 1e6, "norm_eps": 1e-5, "norm_topk_prob": True},
+    "olmoe": {"qk_norm": "full", "norm_eps": 1e-5, "top_k": 8},
     "qwen2_moe": {"qkv_bias": True, "shared_gate": True, "top_k": 4}, "qwen3_moe": {"qk_norm": "head", "top_k": 8}}
 FIELDS = {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
           "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
@@ -479,7 +480,7 @@ ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decod
 HARMLESS = """model_type architectures dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id
     pad_token_id unk_token_id tokenizer attention_dropout router_jitter_noise router_aux_loss_coef output_router_logits
     pretraining_tp max_window_layers layer_types sliding_window use_sliding_window rope_scaling rope_parameters
-    is_llama_config rope_interleaved transformers.js_config""".split()
+    rope_type type is_llama_config rope_interleaved transformers.js_config""".split()
 NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",       # ours: theirs; below, of a block
          "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn.proj": "self_attn.o_proj",
          "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ffn.router": "mlp.gate",
@@ -490,35 +491,31 @@ NAMES |= {f"ffn.shared.{x}": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up
 def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
     """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) means;
     UserError names what the model lacks, and any field that is not known to leave the function alone."""
-    family = hf.get("model_type")
+    hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})              # its fields as the others
+    family, rope = hf.get("model_type"), hf.get("rope_type") or hf.get("type") or "default"
     check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
+    check(rope in ("default", "llama3"), f"{path}: rope_type={rope} is not supported, only default and llama3 are")
     hf = {"sliding_window": 4096 if family == "mistral" else None} | hf                # its default is not null
     hf = {name: value for name, value in hf.items() if value is not None}
+    known = {*FIELDS, *MOE_FIELDS, *ONLY, *HARMLESS, *(LLAMA3_FIELDS if rope == "llama3" else ())}
     for name, value in hf.items():
         check(value == ONLY.get(name, value), f"{path}: {name}={value!r} is not supported, only {ONLY.get(name)!r} is")
-        check(name in (*FIELDS, *MOE_FIELDS, *ONLY, *HARMLESS) or name[0] == "_",
+        check(name in known or name[0] == "_",
               f"{path}: {name}={value!r} is unknown and may change what the model computes: if not, delete it there")
     for name in ("num_attention_heads", "max_position_embeddings"):                   # no tensor's shape tells these
         check(name in hf, f"{path} lacks {name}")
     values = FAMILIES[family] | {ours: hf[name] for name, ours in (FIELDS | MOE_FIELDS).items() if name in hf}
     if "n_experts" in values:
-        values = {"expert_hidden": hf.get("intermediate_size")} | values
-        values["norm_topk_prob"] = hf.get("norm_topk_prob", False) or family == "mixtral"
+        values.setdefault("expert_hidden", hf.get("intermediate_size"))
+    if rope == "llama3":
+        values["rope_scaling"] = "llama3:" + ",".join(str(hf[name]) for name in LLAMA3_FIELDS)
 
-    rope = {"type": "default", "partial_rotary_factor": 1} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
-    kind = rope.pop("rope_type", rope.pop("type"))
-    values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-    if kind == "llama3":
-        values["rope_scaling"] = "llama3:" + ",".join(str(rope.pop(name)) for name in LLAMA3_FIELDS)
-    check(kind in ("default", "llama3") and rope == {"partial_rotary_factor": 1},
-          f"{path}: RoPE of rope_type={kind} with {rope} is not supported, only default and llama3 are")
-
-    kinds, longest = set(hf.get("layer_types", [])), values["block_size"]
+    kinds, window = set(hf.get("layer_types", [])), hf.get("sliding_window") or values["block_size"]
     check(kinds <= {"full_attention", "sliding_attention"}, f"{path}: layer_types={sorted(kinds)} is not supported")
-    if hf.get("use_sliding_window", "qwen" not in family) or "sliding_attention" in kinds:
-        values["block_size"] = min(longest, hf.get("sliding_window") or longest)
-    if values["block_size"] < longest:                                         # so short a sequence meets no window
-        print(f"{path}: block_size={values['block_size']}, its sliding_window, not {longest}", file=sys.stderr)
+    slides = "sliding_attention" in kinds or hf.get("use_sliding_window", "qwen" not in family)
+    if slides and window < values["block_size"]:                               # so short a sequence meets no window
+        print(f"{path}: block_size={window}, its sliding_window, not {values['block_size']}", file=sys.stderr)
+        values["block_size"] = window
     return ModelConfig(**values)
 
 def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
