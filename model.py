@@ -370,9 +370,8 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
 
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
     xs, ts = x.flatten(0, 1).split(rows), targets.flatten().split(rows)
-    if len(xs) == 1:                                                         # nothing to save by recomputing
-        return chunk_loss(xs[0], ts[0]) / targets.numel()
-    return sum(checkpoint(chunk_loss, x, t, use_reentrant=False) for x, t in zip(xs, ts)) / targets.numel()
+    loss = partial(checkpoint, chunk_loss, use_reentrant=False) if len(xs) > 1 else chunk_loss
+    return sum(map(loss, xs, ts)) / targets.numel()
 
 @torch.no_grad()
 def token_variance(x: Tensor) -> Tensor:
