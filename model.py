@@ -583,8 +583,8 @@ def export(path: str | Path, folder: str | Path) -> None:
             w |= {name: 2 * p for name, p in w.items() if name.endswith("shared.down.weight")}
         c = replace(c, qkv_bias=True, shared_gate=True, shared_hidden=c.shared_hidden or 1)
         with torch.device("meta"):
-            new = {name: torch.zeros(p.shape, device="cpu") for name, p in GPT(c).state_dict().items() if name not in w}
-        w |= new
+            places = GPT(c).state_dict()
+        w |= {name: torch.zeros(place.shape) for name, place in places.items() if name not in w}
     w |= {f"blocks.{l}.{name}.weight": block.get_submodule(name).weight * block.scale
           for l, block in enumerate(model.blocks) for name in ("attn_norm", "ffn_norm")}        # LayerNorm Scaling
     hf = {theirs: getattr(c, ours) for theirs, ours in (FIELDS | (MOE_FIELDS if c.n_experts else {})).items()}
@@ -647,7 +647,7 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(prog="model.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     sample = commands.add_parser("sample", help="continue a prompt")
     sample.add_argument("checkpoint")
     sample.add_argument("--prompt", default="", help="the text to continue; default: the start of a document")
