@@ -207,9 +207,9 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     check(jacobian_samples is None or jacobian_samples > 0, "--jacobian_samples must be positive")
     check(min(pairs, below, seed) >= 0, "--pairs, --below and --seed must not be negative")
 
-    size, half = max(1, TOKENS_AT_ONCE // T), B // 2
-    chunks = tokens.split(size)
-    n_jacobian = B - half if jacobian_samples is None else min(jacobian_samples, B)
+    half, size = B // 2, max(1, TOKENS_AT_ONCE // T)
+    starts = sorted({*range(0, B, size), half if "usefulness" in want else 0})     # no micro-batch is in both halves
+    chunks = tokens.tensor_split(starts[1:])
     every_pair = list(combinations(range(n), 2))
     chosen = [every_pair[k] for k in np.random.default_rng(seed).permutation(len(every_pair))[:pairs or None]]
     layers: list[Layer] = [*blocks]
@@ -235,36 +235,35 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     maps: dict[str, list[tuple[Tensor, Tensor]]] = {}
     if want & {"usefulness", "released"}:
         fits: list[Any] = [0.0, 0.0]                                         # moments of the first half, of the second
-        for k, idx in reversed(list(enumerate(chunks))):
+        for k in reversed(range(len(chunks))):
             begin("usefulness: fit", "usefulness", "released")
-            streams, details = forward(model, idx)
-            pairs_of = [*pairwise(streams), (streams[n - 1], model.norm(streams[n]))][:len(layers)]
-            late = max(0, half - k * size)                                   # from here on in the second half
-            for part, rows in enumerate((slice(late), slice(late, None))):
-                fits[part] = fits[part] + torch.stack([moments(x[rows], y[rows]) for x, y in pairs_of])
+            streams, details = forward(model, chunks[k])
+            updates = [*pairwise(streams), (streams[n - 1], model.norm(streams[n]))][:len(layers)]
+            fits[starts[k] >= half] += torch.stack([moments(x, y) for x, y in updates])
         maps = {"usefulness": [affine_map(m) for m in fits[0] + fits[1]],
                 "usefulness_heldout": [affine_map(m) for m in fits[0][:n]]}
 
-    for k, idx in enumerate(chunks):
+    for k, (first, idx) in enumerate(zip(starts, chunks)):
         positions, predictions = idx.numel(), idx[:, 1:].numel()
         begin("streams")
         if k > 0 or not maps:
             streams, details = forward(model, idx)
-        add("loss", nll(model, streams[n], idx), predictions)
+        whole = nll(model, streams[n], idx)                                  # what ratios of losses are divided by
+        add("loss", whole, predictions)
         if begin("variance", "variance", "released"):
             attn, ffn, _ = zip(*details)
             for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn)):
                 add(name, [token_variance(x) * positions for x in xs], positions)
             last = streams[n] if model.config.n_experts else model.norm(streams[n])             # as `released` has it
             add("released.variance", token_variance(last) * positions, positions)
-        few, jacobians = idx[:max(0, n_jacobian - k * size)], []
+        few, jacobians = idx[:max(0, (jacobian_samples or B - half) - first)], []
         if len(few) and want & {"jacobian", "released"}:
             for f, x in zip(layers, [*streams[:n], streams[n - 1]]):
                 begin("jacobian", "jacobian", "released")
                 jacobians.append(jacobian(f, x[:len(few)]))
             add("jacobian", jacobians, few.numel())
         if begin("causal and single removal", "causal", "removal", "released"):
-            rows = defaultdict(list)
+            rows, per = defaultdict(list), {"removal.1": predictions, "released.usefulness": whole}
             for s in range(n):
                 g = streams[:s + 1] + streams_of(blocks[s + 1:], streams[s])               # of the run without block s
                 if "causal" in want:
@@ -276,7 +275,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
                         rows[f"released.{key}"].append(value)
                     begin("causal and single removal", "released")
             for name, row in rows.items():
-                add(name, row, update_norms(streams) if "causal" in name else predictions)
+                add(name, row, per.get(name) or update_norms(streams))
         if begin("removal of runs and sublayers", "removal"):
             for r in sorted(set(remove) - {1}):
                 losses = [nll(model, streams[s], idx, blocks[s + r:]) for s in range(n - r + 1)]
@@ -291,14 +290,12 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
             for i, j in chosen:
                 begin("permutation")
                 losses.append(nll(model, streams[i], idx, swapped(blocks, i, j)[i:]))
-            add("permutation", losses, predictions)
-        for name, first in (("usefulness", 0), ("usefulness_heldout", max(0, half - k * size))):
-            judged = idx[first:]                                             # those of the second half
-            if len(judged) and begin("usefulness"):
-                losses = [nll(model, x[first:] @ W.to(x) + b.to(x), judged, blocks[l + 1:])
+            add("permutation", losses, whole)
+        if begin("usefulness"):
+            for name in ("usefulness", "usefulness_heldout") if first >= half else ("usefulness",):
+                losses = [nll(model, x @ W.to(x) + b.to(x), idx, blocks[l + 1:])
                           for l, (x, (W, b)) in enumerate(zip(streams[:n], maps[name]))]
-                add(name, losses, judged[:, 1:].numel())
-                add(f"{name} before", nll(model, streams[n][first:], judged), judged[:, 1:].numel())
+                add(name, losses, whole)
         if begin("lens"):
             add("lens", lens_sums(model, streams, idx), [positions, predictions, positions])
         if begin("contribution"):
@@ -313,7 +310,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     out: dict[str, Any] = {"loss": mean["loss"].item()}
 
     def usefulness(name: str, fitted_on: int) -> dict[str, Any]:
-        ratio = mean[name] / mean.get(f"{name} before", mean["loss"])
+        ratio = mean[name]
         return {"ratio": ratio.tolist(), "score": (ratio > USEFUL).double().mean().item(),
                 "mean_log_ratio": ratio.log().mean().item(), "loose_fit": fitted_on < 10 * (model.config.n_embd + 1)}
 
@@ -323,7 +320,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     if "causal" in want:
         out |= {"causal": mean["causal"].tolist(), "causal_mean": mean["causal"].sum().item() / max(1, len(every_pair))}
     if "permutation" in want:
-        change = (mean["permutation"] / mean["loss"] - 1).abs()
+        change = (mean["permutation"] - 1).abs()
         P = torch.full((n, n), math.nan, dtype=torch.float64).fill_diagonal_(0.0)                  # nan: not sampled
         for (i, j), x in zip(chosen, change):
             P[i, j] = P[j, i] = x
