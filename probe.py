@@ -37,7 +37,7 @@ from torch import Tensor
 
 from data import Corpus, documents, get_tokenizer, write_json
 from model import (GPT, LOGITS_AT_ONCE, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run,
-                   save_checkpoint, token_variance, wide)
+                   save_checkpoint, statistics, token_variance, wide)
 
 EXPERIMENTS = "variance causal permutation usefulness released removal jacobian lens contribution sparsity".split()
 USEFUL = 1.1                # a layer is useful when its affine map multiplies the loss by more than this (paper)
@@ -138,14 +138,11 @@ def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
             sums[l] += exact([(own.exp() * (own - q)).sum(), -q[:-1].gather(1, targets).sum(), shared])
     return sums
 
-def contribution_sums(streams: list[Tensor], details: list[Detail]) -> list[list[Tensor]]:
-    """Each sublayer's output f against the stream x it joins: ||f|| / ||x|| and cosine; (n, 4), summed over tokens."""
-    rows = []
-    for x, detail in zip(streams, details):
-        pairs = [(wide(x), wide(detail.attn)), (wide(x + detail.attn), wide(detail.ffn))]
-        rows.append([(f.norm(dim=-1) / x.norm(dim=-1)).sum() for x, f in pairs]
-                    + [F.cosine_similarity(x, f, dim=-1).sum() for x, f in pairs])
-    return rows
+def contribution_sums(x: Tensor, detail: Detail) -> Tensor:
+    """A block's attention and FFN output f against the stream x it joins: ||f|| / ||x||, cosines; (4,), over tokens."""
+    pairs = [(wide(x), wide(detail.attn)), (wide(x + detail.attn), wide(detail.ffn))]
+    return exact([(f.norm(dim=-1) / x.norm(dim=-1)).sum() for x, f in pairs]
+                 + [F.cosine_similarity(x, f, dim=-1).sum() for x, f in pairs])
 
 def attention_sums(block: Block, x: Tensor) -> Tensor:
     """How sparse is the attention of a block at stream x (B, T, d)? (3,), summed over tokens, a mean over heads.
@@ -209,24 +206,18 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
 
     half, size = B // 2, max(1, TOKENS_AT_ONCE // T)
     starts = sorted({*range(0, B, size), half if "usefulness" in want else 0})     # no micro-batch is in both halves
-    chunks = tokens.tensor_split(starts[1:])
+    chunks, n_jacobian = tokens.tensor_split(starts[1:]), min(jacobian_samples or B - half, B)
     every_pair = list(combinations(range(n), 2))
     chosen = [every_pair[k] for k in np.random.default_rng(seed).permutation(len(every_pair))[:pairs or None]]
     layers: list[Layer] = [*blocks]
     if "released" in want and not model.config.n_experts:
         layers.append(lambda x: model.norm(blocks[-1](x)))
-    sums, counts, k, marks = defaultdict(float), defaultdict(float), 0, [("streams", time.perf_counter())]
-
-    def add(name: str, value: Any, count: Any) -> None:
-        """Add to a sum, and to what it is divided by in the end."""
-        sums[name], counts[name] = sums[name] + exact(value), counts[name] + exact(count)
+    sums, marks = defaultdict(lambda: defaultdict(float)), []                # by name, then by block, run or pair
 
     def begin(stage: str, *experiments: str) -> bool:
-        """Is one of the experiments wanted? Then announce a stage and mark when it began."""
-        if not want.intersection(experiments or (stage,)):
+        """Is the stage wanted, or one of the experiments? Then mark when it began."""
+        if not want & {stage, *experiments}:
             return False
-        if tokens.is_cuda:
-            torch.cuda.synchronize()
         marks.append((stage, time.perf_counter()))
         progress(f"{stage}, micro-batch {k + 1}/{len(chunks)}")
         return True
@@ -238,89 +229,89 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         for k in reversed(range(len(chunks))):
             begin("usefulness: fit", "usefulness", "released")
             streams, details = forward(model, chunks[k])
-            updates = [*pairwise(streams), (streams[n - 1], model.norm(streams[n]))][:len(layers)]
-            fits[starts[k] >= half] += torch.stack([moments(x, y) for x, y in updates])
+            ends = [*pairwise(streams), (streams[n - 1], model.norm(streams[n]))][:len(layers)]
+            fits[starts[k] >= half] += torch.stack([moments(x, y) for x, y in ends])
         maps = {"usefulness": [affine_map(m) for m in fits[0] + fits[1]],
                 "usefulness_heldout": [affine_map(m) for m in fits[0][:n]]}
 
     for k, (first, idx) in enumerate(zip(starts, chunks)):
-        positions, predictions = idx.numel(), idx[:, 1:].numel()
         begin("streams")
         if k > 0 or not maps:
             streams, details = forward(model, idx)
-        whole = nll(model, streams[n], idx)                                  # what ratios of losses are divided by
-        add("loss", whole, predictions)
-        if begin("variance", "variance", "released"):
-            attn, ffn, _ = zip(*details)
-            for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn)):
-                add(name, [token_variance(x) * positions for x in xs], positions)
-            last = streams[n] if model.config.n_experts else model.norm(streams[n])             # as `released` has it
-            add("released.variance", token_variance(last) * positions, positions)
-        few, jacobians = idx[:max(0, (jacobian_samples or B - half) - first)], []
-        if len(few) and want & {"jacobian", "released"}:
-            for f, x in zip(layers, [*streams[:n], streams[n - 1]]):
-                begin("jacobian", "jacobian", "released")
-                jacobians.append(jacobian(f, x[:len(few)]))
-            add("jacobian", jacobians, few.numel())
-        if begin("causal and single removal", "causal", "removal", "released"):
-            rows, per = defaultdict(list), {"removal.1": predictions, "released.usefulness": whole}
-            for s in range(n):
+        loss = nll(model, streams[n], idx)
+        sums["loss"][first >= half] += loss
+        for l, norm in enumerate(update_norms(streams)):
+            sums["update"][l] += exact(norm)
+        if begin("variance"):
+            for name, variances in statistics(streams, details, None).items():
+                for l, variance in enumerate(variances):
+                    sums[name][l] += exact(variance * idx.numel())
+        if begin("released"):
+            last = streams[n] if model.config.n_experts else model.norm(streams[n])
+            for l, x in enumerate((*streams[:n], last)):
+                sums["released.variance"][l] += exact(token_variance(x) * idx.numel())
+        few = idx[:max(0, n_jacobian - first)]
+        for l, (f, x) in enumerate(zip(layers, (*streams[:n], streams[n - 1]))):
+            if len(few) and begin("jacobian", "released"):
+                sums["jacobian"][l] += exact(jacobian(f, x[:len(few)]))
+        for s in range(n):
+            if begin("causal and single removal", "causal", "removal", "released"):
                 g = streams[:s + 1] + streams_of(blocks[s + 1:], streams[s])               # of the run without block s
-                if "causal" in want:
-                    rows["causal"].append(causal_row(streams, g, s))
-                if "removal" in want and 1 in remove:
-                    rows["removal.1"].append(nll(model, g[n], idx))
-                if begin("released"):
-                    for key, value in released(model, idx, streams, g, s, maps["usefulness"]).items():
-                        rows[f"released.{key}"].append(value)
-                    begin("causal and single removal", "released")
-            for name, row in rows.items():
-                add(name, row, per.get(name) or update_norms(streams))
+            if "causal" in want:
+                sums["causal"][s] += exact(causal_row(streams, g, s))
+            if "removal" in want and 1 in remove:
+                sums["removal.1"][s] += nll(model, g[n], idx)
+            if begin("released"):
+                for name, value in released(model, idx, streams, g, s, maps["usefulness"]).items():
+                    sums[f"released.{name}"][s] += exact(value)
         if begin("removal of runs and sublayers", "removal"):
             for r in sorted(set(remove) - {1}):
-                losses = [nll(model, streams[s], idx, blocks[s + r:]) for s in range(n - r + 1)]
-                add(f"removal.{r}", losses, predictions)
-            for name, alone in (("attn", lambda l: streams[l] + blocks[l].ffn_output(streams[l])[0]),
-                                ("ffn", lambda l: streams[l] + details[l].attn))[:2 * sublayers]:
-                add(f"removal.{name}", [nll(model, alone(l), idx, blocks[l + 1:]) for l in range(n)], predictions)
-            cosines = [F.cosine_similarity(wide(x), wide(y), dim=-1) for x, y in pairwise(streams)]
-            add("block_influence", [(1 - cosine).sum() for cosine in cosines], positions)
-        if "permutation" in want:
-            losses = []
-            for i, j in chosen:
-                begin("permutation")
-                losses.append(nll(model, streams[i], idx, swapped(blocks, i, j)[i:]))
-            add("permutation", losses, whole)
+                for s in range(n - r + 1):
+                    sums[f"removal.{r}"][s] += nll(model, streams[s], idx, blocks[s + r:])
+            for l, (block, x, y) in enumerate(zip(blocks, streams, streams[1:])):
+                sums["block_influence"][l] += exact((1 - F.cosine_similarity(wide(x), wide(y), dim=-1)).sum())
+                if sublayers:
+                    sums["removal.attn"][l] += nll(model, x + block.ffn_output(x)[0], idx, blocks[l + 1:])
+                    sums["removal.ffn"][l] += nll(model, x + details[l].attn, idx, blocks[l + 1:])
+        for i, j in chosen:
+            if begin("permutation"):
+                sums["permutation"][i, j] += nll(model, streams[i], idx, swapped(blocks, i, j)[i:])
         if begin("usefulness"):
             for name in ("usefulness", "usefulness_heldout") if first >= half else ("usefulness",):
-                losses = [nll(model, x @ W.to(x) + b.to(x), idx, blocks[l + 1:])
-                          for l, (x, (W, b)) in enumerate(zip(streams[:n], maps[name]))]
-                add(name, losses, whole)
+                for l, (x, (W, b)) in enumerate(zip(streams[:n], maps[name])):
+                    sums[name][l] += nll(model, x @ W.to(x) + b.to(x), idx, blocks[l + 1:])
         if begin("lens"):
-            add("lens", lens_sums(model, streams, idx), [positions, predictions, positions])
-        if begin("contribution"):
-            add("contribution", contribution_sums(streams, details), positions)
-        if begin("sparsity"):
-            add("attention", [attention_sums(block, x) for block, x in zip(blocks, streams)], predictions)
-            if model.config.n_experts:
-                add("load", [detail.router.load * positions for detail in details], positions)
+            for l, row in enumerate(lens_sums(model, streams, idx)):
+                sums["lens"][l] += row
+        for l, (block, x, detail) in enumerate(zip(blocks, streams, details)):
+            if begin("contribution"):
+                sums["contribution"][l] += contribution_sums(x, detail)
+            if begin("sparsity"):
+                sums["attention"][l] += attention_sums(block, x)
+                if detail.router:
+                    sums["load"][l] += exact(detail.router.load * idx.numel())
     begin("streams")                                                         # the end of the last stage
 
-    mean = {name: sums[name] / counts[name].clamp_min(1e-300) for name in sums}
-    out: dict[str, Any] = {"loss": mean["loss"].item()}
+    def total(name: str) -> Tensor:
+        """The sums of a name, float64: one per block, stream, run or pair."""
+        return exact(list(sums[name].values()))
 
-    def usefulness(name: str, fitted_on: int) -> dict[str, Any]:
-        ratio = mean[name]
+    def usefulness(name: str, before: Tensor, fitted_on: int) -> dict[str, Any]:
+        ratio = total(name) / before
         return {"ratio": ratio.tolist(), "score": (ratio > USEFUL).double().mean().item(),
                 "mean_log_ratio": ratio.log().mean().item(), "loose_fit": fitted_on < 10 * (model.config.n_embd + 1)}
 
+    positions, predictions = B * T, B * (T - 1)
+    loss, update = total("loss").sum(), total("update").clamp_min(1e-300)
+    out: dict[str, Any] = {"loss": loss.item() / predictions}
     if "variance" in want:
-        out |= {name: mean[name].tolist() for name in ("variance", "attn_variance", "ffn_variance")}
+        out |= {name: (total(name) / positions).tolist() for name in ("variance", "attn_variance", "ffn_variance")}
         out["variance_growth"] = [y / x if x else math.nan for x, y in pairwise(out["variance"])]
     if "causal" in want:
-        out |= {"causal": mean["causal"].tolist(), "causal_mean": mean["causal"].sum().item() / max(1, len(every_pair))}
+        C = total("causal") / update
+        out |= {"causal": C.tolist(), "causal_mean": C.sum().item() / max(1, len(every_pair))}
     if "permutation" in want:
-        change = (mean["permutation"] - 1).abs()
+        change = (total("permutation") / loss - 1).abs()
         P = torch.full((n, n), math.nan, dtype=torch.float64).fill_diagonal_(0.0)                  # nan: not sampled
         for (i, j), x in zip(chosen, change):
             P[i, j] = P[j, i] = x
@@ -329,28 +320,33 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         if 1 < len(chosen) < len(every_pair):
             out["permutation_standard_error"] = change.std().item() / math.sqrt(len(chosen))
     if "usefulness" in want:
-        out["usefulness"] = usefulness("usefulness", B * T)
-        out["usefulness_heldout"] = usefulness("usefulness_heldout", half * T)
+        out["usefulness"] = usefulness("usefulness", loss, positions)
+        out["usefulness_heldout"] = usefulness("usefulness_heldout", total("loss")[1], half * T)
     if "removal" in want:
-        out["removal"] = {name.removeprefix("removal."): x.tolist() for name, x in mean.items() if "removal." in name}
-        out["block_influence"] = mean["block_influence"].tolist()
+        out["removal"] = {name.removeprefix("removal."): (total(name) / predictions).tolist()
+                          for name in sums if name.startswith("removal.")}
+        out["block_influence"] = (total("block_influence") / positions).tolist()
+    J = total("jacobian") / (n_jacobian * T)
     if "jacobian" in want:
-        out["jacobian"] = jacobian_scores(mean["jacobian"][:n])
-    for name, keys in ("lens", "kl loss top5_overlap"), ("contribution", "attn_ratio ffn_ratio attn_cosine ffn_cosine"):
-        if name in want:
-            out[name] = dict(zip(keys.split(), mean[name].T.tolist()))
+        out["jacobian"] = jacobian_scores(J[:n])
+    if "lens" in want:
+        kl, nats, shared = total("lens").T
+        out["lens"] = {"kl": (kl / positions).tolist(), "loss": (nats / predictions).tolist(),
+                       "top5_overlap": (shared / positions).tolist()}
+    if "contribution" in want:
+        names = ("attn_ratio", "ffn_ratio", "attn_cosine", "ffn_cosine")
+        out["contribution"] = dict(zip(names, (total("contribution") / positions).T.tolist()))
     if "sparsity" in want:
-        out["sparsity"] = sparsity_scores(model, mean["attention"], mean.get("load"), below)
+        out["sparsity"] = sparsity_scores(model, total("attention") / predictions, total("load") / positions, below)
     if "released" in want:
-        J = mean["jacobian"]
-        out["released"] = {"causal": mean["released.causal"].tolist(),
-                           "usefulness": usefulness("released.usefulness", B * T),
-                           "variance": [*mean["variance"][:n].tolist(), mean["released.variance"].item()],
+        out["released"] = {"causal": (total("released.causal") / update).tolist(),
+                           "usefulness": usefulness("released.usefulness", loss, positions),
+                           "variance": (total("released.variance") / positions).tolist(),
                            "jacobian": jacobian_scores(torch.cat((J[:n - 1], J[-1:])))}
     seconds = defaultdict(float)
     for (stage, start), (_, end) in pairwise(marks):
         seconds[stage] += end - start
-    return out | {"seconds": {stage: round(value, 3) for stage, value in seconds.items()}}
+    return out | {"seconds": dict(seconds)}
 
 def exact(x: Any) -> Tensor:
     """Numbers, tensors and lists of them in float64 on the CPU."""
@@ -358,8 +354,8 @@ def exact(x: Any) -> Tensor:
         return torch.stack([exact(y) for y in x])
     return torch.as_tensor(x, dtype=torch.float64, device="cpu")
 
-def sparsity_scores(model: GPT, attention: Tensor, load: Tensor | None, below: float) -> dict[str, Any]:
-    """The measures of `sparsity` from the means of `attention_sums` (n, 3) and a MoE's expert loads (n, n_experts).
+def sparsity_scores(model: GPT, attention: Tensor, load: Tensor, below: float) -> dict[str, Any]:
+    """The measures of `sparsity` from the means of `attention_sums` (n, 3) and of a MoE's expert loads (n, n_experts).
 
     weights, per kind of matrix and layer: share of |w| < below x init_std, and the Hoyer measure (0 dense, 1 one-hot).
     interaction_density is ours, for want of the paper's formula: the distinct key heads per query head, n_kv_head /
@@ -376,7 +372,7 @@ def sparsity_scores(model: GPT, attention: Tensor, load: Tensor | None, below: f
     out = {"weights": dict(weights), "below": below,
            "attention": {"entropy": entropy, "keys_for_90_percent": mass90, "effective_keys": effective},
            "interaction_density": [share * c.n_kv_head / c.n_head for share in effective]}
-    if load is not None:
+    if c.n_experts:
         out["experts"] = {"load": load.tolist(), "never_used": (load == 0).double().mean(-1).tolist(),
                           "entropy": (torch.special.entr(load).sum(-1) / math.log(max(c.n_experts, 2))).tolist()}
     return out
