@@ -378,16 +378,13 @@ def sparsity_scores(model: GPT, attention: Tensor, load: Tensor, below: float) -
     return out
 
 # ---- dropping blocks -------------------------------------------------------------------------------------------------
-def only_blocks(model: GPT, kept: Sequence[int]) -> Any:
-    """The model with only these of its blocks, as far as `probe` is concerned."""
-    return SimpleNamespace(config=model.config, embed=model.embed, blocks=[model.blocks[l] for l in kept],
-                           norm=model.norm, head=model.head)
-
 def cheapest_drops(model: GPT, tokens: Tensor, count: int, progress: Callable[[str], None]) -> list[int]:
     """`count` blocks, each the one whose removal costs least after the ones before; in the order in which they go."""
     kept, gone = list(range(len(model.blocks))), []
     while len(gone) < count:
-        scores = probe(only_blocks(model, kept), tokens, ["removal"], sublayers=False,
+        rest = SimpleNamespace(config=model.config, embed=model.embed, blocks=[model.blocks[l] for l in kept],
+                               norm=model.norm, head=model.head)             # all that `probe` asks of a model
+        scores = probe(rest, tokens, ["removal"], sublayers=False,
                        progress=lambda line: progress(f"choosing block {len(gone) + 1} of {count} to drop: {line}"))
         gone.append(kept.pop(int(np.argmin(scores["removal"]["1"]))))
     return gone
@@ -741,9 +738,9 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any], tokens
     target = Path(args.save or path.with_name("pruned.pt" if path.stem == "ckpt" else f"{path.stem}_pruned.pt"))
     check(target.resolve() != path.resolve(), f"--save {target} is the checkpoint itself: choose another name")
     drop = cheapest_drops(model, tokens, drop[0], make_progress()) if auto else sorted(set(drop))
-    rest = only_blocks(model, [l for l in range(n) if l not in drop])
-    whole, pruned = (probe(m, tokens, [])["loss"] for m in (model, rest))
+    whole = probe(model, tokens, [])["loss"]
     save_checkpoint(target, without_blocks(saved, drop))
+    pruned = probe(load_model(target, tokens.device, model.embed.weight.dtype)[0], tokens, [])["loss"]
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; loss {whole:.4f} -> {pruned:.4f}, "
           f"perplexity x{math.exp(pruned - whole):.3f}\n"
           f"train it on:  python train.py --init_from={target} --out_dir=out/pruned "
