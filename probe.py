@@ -564,19 +564,14 @@ def score_table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(f"{label:{width}}" + "".join(f"{x:11.4f}" for x in values))
     return "\n".join(lines)
 
-def summary(r: dict[str, Any], path: str) -> Iterator[str]:
-    """The scores of a model, a line each."""
-    yield f"loss {r['loss']:.4f} nats per prediction"
-    if "causal" in r:
-        yield f"causal score {r['causal_mean']:.4f}, the mean over s < l"
-    if "permutation" in r:
-        error = f" +- {r['permutation_standard_error']:.4f}" if "permutation_standard_error" in r else ""
-        yield f"permutation score {r['permutation_mean']:.4f}{error}, the mean over {r['permutation_pairs']} pairs"
-    for key, how in (("usefulness", "as defined"), ("usefulness_heldout", "as defined, held out"),
-                     ("released.usefulness", "as the released scripts compute it")):
-        if score := at(r, key):
-            yield (f"usefulness {score['score']:.3f} {how}; mean log ratio {score['mean_log_ratio']:.4f}"
-                   + "; loose fit, fewer than 10 (d + 1) tokens: give more --samples" * score["loose_fit"])
+def remarks(r: dict[str, Any], path: str) -> Iterator[str]:
+    """What to know beside the scores of a model, a line each."""
+    if "permutation_standard_error" in r:
+        yield (f"permutation score {r['permutation_mean']:.4f} +- {r['permutation_standard_error']:.4f}, "
+               f"the mean over {r['permutation_pairs']} sampled pairs")
+    for key in ("usefulness", "usefulness_heldout"):
+        if at(r, f"{key}.loose_fit"):
+            yield f"{key} comes from a loose fit, to fewer than 10 (d + 1) tokens: give more --samples"
     for length, losses in r.get("removal", {}).items():
         if length.isdigit():
             s, ratio = int(np.argmin(losses)), min(perplexity_ratios(r, losses))
@@ -749,10 +744,10 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any], tokens
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str, out: Path) -> dict[str, Any]:
     """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
     make_folder(out)
-    n, only, said = len(model.blocks), [name for name in args.only.split(",") if name != "tasks"], []
+    n, only = len(model.blocks), [name for name in args.only.split(",") if name != "tasks"]
     tasks = read_tasks(model, saved["tokenizer"], args.tasks) if args.tasks else {}
     ran = {"checkpoint": str(path), "experiments": only, "dtype": args.dtype, "settings": vars(model.config)}
-    result = {"run": ran}
+    result, drawn = {"run": ran}, ""
     if only:
         tokens, origin = read_tokens(args, model, saved)
         remove = integers(args.remove, "--remove") if args.remove else [2**k for k in range(n) if 2**k < max(n, 2)]
@@ -760,15 +755,15 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
                         below=args.below, seed=args.seed, progress=make_progress())
         ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
                 "device": tokens.device.type}
-        said = [f"on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
-                *summary(result, str(path))]
+        print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}", block_table(result, n), "",
+              score_table({label: result}), *remarks(result, str(path)), sep="\n")
+        drawn = f", {figures({label: result}, out)}"
     if tasks:
-        result["tasks"] = run_tasks(model, tasks, make_progress())
         ran["tasks"] = args.tasks
-        said += ["", task_table(result["tasks"])]
+        result["tasks"] = run_tasks(model, tasks, make_progress())
+        print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
     write_json(out / "probe.json", json.loads(json.dumps(result), parse_constant=lambda nan: None))     # null in JSON
-    said.append(f"{out / 'probe.json'} written" + (f", {figures({label: result}, out)}" if only else ""))
-    print(f"\n{path}", *said, sep="\n")
+    print(f"{out / 'probe.json'} written{drawn}")
     return result
 
 def make_folder(out: Path) -> None:
