@@ -210,8 +210,9 @@ def train(c: TrainConfig, resume: bool = False) -> None:
     per_step, size = batch_shape(c, world)
     if rank == 0 and Path(c.data) == Path("data/python") and not Path(c.data, "meta.json").exists():
         prepare("python", c.data)
-    if world > 1:
-        dist.barrier()
+    # torchrun counts the restarts of each node by itself: all resume if one does; and none goes on before rank 0 is here.
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = average_over_ranks({"resume": torch.tensor(float(resume), device=device)}, world)["resume"] > 0
     corpus, out = Corpus(c.data), Path(c.out_dir)
     c.vocab_size = c.vocab_size or -(-corpus.vocab_size // 64) * 64
     check(c.vocab_size >= corpus.vocab_size, f"vocab_size={c.vocab_size}, but {c.data} needs {corpus.vocab_size}")
@@ -221,10 +222,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
 
     raw, model = build(c, world, device, dtype)
     optimizer = make_optimizer(raw, c)
-    resumes = [resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0] * world
-    if world > 1:
-        dist.all_gather_object(resumes, resumes[rank])       # torchrun counts the restarts of each node by itself
-    first = restore(c, raw, optimizer, rank, world) if any(resumes) else 0
+    first = restore(c, raw, optimizer, rank, world) if resume else 0
     if c.init_from and not first:
         saved = load_checkpoint(c.init_from)
         check(saved["tokenizer"] == corpus.tokenizer,
