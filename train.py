@@ -230,9 +230,8 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         load_weights(raw, saved, c.init_from)
 
     def load(step: int) -> list[tuple[Tensor, Tensor]]:
-        ids = train_windows(c.seed, step, per_step, n_windows)
-        mine = range(rank * size, per_step, world * size)
-        return [corpus.batch("train", ids[i:i + size], c.block_size) for i in mine]
+        mine = train_windows(c.seed, step, per_step, n_windows).reshape(-1, size)[rank::world]
+        return [corpus.batch("train", windows, c.block_size) for windows in mine]
 
     def due(interval: int) -> bool:                          # and at the end; 0 is never
         return interval > 0 and (step % interval == 0 or step == c.max_steps)
@@ -253,9 +252,8 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         for step in range(first + 1, c.max_steps + 1):
             begun = time.time()
             batches = [(x.to(device), y.to(device)) for x, y in upcoming.result()]
+            upcoming = loader.submit(load, step)
             waited += time.time() - begun
-            if step < c.max_steps:
-                upcoming = loader.submit(load, step)
             lr = learning_rate(step - 1, c)
             for group in optimizer.param_groups:
                 group["lr"] = lr
