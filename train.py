@@ -407,10 +407,9 @@ def open_out_dir(out: Path, first: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if first:
-            lines = (out / "log.jsonl").read_text().splitlines(True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-            (out / "log.jsonl.tmp").write_text("".join(kept))
-            os.replace(out / "log.jsonl.tmp", out / "log.jsonl")
+            lines = (out / "log.jsonl").read_bytes().splitlines(True)
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= first]
+            os.truncate(out / "log.jsonl", sum(map(len, kept)))
         else:
             for path in (*out.glob("log.jsonl"), *sorted(out.glob("ckpt*.pt"))):
                 os.replace(path, f"{path}.old")
