@@ -210,7 +210,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
     per_step, size = batch_shape(c, world)
     if rank == 0 and Path(c.data) == Path("data/python") and not Path(c.data, "meta.json").exists():
         prepare("python", c.data)
-    # torchrun counts the restarts of each node by itself: all resume if one does; and none goes on before rank 0 is here.
+    # torchrun counts the restarts of each node by itself: all resume if one does; none goes on before rank 0 is here.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = average_over_ranks({"resume": torch.tensor(float(resume), device=device)}, world)["resume"] > 0
     corpus, out = Corpus(c.data), Path(c.out_dir)
@@ -596,14 +596,11 @@ def main() -> None:
         else:
             train(c, args.resume)
     except Exception as e:
-        if not dist.is_initialized():
-            raise
         # The first rank to fail speaks for all; one that is gone shows as a closed connection in whatever we did.
-        first = dist.group.WORLD.get_group_store().add("failed", 1) == 1
         lost = isinstance(e, dist.DistError) or "gloo/transport" in str(e)
-        if not lost and not isinstance(e, UserError):
+        if not dist.is_initialized() or not (lost or isinstance(e, UserError)):
             raise
-        if first:
+        if dist.group.WORLD.get_group_store().add("failed", 1) == 1:
             print("error:", f"rank {dist.get_rank()} lost another rank; --resume goes on from the last checkpoint"
                   if lost else e, file=sys.stderr, flush=True)
         sys.exit(2)
