@@ -435,18 +435,11 @@ def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: 
         print(f"  variance of h_0 .. h_{c.n_layer}:", *(f"{v:.2g}" for v in record["variance"]), flush=True)
 
 def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, waited: float, saving: float) -> None:
-    """What the run came to, layer by layer, and what to do next."""
+    """What the run came to, and what to do next."""
     if not record:
         return print(f"{out} has all its steps already: --max_steps=... to go on")
-    if "variance" in record:
-        v, a, f, loads = (record.get(k) for k in ("variance", "attn_variance", "ffn_variance", "expert_load"))
-        print("\nblock  variance   growth  attention       FFN" + "  busiest, idlest expert; 1 is fair" * bool(loads))
-        print(f"embed  {v[0]:8.4f}")
-        for l in range(len(a)):
-            load = f"  {max(loads[l]) * len(loads[l]):.2f} {min(loads[l]) * len(loads[l]):.2f}" if loads else ""
-            print(f"{l:5d}  {v[l + 1]:8.4f}  x{v[l + 1] / v[l]:6.2f}  {a[l]:9.4f}  {f[l]:8.4f}{load}")
     entropy = corpus.meta.get("bigram_entropy")
-    print(f"\ntrained in {seconds / 60:.1f} min, of which {waited / seconds:.2%} waiting for data and "
+    print(f"trained in {seconds / 60:.1f} min, of which {waited / seconds:.2%} waiting for data and "
           f"{saving / seconds:.2%} for checkpoints; loss {record['loss']:.4f}"
           + (f", validation loss {record['val_loss']:.4f} nats per token" if "val_loss" in record else "")
           + (f"; the corpus's bigram entropy is {entropy:.4f}" if entropy else ""))
