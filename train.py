@@ -28,6 +28,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Callable
 
 import torch
@@ -464,44 +465,43 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
 
 def timed(f: Callable[[], Any], device: torch.device) -> float:
     """Seconds that f takes, on all ranks."""
-    clock = []
-    for work in (lambda: None, f):
-        work()
+    def now() -> float:
         torch.get_device_module(device).synchronize()
         if dist.is_initialized():
             dist.barrier()
-        clock.append(time.perf_counter())
-    return clock[1] - clock[0]
+        return time.perf_counter()
+    begun = now()
+    f()
+    return now() - begun
 
 def bench(c: TrainConfig, families: bool) -> None:
     """Print a line of JSON: the speed of whole training steps on random tokens, several ways in turn.
 
     One rank: eager and compiled, unless `compile` says which; `families`: the model made dense, with GQA, with experts
     of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2. kernel_share, of
-    a step's time inside its KERNELS, drifts less with a shared machine than rates do; speed is relative to the first.
+    a step's time inside its KERNELS, drifts less with a shared machine than rates do.
     """
     rank, world, device, dtype = set_up(c)
     c.vocab_size = c.vocab_size or 320                              # the byte tokenizer's 257, rounded up
     if world > 1:
         ways = {"alone": c, "ddp": replace(c, parallel="ddp"), "fsdp": replace(c, parallel="fsdp")}
-    else:
+    elif families:
         dense = replace(c, n_experts=0, n_kv_head=c.n_head)
-        models = {"dense ": dense, "gqa ": replace(dense, n_kv_head=1),
-                  "moe ": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
-                  "long ": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
-        ways = {f"{name}{'compiled' if kind else 'eager'}": replace(model, compile=kind)
-                for kind in ([False, True] if c.compile is None else [c.compile])
-                for name, model in (models if families else {"": c}).items()}
+        ways = {"dense": dense, "gqa": replace(dense, n_kv_head=1),
+                "moe": replace(dense, n_experts=16, top_k=2, expert_hidden=c.ffn_hidden // 2),
+                "long": replace(dense, block_size=4 * c.block_size, batch_size=-(-c.batch_size // 4))}
+    else:
+        kinds = [False, True] if c.compile is None else [c.compile]
+        ways = {"compiled" if kind else "eager": replace(c, compile=kind) for kind in kinds}
     steps = {way: bench_step(way_c, rank, 1 if way == "alone" else world, device, dtype) for way, way_c in ways.items()}
-    rounds = [{way: (timed(step, device), kernel_share(step, device)) for way, step in steps.items()} for _ in range(6)]
+    rounds = [[timed(step, device) for step in steps.values()] for _ in range(6)]        # the first compiles, allocates
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
     out = {name: getattr(c, name) for name in shape} | {"ranks": world, "threads": torch.get_num_threads()}
-    out["gemm_flops_per_s"], first = round(gemm_rate(device, dtype, 1024)), next(iter(ways))
-    best = {way: min(r[way][0] for r in rounds[1:]) for way in ways}                     # round 0 compiles, allocates
-    for way, way_c in ways.items():
-        rate, shares = c.tokens_per_step / best[way], sorted(r[way][1] for r in rounds[1:])
-        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(way_c).flops_per_token() * rate),
-                    "kernel_share": round(shares[len(shares) // 2], 3), "speed": round(best[first] / best[way], 3)}
+    out["gemm_flops_per_s"] = round(gemm_rate(device, dtype, 1024))
+    for way, *seconds in zip(ways, *rounds):
+        rate = c.tokens_per_step / min(seconds)
+        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(ways[way]).flops_per_token() * rate),
+                    "kernel_share": round(median(kernel_share(steps[way], device) for _ in range(5)), 3)}
     if rank == 0:
         print(json.dumps(out))
 
@@ -510,8 +510,8 @@ def bench_step(c: TrainConfig, rank: int, world: int, device: torch.device, dtyp
     if rank >= world:
         return lambda: None
     per_step, size = batch_shape(c, world)
-    idx = torch.randint(c.vocab_size, (per_step // world, c.block_size + 1), device=device)
-    batches = [(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in idx.split(size)]
+    idx = torch.randint(c.vocab_size, (per_step // world, c.block_size), device=device)
+    batches = [(x, x) for x in idx.split(size)]
     raw, model = build(c, world, device, dtype)
     optimizer = make_optimizer(raw, c)
 
