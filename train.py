@@ -3,7 +3,7 @@
     torchrun train.py configs/gqa_deep.py                              # five minutes on two cores, no download
     torchrun --nproc-per-node=2 train.py configs/moe.py --seed=1       # two ranks; any setting can be overridden
     torchrun --nproc-per-node=8 train.py configs/paper/moe_1b.py --parallel=fsdp --resume      # goes on where it was
-    python train.py configs/dense.py configs/wide.py --max_steps=200   # configs apply in order, then the command line
+    python train.py configs/moe.py my.py --max_steps=200               # configs apply in order, then the command line
     python train.py --init_from=pruned.pt --out_dir=out/healed         # go on from other weights
     python train.py configs/paper/moe_1b.py --plan --gpus=8            # parameters, memory, hours; allocates nothing
     python train.py configs/dense.py --bench                           # how fast is a step? one line of JSON
@@ -289,8 +289,14 @@ def train(c: TrainConfig, resume: bool = False) -> None:
                 break
     if rank == 0 and stopping:
         print(f"stopped by SIGTERM after step {step}; {out / 'ckpt.pt'} is saved, --resume goes on from there")
+    elif rank == 0 and not record:
+        print(f"{out} has all its steps already: --max_steps=... to go on")
     elif rank == 0:
-        summary(record, corpus, out, time.time() - started, waited, saving_took)
+        seconds, entropy = time.time() - started, corpus.meta.get("bigram_entropy")
+        print(f"trained in {seconds / 60:.1f} min, of which {waited / seconds:.2%} waiting for data and "
+              f"{saving_took / seconds:.2%} for checkpoints"
+              + (f"; the corpus's bigram entropy is {entropy:.4f} nats per token" if entropy else ""))
+        print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -420,13 +426,14 @@ def open_out_dir(out: Path, first: int) -> None:
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: float) -> None:
-    """A line of log.jsonl; one live line on a terminal, and lines that stay for validations and statistics."""
+    """A line of log.jsonl; one live line on a terminal, and lines that stay for validations, statistics and the end."""
     try:
         with open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
         raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): mend that and --resume") from e
-    live, stays = sys.stdout.isatty(), "val_loss" in record or "variance" in record
+    live = sys.stdout.isatty()
+    stays = "val_loss" in record or "variance" in record or record["step"] == c.max_steps
     line = (f"step {record['step']}/{c.max_steps}  loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"MFU {mfu:.0%}  {left / 60:.1f} min left")
     line += f"  val_loss {record['val_loss']:.4f}" if "val_loss" in record else ""
@@ -434,17 +441,6 @@ def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: 
         print("\r" * live + line.ljust(100), end="\n" * stays, flush=True)
     if "variance" in record:
         print(f"  variance of h_0 .. h_{c.n_layer}:", *(f"{v:.2g}" for v in record["variance"]), flush=True)
-
-def summary(record: dict[str, Any], corpus: Corpus, out: Path, seconds: float, waited: float, saving: float) -> None:
-    """What the run came to, and what to do next."""
-    if not record:
-        return print(f"{out} has all its steps already: --max_steps=... to go on")
-    entropy = corpus.meta.get("bigram_entropy")
-    print(f"trained in {seconds / 60:.1f} min, of which {waited / seconds:.2%} waiting for data and "
-          f"{saving / seconds:.2%} for checkpoints; loss {record['loss']:.4f}"
-          + (f", validation loss {record['val_loss']:.4f} nats per token" if "val_loss" in record else "")
-          + (f"; the corpus's bigram entropy is {entropy:.4f}" if entropy else ""))
-    print(f"which layers does it use?  python probe.py {out / 'ckpt.pt'}")
 
 # ---- how fast it is --------------------------------------------------------------------------------------------------
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}    # dense bfloat16, data sheet
