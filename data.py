@@ -309,9 +309,8 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
         for start in range(0, len(tokens) - 1, 1 << 22):
             piece = tokens[start:start + (1 << 22) + 1].astype(np.int64)
             pairs += np.bincount(piece[:-1] * V + piece[1:], minlength=V * V).reshape(V, V)
-    joint = pairs / pairs.sum()
-    given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-300)
-    return float(-(joint[joint > 0] * np.log(given[joint > 0])).sum())
+    joint = torch.from_numpy(pairs / pairs.sum())
+    return float(torch.special.entr(joint).sum() - torch.special.entr(joint.sum(1)).sum())       # H(pair) - H(first)
 
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
