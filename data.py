@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -248,11 +247,10 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
             return out
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{before} is damaged: delete {out} and start over") from e
-    end = np.array([enc.eot_token], dtype=meta["dtype"])
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    total = first = meta["train"]["tokens"] + meta["val"]["tokens"]
+    total, full = meta["train"]["tokens"] + meta["val"]["tokens"], False
     encode = functools.partial(enc.encode_to_numpy, disallowed_special=())                            # releases the GIL
-    started, full, pool = time.time(), False, ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
         rest = itertools.islice(docs(source), meta["documents"], None)
         while not full:
@@ -260,16 +258,15 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
             for ids in pool.map(encode, batch):
                 if total < max_tokens:
                     split = "val" if meta["documents"] % round(1 / val_fraction) == 0 else "train"
-                    buffers[split] += [ids.astype(meta["dtype"]), end]
+                    buffers[split].append(np.append(ids, enc.eot_token).astype(meta["dtype"]))
                     meta["documents"] += 1
                     total += len(ids) + 1
             full = total >= max_tokens or not batch
             if full or total - meta["train"]["tokens"] - meta["val"]["tokens"] >= SHARD_TOKENS:
                 write_shards(out, meta, buffers)
             if full or sys.stderr.isatty():
-                rate = (total - first) / max(time.time() - started, 1e-9) / 1e6
-                print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens, {rate:.1f}M tokens/s ",
-                      end="\n" if full else "", file=sys.stderr, flush=True)
+                print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens",
+                      end="\n" * full, file=sys.stderr, flush=True)
         for split in ("train", "val"):
             check(meta[split]["tokens"] > 0, f"{source}: {meta['documents']} documents leave the {split} split empty")
         if enc.n_vocab <= 4096:
