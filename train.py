@@ -3,8 +3,7 @@
     torchrun train.py configs/gqa_deep.py                              # five minutes on two cores, no download
     torchrun --nproc-per-node=2 train.py configs/moe.py --seed=1       # two ranks; any setting can be overridden
     torchrun --nproc-per-node=8 train.py configs/paper/moe_1b.py --parallel=fsdp --resume      # goes on where it was
-    python train.py configs/moe.py my.py --max_steps=200               # configs apply in order, then the command line
-    python train.py --init_from=pruned.pt --out_dir=out/healed         # go on from other weights
+    python train.py configs/moe.py my.py --init_from=pruned.pt         # configs in order, then the command line
     python train.py configs/paper/moe_1b.py --plan --gpus=8            # parameters, memory, hours; allocates nothing
     python train.py configs/dense.py --bench                           # how fast is a step? one line of JSON
 
@@ -118,7 +117,7 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     return inherited | {k: typed(k, v, str(path)) for k, v in values.items()}
 
 def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
-    """The settings of a command line, and its switches: resume, plan, gpus, mfu, bench."""
+    """The settings of a command line, and its switches: resume, plan, gpus, mfu, bench, families."""
     parser = Parser(prog="train.py", description=__doc__, usage="train.py [CONFIG.py ...] [--setting=value ...]")
     parser.add_argument("configs", nargs="*", metavar="CONFIG.py", help="files of settings, applied in order")
     parser.add_argument("--resume", action="store_true", help="go on from out_dir's newest whole checkpoint, if any")
