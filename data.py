@@ -33,6 +33,7 @@ EOT = "<|endoftext|>"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 DOCUMENT_CHARS = 1 << 16     # a longer .txt, .md or .py file becomes several documents: one big file can be split too
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; what an interrupted preparation has to do again at the most
+KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}      # vocabulary, EOT and dtype of a corpus
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 
 @functools.lru_cache(maxsize=None)
@@ -110,9 +111,10 @@ class Corpus:
         try:
             self.meta = json.loads(header.read_text())
             self.tokenizer, self.vocab_size = str(self.meta["tokenizer"]), int(self.meta["vocab_size"])
-            check(self.tokenizer != "bytes" or self.vocab_size == get_tokenizer("bytes").n_vocab,
-                  f"{header}: vocab_size={self.vocab_size} is not that of bytes: prepare the corpus again")
-            dtype = np.dtype(self.meta["dtype"])
+            kind = self.vocab_size, self.meta["eot"], self.meta["dtype"]
+            check(kind == KINDS.get(self.tokenizer, kind), f"{header}: vocab_size={kind[0]}, eot={kind[1]} and "
+                  f"dtype={kind[2]} are not those of {self.tokenizer}: prepare the corpus again")
+            dtype = np.dtype(kind[2])
             for split in ("train", "val"):
                 files = [(self.folder / shard["file"], shard["tokens"]) for shard in self.meta[split]["shards"]]
                 for path, n in files:

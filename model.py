@@ -407,9 +407,9 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
-        for newer, older in reversed(list(zip(names, names[1:]))):
-            if newer.exists():
-                os.replace(newer, older)
+        free = next((k for k, name in enumerate(names) if not name.exists()), keep - 1)
+        for k in range(free, 0, -1):                     # those beyond a gap stay where they are
+            os.replace(names[k - 1], names[k])
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:      # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):

@@ -222,7 +222,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
 
     raw, model = build(c, world, device, dtype)
     optimizer = make_optimizer(raw, c)
-    first = restore(c, raw, optimizer, rank, world) if resume else 0
+    first = restore(c, raw, optimizer, corpus.tokenizer, rank, world) if resume else 0
     if c.init_from and not first:
         saved = load_checkpoint(c.init_from)
         check(saved["tokenizer"] == corpus.tokenizer,
@@ -263,7 +263,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
             check(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]),
                   f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate="
-                  f"{c.learning_rate}; no checkpoint was written of this step")
+                  f"{c.learning_rate}; no checkpoint was written of this step (ckpt.1.pt may do where ckpt.pt does not)")
             stopping = record.pop("stop") > 0
             optimizer.step()
             optimizer.zero_grad()
@@ -280,6 +280,8 @@ def train(c: TrainConfig, resume: bool = False) -> None:
                 saved = {"settings": asdict(c), "step": step, "tokenizer": corpus.tokenizer,
                          **snapshot(raw, optimizer, rank)}
                 if rank == 0:
+                    check(all(w.isfinite().all() for w in saved["model"].values()), f"step {step}: weights that are not "
+                          f"finite: lower learning_rate={c.learning_rate}; no checkpoint was written of this step")
                     saving = saver.submit(save_checkpoint, out / "ckpt.pt", saved, c.keep_checkpoints)
             if last or saving.done():
                 saving.result()
@@ -343,19 +345,27 @@ def snapshot(raw: GPT, optimizer: torch.optim.Optimizer, rank: int) -> dict[str,
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint of a run, None if it has none; damaged ones are named and passed over."""
     found = [path for path in (out / "ckpt.pt", *sorted(out.glob("ckpt.[0-9].pt"))) if path.exists()]
-    for path in found:
-        with contextlib.suppress(Exception):             # a flipped bit can make a zip file fail in any way
-            load_checkpoint(path)
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:            # reads all of it: a checkpoint is a zip file with checksums
-                    return path
+    for i, path in enumerate(found):
+        if is_whole(path):
+            for damaged in found[:i]:                    # else the next save would put it in the place of a whole one
+                os.replace(damaged, f"{damaged}.damaged")
+            return path
         print(f"{path} is damaged: trying the one before", flush=True)
     check(not found, f"{out}: every checkpoint is damaged; move them away, or start over without --resume")
     print(f"nothing to resume in {out}: starting afresh")
     return None
 
+def is_whole(path: Path) -> bool:
+    """Can a checkpoint be read to its end? It is a zip file with checksums."""
+    try:
+        load_checkpoint(path)
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:                                    # a flipped bit can make a zip file fail in any way
+        return False
+
 @torch.no_grad()
-def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: int, world: int) -> int:
+def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, tokenizer: str, rank: int, world: int) -> int:
     """Weights and optimizer from out_dir's newest whole checkpoint; returns its step, 0 where there is none."""
     found = [newest_checkpoint(Path(c.out_dir)) if rank == 0 else None]
     if world > 1:
@@ -364,9 +374,9 @@ def restore(c: TrainConfig, raw: GPT, optimizer: torch.optim.Optimizer, rank: in
         return 0
     path, saved = found[0], load_checkpoint(found[0])
     check("optimizer" in saved and "step" in saved, f"{path} holds no optimizer to resume with: use --init_from={path}")
-    fixed = {f.name for f in fields(ModelConfig)} | {"seed", "tokens_per_step"}
-    for name, value in asdict(c).items():
-        theirs = saved["settings"].get(name, value)
+    fixed = {f.name for f in fields(ModelConfig)} | {"seed", "tokens_per_step", "tokenizer"}
+    for name, value in (asdict(c) | {"tokenizer": tokenizer}).items():
+        theirs = (saved["settings"] | {"tokenizer": saved["tokenizer"]}).get(name, value)
         check(value == theirs or name not in fixed,
               f"{name}={value}, but {path} was trained with {name}={theirs}: give it, or another --out_dir")
         if value != theirs and rank == 0:
@@ -529,7 +539,7 @@ def kernel_share(step: Callable[[], None], device: torch.device) -> float:
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
     """Parameters, FLOPs, tokens, hours, and the memory of a GPU under DDP and FSDP2. Nothing is allocated."""
     check(gpus > 0 and 0 < mfu <= 1, f"--gpus={gpus} must be positive and --mfu={mfu} above 0 and at most 1")
-    c.vocab_size = c.vocab_size or 50304                            # GPT-2's 50257, rounded up
+    c.vocab_size = c.vocab_size or (320 if "python" in c.data else 50304)      # of bytes, of GPT-2: rounded up
     model, (_, size) = bare(c), batch_shape(c, gpus)
     n, tokens, flops = model.count_parameters(), c.max_steps * c.tokens_per_step, model.flops_per_token()
     parts: dict[str, int] = {}

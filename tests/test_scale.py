@@ -177,9 +177,11 @@ def engines(launch, corpus, tmp_path_factory):
     runs.append((todo["moe"] | {"out_dir": str(folder / "alone-then-fsdp"), "parallel": "fsdp"}, True))
     script = """
 train.dist.init_process_group("gloo")               # once for all of them: torchrun's store serves one group
+leave = train.dist.destroy_process_group            # without which gloo's threads end the interpreter by an abort
 train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
 for settings, resume in json.loads(sys.argv[1]):
     train.train(train.TrainConfig(**settings), resume)
+leave()
 """
     said = end(launch(folder, json.dumps(runs), ranks=2, script=script))[0]
     assert said.count("2 x cpu") == said.count("trained in") == len(runs)        # two ranks, one of them talks
@@ -351,6 +353,34 @@ def test_the_checkpoint_before_a_damaged_one_is_used(short, corpus, tmp_path, ca
     said = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
     assert len(said) == (damage is not Path.unlink) and all(str(out / "ckpt.pt") in line for line in said)
     assert_same_end(out, short)
+    kept = {path.name: load_checkpoint(path)["step"] for path in out.glob("ckpt*.pt")}
+    assert kept == {"ckpt.pt": 6, "ckpt.1.pt": 4, "ckpt.2.pt": 2}
+    assert len(list(out.glob("*.damaged"))) == len(said)                # none of the three kept is the damaged one
+
+
+@pytest.mark.parametrize("name, value", [("tokenizer", "gpt2"), ("eot", 12), ("dtype", "int16"), ("vocab_size", 300)])
+def test_a_corpus_whose_header_disagrees_with_its_tokenizer_is_refused(corpus, launch, tmp_path, name, value):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    meta = json.loads((tmp_path / "corpus/meta.json").read_text())
+    (tmp_path / "corpus/meta.json").write_text(json.dumps(meta | {name: value}))
+    _, err = end(launch(tmp_path / "out", data=tmp_path / "corpus"), status=2)
+    assert len(err.splitlines()) == 1 and "meta.json" in err and str(value) in err
+
+
+def test_a_run_does_not_resume_on_the_tokens_of_another_tokenizer(short, corpus, launch, tmp_path):
+    shutil.copytree(short, tmp_path / "out")
+    shutil.copytree(corpus, tmp_path / "corpus")
+    meta = json.loads((tmp_path / "corpus/meta.json").read_text())
+    (tmp_path / "corpus/meta.json").write_text(json.dumps(meta | {"tokenizer": "another"}))
+    _, err = end(launch(tmp_path / "out", "--resume", max_steps=8, data=tmp_path / "corpus"), status=2)
+    assert len(err.splitlines()) == 1 and "tokenizer=another" in err and "tokenizer=bytes" in err
+
+
+def test_weights_that_are_not_finite_are_not_saved(launch, tmp_path):
+    out = tmp_path / "out"
+    _, err = end(launch(out, learning_rate=3e38, warmup_steps=0, max_steps=1), status=2)
+    assert len(err.splitlines()) == 1 and "not finite" in err and "lower learning_rate" in err
+    assert not list(out.glob("ckpt*"))
 
 
 def test_where_every_checkpoint_is_damaged_a_run_is_refused_and_nothing_is_touched(short, corpus, launch, tmp_path):
@@ -523,6 +553,7 @@ def make_and_watch(*args):
     return optimizer
 train.make_optimizer = make_and_watch
 train.dist.init_process_group("gloo")
+leave = train.dist.destroy_process_group
 train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
 counted = {{}}
 for name, backend, settings in json.loads(sys.argv[1]):
@@ -533,6 +564,7 @@ for name, backend, settings in json.loads(sys.argv[1]):
     counted[name] = graphs + [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())]
 if os.environ["RANK"] == "1":
     open({str(folder / "counted.json")!r}, "w").write(json.dumps(counted))
+leave()
 """
     end(launch(folder, json.dumps(runs), ranks=2, script=script))
     return folder, json.loads((folder / "counted.json").read_text())
@@ -589,6 +621,8 @@ measure(plans["dense"] | {"n_layer": 1})                             # what is a
 peaks = {name: measure(settings) for name, settings in plans.items()}
 if rank == 0:
     print(json.dumps(peaks))
+if world > 1:
+    train.dist.destroy_process_group()
 """
     # freed memory goes back to the system at once, or it would hide in later peaks
     env = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
