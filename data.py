@@ -82,7 +82,7 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     if Path(name).suffix == ".json":            # of another folder
         for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
             (folder / file.name).write_bytes(file.read_bytes())
-        return {}
+        return {"eos_token_id": get_tokenizer(name).eot_token} if Path(name).is_file() else {}
     enc = get_tokenizer(name)
     if name in ("bytes", "gpt2"):
         letter = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}     # as GPT-2 writes bytes

@@ -475,7 +475,7 @@ MOE_FIELDS = {"num_experts": "n_experts", "num_local_experts": "n_experts", "num
               "norm_topk_prob": "norm_topk_prob", "qkv_bias": "qkv_bias"}
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "partial_rotary_factor": 1}
+        "mlp_only_layers": [], "partial_rotary_factor": 1, "use_mrope": False}
 HARMLESS = """model_type architectures dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id
     pad_token_id unk_token_id tokenizer attention_dropout router_jitter_noise router_aux_loss_coef output_router_logits
     pretraining_tp max_window_layers layer_types sliding_window use_sliding_window rope_scaling rope_parameters
@@ -534,11 +534,11 @@ def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """A Hugging Face folder as `load_checkpoint` gives it: every tensor has its place and every place its tensor."""
     safetensors, stored = need("safetensors", f"reading {folder}"), {}
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     try:
         hf = json.loads((folder / "config.json").read_text())
-        files = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
-        for file in sorted({folder / name for name in files}):
+        names = [single.name] if single.is_file() else json.loads(index.read_text())["weight_map"].values()
+        for file in sorted({folder / name for name in names}):
             with safetensors.safe_open(file, "pt") as f:
                 for key in f.keys():                                     # Mixtral has names of its own for the same
                     if key.endswith("rotary_emb.inv_freq"):              # of old files: config.json says as much
@@ -553,11 +553,14 @@ def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         for names, what in ((views.keys() - stored.keys(), "lacks"), (stored.keys() - views.keys(), "has no use for")):
             check(not names, f"{folder}: what config.json describes {what} {', '.join(sorted(names)[:3])}")
         for name, (file, key) in stored.items():
-            with safetensors.safe_open(file, "pt") as f:      # anew each time: what was read stays mapped until it ends
-                part, view = f.get_slice(key), views[name]
-                check(part.get_shape() == list(view.shape) and part.get_dtype() in ("F64", "F32", "F16", "BF16"),
-                      f"{file}: {key} is {part.get_dtype()} {part.get_shape()}, config.json says {list(view.shape)}")
-                view.copy_(f.get_tensor(key))
+            view, rows = views[name], max(1, 2**22 // views[name][0].numel())
+            for start in range(0, len(view), rows):
+                with safetensors.safe_open(file, "pt") as f:         # anew: what was read stays mapped until it is shut
+                    part = f.get_slice(key)
+                    shape, kind = part.get_shape(), part.get_dtype()
+                    check(shape == list(view.shape) and kind in ("F64", "F32", "F16", "BF16"),
+                          f"{file}: {key} is {kind} {shape}, config.json says {list(view.shape)}")
+                    view[start:start + rows].copy_(part[start:start + rows])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} is damaged or incomplete ({type(e).__name__}: {e}): get it again") from e
     if c.tie_embeddings:

@@ -42,6 +42,13 @@ USEFUL = 1.1                # a layer is useful when its affine map multiplies t
 METRICS = ("acc", "acc_per_char", "acc_per_token")       # the best choice: as a whole, per character, per token
 TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
 
+# A column of the tables of scores and its place in probe.json; "released": as the authors' scripts compute it.
+SCORES = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
+          "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
+          "heldout": "usefulness_heldout.mean_log_ratio", "rel.useful": "released.usefulness.score",
+          "rel.ratio": "released.usefulness.mean_log_ratio", "rel.causal": "released.causal",
+          "influence": "block_influence", "|J-I|/d": "jacobian.deviation", "accuracy": "tasks.average.primary"}
+
 Pair = tuple[list[int], list[int]]      # the tokens of a context and of its continuation
 Task = tuple[list[dict[str, Any]], str, list[Pair]]      # requests, primary metric, the requests' tokens
 Layer = Callable[[Tensor], Tensor]      # a block, or what stands in for one: (B, T, d) -> (B, T, d)
@@ -548,19 +555,18 @@ def block_table(r: dict[str, Any], n: int) -> str:
     legend = "; ".join(f"{name}: {meaning}" for name, _, meaning in columns)
     return "\n".join(lines + textwrap.wrap(legend, 120)) if columns else ""
 
+def scores(r: dict[str, Any]) -> dict[str, float]:
+    """A number per experiment in a result: of the variance the last, of a matrix the mean over s < l, else the mean."""
+    found = {name: np.array(at(r, path)) for name, path in SCORES.items() if at(r, path) is not None}
+    found |= {name: x[np.triu_indices(len(x), 1)] for name, x in found.items() if x.ndim > 1}
+    return {name: float(x[-1] if name == "last var." else x.mean()) for name, x in found.items()}
+
 def score_table(results: dict[str, dict[str, Any]]) -> str:
-    """One line per checkpoint; the mean over blocks where there is one number per block, of the variance the last."""
-    paths = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
-             "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
-             "heldout": "usefulness_heldout.score", "released": "released.usefulness.score",
-             "influence": "block_influence", "|J-I|/d": "jacobian.deviation", "accuracy": "tasks.average.primary"}
-    columns = {name: path for name, path in paths.items() if all(at(r, path) is not None for r in results.values())}
-    width = max(map(len, results))
-    lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
-    for label, r in results.items():
-        values = [at(r, path)[-1] if path == "variance" else np.mean(at(r, path)) for path in columns.values()]
-        lines.append(f"{label:{width}}" + "".join(f"{x:11.4f}" for x in values))
-    return "\n".join(lines)
+    """One line per checkpoint, of what was measured of all of them."""
+    rows, width = {label: scores(r) for label, r in results.items()}, max(map(len, results))
+    columns = [name for name in SCORES if all(name in row for row in rows.values())]
+    lines = [f"{label:{width}}" + "".join(f"{row[name]:11.4f}" for name in columns) for label, row in rows.items()]
+    return "\n".join([" " * width + "".join(f"{name:>11}" for name in columns), *lines])
 
 def remarks(r: dict[str, Any], path: str) -> Iterator[str]:
     """What to know beside the scores of a model, a line each."""

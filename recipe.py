@@ -30,20 +30,13 @@ import numpy as np
 import torch
 
 from model import Parser, UserError, check, load_checkpoint, run
-from probe import USEFUL, at, summary
+from probe import SCORES, USEFUL, remarks, score_table, scores
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan
 
 ROOT = Path(__file__).parent
 PAPER = (ROOT / "configs/paper/reported.txt").read_text().splitlines()     # a row per family and member, - is unknown
 # Not in the paper: does each cure still help on top of LayerNorm Scaling or Peri-LN, alone and all of them together?
 CURES = "dense_1b weight_decay_0 context_4096 gqa_16 moe_1b ladder_32 ladder_moe".split()
-# A column of the tables and its place in probe.json.
-COLUMNS = {"variance": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
-           "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
-           "held out": "usefulness_heldout.mean_log_ratio",
-           "released useful": "released.usefulness.score", "released log ratio": "released.usefulness.mean_log_ratio",
-           "released causal": "released.causal", "Jacobian - 1": "jacobian.deviation",
-           "accuracy": "tasks.average.primary"}
 EXPERIMENTS = "variance,causal,permutation,usefulness,released,removal,jacobian"
 # Settings that change how a run is computed and not what it is.
 NO_MATTER = {"vocab_size", "out_dir", "device", "dtype", "compile", "parallel", "recompute", "batch_size"}
@@ -144,19 +137,13 @@ def measured(out: Path) -> dict[str, Any]:
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
         return {}
-    values = {column: at(r, path) for column, path in COLUMNS.items()}
-    if v := values["variance"]:
-        values["variance"] = v[-1]
-    if J := values["Jacobian - 1"]:
-        values["Jacobian - 1"] = np.mean(J)
-    if C := values["released causal"]:
-        values["released causal"] = np.mean(np.array(C)[np.triu_indices(len(C), 1)])     # as our own: over all s < l
-    values["val loss"] = next((x["val_loss"] for x in reversed(log) if "val_loss" in x), None)
-    return values | {"curve": [(x["step"], x["variance"][-1]) for x in log if "variance" in x]}
+    losses = [x["val_loss"] for x in log if "val_loss" in x]
+    return scores(r) | {"val loss": losses[-1] if losses else math.nan,
+                        "curve": [(x["step"], x["variance"][-1]) for x in log if "variance" in x]}
 
 def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Each member's mean and standard deviation over its seeds; nan where there is none."""
-    values = [[r[column] for r in seeds if r[column] is not None] for seeds in runs.values()]
+    values = [[r[column] for r in seeds if column in r] for seeds in runs.values()]
     return (np.array([statistics.mean(x) if x else math.nan for x in values]),
             np.array([statistics.stdev(x) if len(x) > 1 else math.nan for x in values]))
 
@@ -167,8 +154,9 @@ def table(runs: Runs, paper: dict[str, dict[str, float]]) -> str:
         return " ± ".join(texts)
 
     columns = {"": [f"`{member}`" for member in runs], "seeds": [str(len(seeds)) for seeds in runs.values()]}
-    columns |= {name: list(map(cell, *spread(runs, name))) for name in ("val loss", *COLUMNS)}
-    columns |= {f"paper: {name}": [f"{paper[m][name]:g}" if name in paper[m] else "" for m in runs] for name in PAPER[0].split()[2:]}
+    columns |= {name: list(map(cell, *spread(runs, name))) for name in ("val loss", *SCORES) if name != "loss"}
+    for name in PAPER[0].split()[2:]:
+        columns[f"paper: {name}"] = [f"{paper[m][name]:g}" if name in paper[m] else "" for m in runs]
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -186,14 +174,14 @@ def figure(runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
             left.plot(*zip(*r["curve"]), color=color, alpha=0.35 if k else 1, label=None if k else member)
     left.set(xlabel="step", ylabel="variance of the last layer", yscale="log", title="Variance over training")
     left.legend(fontsize=7, ncols=1 + len(runs) // 8)
-    scored = all(r["accuracy"] for seeds in runs.values() for r in seeds)
+    scored = all("accuracy" in r for seeds in runs.values() for r in seeds)
     means, deviations = spread(runs, "accuracy" if scored else "val loss")
     bars.bar(places, means, yerr=np.nan_to_num(deviations), color="gainsboro", ecolor="gray", capsize=3)
     bars.set(ylabel="downstream accuracy" if scored else "validation loss (nats a token), bars", title="After training",
              ylim=(means.min() * 0.95, means.max() * 1.02))
     bars.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
     marks = bars.twinx()
-    for column, mark in {"useful": "o", "released useful": "x", "causal": "s", "permuted": "^"}.items():
+    for column, mark in {"useful": "o", "rel.useful": "x", "causal": "s", "permuted": "^"}.items():
         means, deviations = spread(runs, column)
         line = marks.errorbar(places, means, np.nan_to_num(deviations), marker=mark, capsize=3, label=column)[0]
         theirs = [paper[member].get(column, math.nan) for member in runs]
@@ -265,7 +253,8 @@ def diagnose(path: Path) -> str:
         raise UserError(f"{home / 'probe.json'} is missing, damaged or in part ({type(e).__name__}: {e}): "
                         f"python probe.py {ckpt}") from e
     idle = ", ".join(str(l) for l, x in enumerate(influence) if x < IDLE)
-    lines = [f"{path}: {sum(x > USEFUL for x in ratio)} of {len(ratio)} blocks are useful", *summary(r, str(ckpt)),
+    lines = [f"{path}: {sum(x > USEFUL for x in ratio)} of {len(ratio)} blocks are useful",
+             score_table({"": r}), *remarks(r, str(ckpt)),
              f"variance x{v[-1] / v[1]:.1f} from the first block's output to the last's, {v[1]:.3g} to {v[-1]:.3g}"
              + (f"; over training the last peaked at {max(last)[0]:.3g}, step {max(last)[1]}" if last else ""),
              f"near the identity (influence below {IDLE}): {idle or 'no block'}"]

@@ -228,6 +228,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         check(saved["tokenizer"] == corpus.tokenizer,
               f"{c.init_from} was trained on {saved['tokenizer']!r} tokens and {c.data} has {corpus.tokenizer!r}")
         load_weights(raw, saved, c.init_from)
+        del saved                                            # it is the model once more
 
     def load(step: int) -> list[tuple[Tensor, Tensor]]:
         mine = train_windows(c.seed, step, per_step, n_windows).reshape(-1, size)[rank::world]
@@ -263,7 +264,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **average_over_ranks(sums, world)}
             check(math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]),
                   f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}: lower learning_rate="
-                  f"{c.learning_rate}; no checkpoint was written of this step (ckpt.1.pt may do where ckpt.pt does not)")
+                  f"{c.learning_rate} (from ckpt.1.pt, if ckpt.pt came too late); nothing of this step was saved")
             stopping = record.pop("stop") > 0
             optimizer.step()
             optimizer.zero_grad()
@@ -280,8 +281,8 @@ def train(c: TrainConfig, resume: bool = False) -> None:
                 saved = {"settings": asdict(c), "step": step, "tokenizer": corpus.tokenizer,
                          **snapshot(raw, optimizer, rank)}
                 if rank == 0:
-                    check(all(w.isfinite().all() for w in saved["model"].values()), f"step {step}: weights that are not "
-                          f"finite: lower learning_rate={c.learning_rate}; no checkpoint was written of this step")
+                    check(all(w.isfinite().all() for w in saved["model"].values()), f"step {step}: weights that are not"
+                          f" finite: lower learning_rate={c.learning_rate}; nothing of this step was saved")
                     saving = saver.submit(save_checkpoint, out / "ckpt.pt", saved, c.keep_checkpoints)
             if last or saving.done():
                 saving.result()

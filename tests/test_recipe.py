@@ -225,8 +225,8 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1`", "1", "1.000", "14.5")
     assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.870", "125.0")
     assert four["useful"] == f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}"
-    assert four["variance"] == "4.000 ± 1.000"
-    assert four["released causal"] == "0.375 ± 0.000" and four["released useful"] == "1.000 ± 0.000"
+    assert four["last var."] == "4.000 ± 1.000"
+    assert four["rel.causal"] == "0.375 ± 0.000" and four["rel.useful"] == "1.000 ± 0.000"
     assert four["val loss"] == "1.250 ± 0.000" and "accuracy" not in head
 
 
