@@ -35,7 +35,7 @@ from torch import Tensor
 
 from data import Corpus, documents, get_tokenizer, write_json
 from model import (GPT, LOGITS_AT_ONCE, Block, Detail, Parser, UserError, check, cross_entropy, load_model, run,
-                   save_checkpoint, statistics, token_variance, wide)
+                   save_checkpoint, token_variance, wide)
 
 EXPERIMENTS = "variance causal permutation usefulness released removal jacobian lens contribution sparsity".split()
 USEFUL = 1.1                # a layer is useful when its affine map multiplies the loss by more than this (paper)
@@ -248,9 +248,10 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         for l, norm in enumerate(update_norms(streams)):
             sums["update"][l] += exact(norm)
         if begin("variance"):
-            for name, variances in statistics(streams, details, None).items():
-                for l, variance in enumerate(variances):
-                    sums[name][l] += exact(variance * idx.numel())
+            attn, ffn, _ = zip(*details)
+            for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn)):
+                for l, x in enumerate(xs):
+                    sums[name][l] += exact(token_variance(x) * idx.numel())
         if begin("released"):
             last = streams[n] if model.config.n_experts else model.norm(streams[n])
             for l, x in enumerate((*streams[:n], last)):

@@ -222,8 +222,8 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     assert text in capsys.readouterr().out
     head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     one, four = (dict(zip(head, row)) for row in rows)
-    assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1`", "1", "1.000", "14.5")
-    assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.870", "125.0")
+    assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1`", "1", "1.000", "14.52")
+    assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.87", "125")
     assert four["useful"] == f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}"
     assert four["last var."] == "4.000 ± 1.000"
     assert four["rel.causal"] == "0.375 ± 0.000" and four["rel.useful"] == "1.000 ± 0.000"
