@@ -410,31 +410,33 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
 
 # ---- downstream accuracy: multiple choice by log-likelihood ----------------------------------------------------------
 def read_tasks(model: GPT, tokenizer: str, paths: Sequence[str]) -> dict[str, Task]:
-    """The tasks in OLMES's format in and under the folders, by name."""
-    enc, tasks = get_tokenizer(tokenizer), {}
-    for path in map(Path, paths):
-        files = sorted(path.rglob("requests.jsonl.gz"))
-        check(len(files) > 0, f"--tasks {path}: no requests.jsonl.gz there")
-        for file in files:
-            try:
-                with gzip.open(file, "rt", encoding="utf-8") as f:
-                    rows = [{**row["request"], "doc_id": row["doc_id"], "idx": row["idx"], "label": row["label"]}
-                            for row in map(json.loads, f) if row["doc_id"] < 1_000_000]      # beyond: no question
-                primary = json.loads((file.parent / "config.json").read_text())["task_config"]["primary_metric"]
-                primary = primary.removesuffix("_raw")
-                pairs = [encode_pair(enc, row["context"], row["continuation"]) for row in rows]
-                answered = {row["doc_id"] for row in rows if row["idx"] == row["label"]}
-            except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
-                raise UserError(f"--tasks: {file.parent} holds no multiple choice as OLMES writes it ({e})") from e
-            name = file.parent.relative_to(path).as_posix() if file.parent != path else path.resolve().name
-            check(primary in METRICS, f"--tasks: {file.parent} has primary_metric={primary}, not {', '.join(METRICS)}")
-            check(0 < len(answered) == len({row["doc_id"] for row in rows}),
-                  f"--tasks: {file.parent} has no questions, or one whose label is the idx of none of its choices")
-            check(all(b for _, b in pairs), f"--tasks: {file.parent} has a choice without a token of its own")
-            check(max(max(a + b) for a, b in pairs) < model.config.vocab_size,
-                  f"--tokenizer {tokenizer} has tokens beyond vocab_size={model.config.vocab_size}: name another")
-            check(name not in ("average", *tasks), f"--tasks: {file.parent} would be another {name!r}: rename it")
-            tasks[name] = rows, primary, pairs
+    """The tasks in OLMES's format in and under the folders, by what each one's path does not share with the rest."""
+    enc, tasks, folders = get_tokenizer(tokenizer), {}, []
+    for path in paths:
+        found = sorted(file.parent.resolve() for file in Path(path).rglob("requests.jsonl.gz"))
+        check(len(found) > 0, f"--tasks {path}: no requests.jsonl.gz there")
+        folders += found
+    root = os.path.commonpath([folder.parent for folder in folders])
+    for folder in folders:
+        try:
+            with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
+                rows = [{**row["request"], "doc_id": row["doc_id"], "idx": row["idx"], "label": row["label"]}
+                        for row in map(json.loads, f) if row["doc_id"] < 1_000_000]          # beyond: no question
+            primary = json.loads((folder / "config.json").read_text())["task_config"]["primary_metric"]
+            primary = primary.removesuffix("_raw")
+            pairs = [encode_pair(enc, row["context"], row["continuation"]) for row in rows]
+            answered = {row["doc_id"] for row in rows if row["idx"] == row["label"]}
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
+            raise UserError(f"--tasks: {folder} holds no multiple choice as OLMES writes it ({e})") from e
+        name = folder.relative_to(root).as_posix()
+        check(primary in METRICS, f"--tasks: {folder} has primary_metric={primary}, not {', '.join(METRICS)}")
+        check(0 < len(answered) == len({row["doc_id"] for row in rows}),
+              f"--tasks: {folder} has no questions, or one whose label is the idx of none of its choices")
+        check(all(b for _, b in pairs), f"--tasks: {folder} has a choice without a token of its own")
+        check(max(max(a + b) for a, b in pairs) < model.config.vocab_size,
+              f"--tokenizer {tokenizer} has tokens beyond vocab_size={model.config.vocab_size}: name another")
+        check(name not in ("average", *tasks), f"--tasks: {folder} would be another {name!r}: rename it, give it once")
+        tasks[name] = rows, primary, pairs
     return tasks
 
 def encode_pair(enc: Any, context: str, continuation: str) -> Pair:

@@ -388,7 +388,7 @@ def test_names_are_those_of_the_folders_however_they_are_given(tmp_path, cli, mo
     assert names(two, one) == ["two", "one"]
     monkeypatch.chdir(tmp_path / "all")
     assert names(".") == names("./") == ["deep/one", "two"]
-    assert names("deep", "two") == names("deep/", "./two") == ["one", "two"]
+    assert names("deep", "two") == names("deep/", "./two") == ["deep/one", "two"]
     monkeypatch.chdir(one)
     assert names(".") == ["one"]
     assert names("..") == ["one"] and names("../..") == ["deep/one", "two"]
@@ -398,11 +398,16 @@ def test_names_are_those_of_the_folders_however_they_are_given(tmp_path, cli, mo
     assert names("..") == ["two"]
 
 
-def test_two_tasks_of_one_name_are_refused_and_so_is_one_named_as_the_average_is(tmp_path, cli):
+def test_tasks_of_one_name_in_two_folders_go_by_both(tmp_path, cli):
+    folders = [write_task(tmp_path / "tasks" / name / "rc_0shot", QUESTIONS) for name in ("copa", "sciq")]
+    found = scores(cli, unigram_model(tmp_path / "ckpt.pt"), *folders)
+    assert list(found) == ["copa/rc_0shot", "sciq/rc_0shot", "average"]
+
+
+def test_a_task_given_twice_is_refused_and_so_is_one_named_as_the_average_is(tmp_path, cli):
     checkpoint = unigram_model(tmp_path / "ckpt.pt")
-    folders = [write_task(tmp_path / where / "copa", QUESTIONS) for where in "ab"]
-    average = write_task(tmp_path / "average", QUESTIONS)
-    for tasks in (folders, [folders[0], folders[0]], [folders[0], folders[0].parent], [average]):
+    copa, average = (write_task(tmp_path / name, QUESTIONS) for name in ("a/copa", "average"))
+    for tasks in ([copa, copa], [copa, copa.parent], [average]):
         status, _, err = cli(checkpoint, "--only", "tasks", "--tasks", *tasks)
         assert status == 2 and err.count("\n") == 1 and ("'copa'" in err or "'average'" in err)
     assert not (tmp_path / "probe.json").exists()
