@@ -385,7 +385,7 @@ def test_names_are_those_of_the_folders_however_they_are_given(tmp_path, cli, mo
         return list(scores(cli, checkpoint, *tasks))[:-1]
     assert names(tmp_path / "all") == names(f"{tmp_path}/all/") == ["deep/one", "two"]
     assert names(one) == names(f"{one}/") == ["one"]
-    assert names(two, one) == ["two", "one"]
+    assert names(two, one) == ["two", "deep/one"]
     monkeypatch.chdir(tmp_path / "all")
     assert names(".") == names("./") == ["deep/one", "two"]
     assert names("deep", "two") == names("deep/", "./two") == ["deep/one", "two"]
