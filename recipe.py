@@ -157,7 +157,7 @@ def table(runs: Runs, paper: dict[str, dict[str, float]]) -> str:
     columns |= {name: list(map(cell, *spread(runs, name))) for name in ("val loss", *SCORES) if name != "loss"}
     for name in PAPER[0].split()[2:]:
         columns[f"paper: {name}"] = [f"{paper[m][name]:g}" if name in paper[m] else "" for m in runs]
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    columns = {name.replace("|", "\\|"): cells for name, cells in columns.items() if any(cells)}
     rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -485,7 +485,7 @@ def bench(c: TrainConfig, families: bool) -> None:
 
     One rank: eager and compiled, unless `compile` says which; `families`: the model made dense, with GQA, with experts
     of equal active FLOPs and with four times the context. Under torchrun: rank 0 alone, DDP and FSDP2. kernel_share, of
-    a step's time inside its KERNELS, drifts less with a shared machine than rates do.
+    a step's time inside its KERNELS, drifts less with a shared machine than rates do; speed is relative to the first.
     """
     rank, world, device, dtype = set_up(c)
     c.vocab_size = c.vocab_size or 320                              # the byte tokenizer's 257, rounded up
@@ -503,10 +503,11 @@ def bench(c: TrainConfig, families: bool) -> None:
     rounds = [[timed(step, device) for step in steps.values()] for _ in range(6)]        # the first compiles, allocates
     shape = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
     out = {name: getattr(c, name) for name in shape} | {"ranks": world, "threads": torch.get_num_threads()}
-    out["gemm_flops_per_s"] = round(gemm_rate(device, dtype, 1024))
-    for way, *seconds in zip(ways, *rounds):
-        rate = c.tokens_per_step / min(seconds)
-        out[way] = {"tokens_per_s": round(rate), "flops_per_s": round(bare(ways[way]).flops_per_token() * rate),
+    out["gemm_flops_per_s"], best = round(gemm_rate(device, dtype, 1024)), [min(times) for times in zip(*rounds)]
+    for way, seconds in zip(ways, best):
+        rate = c.tokens_per_step / seconds
+        out[way] = {"tokens_per_s": round(rate), "speed": round(best[0] / seconds, 3),
+                    "flops_per_s": round(bare(ways[way]).flops_per_token() * rate),
                     "kernel_share": round(median(kernel_share(steps[way], device) for _ in range(5)), 3)}
     if rank == 0:
         print(json.dumps(out))
@@ -566,24 +567,32 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
 def memory(c: TrainConfig, gpus: int) -> tuple[int, int, int, int]:
     """Bytes on one GPU: weights, gradients, AdamW's moments, and at most what comes and goes in a pass."""
     sharded, bf16, (_, size) = c.parallel == "fsdp" and gpus > 1, c.dtype != "float32", batch_shape(c, gpus)
-    with FakeTensorMode():                               # a pass really runs, on tensors that have no storage
-        model, idx, tracker = GPT(c), torch.zeros(size, c.block_size, dtype=torch.long), MemTracker()
-        model.recompute = c.recompute
-        P, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
-        if sharded and bf16:
-            for p in model.blocks.parameters():          # as FSDP2 gathers them: autocast makes no copies
-                p.data = p.data.bfloat16()
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        tracker.track_external(model, idx)
-        with tracker:
-            gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
-        resting, peak = (tracker.get_tracker_snapshot(when)[idx.device]["Total"] for when in ("current", "peak"))
-    # FSDP2 has whole at a time: two blocks' weights (the next is fetched ahead) and one's gradients, both as computed
-    # and in float32 for the reduction, and the weights and gradients of embedding and head.
-    gathered = block * (3 * (2 if bf16 else 4) + 4) + (P - c.n_layer * block) * 8
-    share, passing = (gpus, peak - resting + gathered) if sharded else (1, peak - resting)
-    return 4 * P // share, 4 * P // share, 8 * P // share, passing
+
+    def passing(n_layer: int) -> int:
+        """What a pass needs: it really runs, on tensors that have no storage."""
+        with FakeTensorMode():
+            model, idx, tracker = GPT(replace(c, n_layer=n_layer)), torch.zeros(size, c.block_size).long(), MemTracker()
+            model.recompute = c.recompute
+            if sharded and bf16:
+                for p in model.blocks.parameters():      # as FSDP2 gathers them: autocast makes no copies
+                    p.data = p.data.bfloat16()
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            tracker.track_external(model, idx)
+            with tracker:
+                gradients(model, [(idx, idx)], c, torch.bfloat16 if bf16 else torch.float32, stats=False)
+            rest, peak = (tracker.get_tracker_snapshot(when)[idx.device]["Total"] for when in ("current", "peak"))
+        return peak - rest
+
+    two, three = passing(2), passing(3)                  # every further block adds as much
+    most, model = two + (c.n_layer - 2) * (three - two), bare(c)
+    P, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.blocks[0]))
+    if sharded:
+        # FSDP2 has whole at a time: two blocks' weights (the next is fetched ahead) and one's gradients, both as
+        # computed and in float32 for the reduction, and the weights and gradients of embedding and head.
+        most += block * (3 * (2 if bf16 else 4) + 4) + (P - c.n_layer * block) * 8
+    share = gpus if sharded else 1
+    return 4 * P // share, 4 * P // share, 8 * P // share, most
 
 def main() -> None:
     c, args = load_settings(sys.argv[1:])
