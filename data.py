@@ -9,6 +9,7 @@ A prepared corpus is a folder: meta.json and the token files train_00000.bin, ..
 """
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import gzip
@@ -82,7 +83,9 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     if Path(name).suffix == ".json":            # of another folder
         for file in [*Path(name).parent.glob("*token*.json"), *Path(name).parent.glob("generation_config.json")]:
             (folder / file.name).write_bytes(file.read_bytes())
-        return {"eos_token_id": get_tokenizer(name).eot_token} if Path(name).is_file() else {}
+        with contextlib.suppress(UserError):    # there may be none, or one without an end of text
+            return {"eos_token_id": get_tokenizer(name).eot_token}
+        return {}
     enc = get_tokenizer(name)
     if name in ("bytes", "gpt2"):
         letter = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}     # as GPT-2 writes bytes
