@@ -30,19 +30,21 @@ import numpy as np
 import torch
 
 from model import Parser, UserError, check, load_checkpoint, run
-from probe import SCORES, USEFUL, remarks, score_table, scores
+from probe import EXPERIMENTS, SCORES, USEFUL, remarks, score_table, scores
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan
 
 ROOT = Path(__file__).parent
 PAPER = (ROOT / "configs/paper/reported.txt").read_text().splitlines()     # a row per family and member, - is unknown
 # Not in the paper: does each cure still help on top of LayerNorm Scaling or Peri-LN, alone and all of them together?
 CURES = "dense_1b weight_decay_0 context_4096 gqa_16 moe_1b ladder_32 ladder_moe".split()
-EXPERIMENTS = "variance,causal,permutation,usefulness,released,removal,jacobian"
+MEASURED = "variance,causal,permutation,usefulness,released,removal,jacobian"
 # Settings that change how a run is computed and not what it is.
-NO_MATTER = {"vocab_size", "out_dir", "device", "dtype", "compile", "parallel", "recompute", "batch_size"}
+NO_MATTER = {"vocab_size", "out_dir", "device", "dtype", "compile", "parallel", "recompute"}
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)      # what reading a result can raise
 # What each setting of the recipe rests on: the paper's ladder, downstream accuracy and usefulness.
 LADDER = {"block_size": "T = 4096: accuracy 39.5 -> 40.0, usefulness 0.53 -> 0.59; with 8192 39.5 and 0.53",
-          "weight_decay": "0.3: accuracy 40.0 -> 41.4, usefulness 0.59 -> 0.63; 0.6 gives 41.0, 1.0 gives 38.5",
+          "weight_decay": "0.3 over 4,768 steps (what counts is decay x steps): accuracy 40.0 -> 41.4, usefulness "
+                          "0.59 -> 0.63; 0.6 gives 41.0, 1.0 gives 38.5",
           "n_kv_head": "G = 2: accuracy 41.4 -> 42.1, usefulness 0.63 -> 0.66",
           "n_experts": "64 experts, top 8: accuracy 42.1 -> 44.1, usefulness 0.66 -> 0.75"}
 IDLE = 0.02      # a block whose output has a cosine above 0.98 with its input is near the identity: our choice
@@ -70,22 +72,22 @@ def folders(out: str, scale: str) -> dict[str, Path]:
 
 def commands(member: str, seed: int, out: Path, args: Any) -> tuple[TrainConfig, dict[str, list[str]]]:
     """The settings of a run, and the commands that it still needs, by stage: train, probe."""
-    given = [*arguments(member, args.scale), f"--seed={seed}", f"--out_dir={out}", *args.settings]
+    given = [*arguments(member, args.scale), *args.settings, f"--seed={seed}", f"--out_dir={out}"]
     c, todo, saved, ran = load_settings(given)[0], {}, {}, {}
     with contextlib.suppress(UserError):                    # none there, or a damaged one: train.py deals with either
         saved = load_checkpoint(out / "ckpt.pt")
     ours, theirs = ({k: v for k, v in settings.items() if k not in NO_MATTER} for settings in
                     (asdict(c), saved.get("settings", asdict(c))))
     if ours != theirs or saved.get("step") != c.max_steps:
-        many = ["-m", "torch.distributed.run", "--nproc-per-node=gpu"] if torch.cuda.device_count() > 1 else []
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"] * (torch.cuda.device_count() > 1)
         resume = ["--resume"] if ours == theirs else []     # else train.py puts aside what is there
         todo["train"] = [sys.executable, *many, str(ROOT / "train.py"), *given, *resume]
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*DAMAGED):
         if (out / "probe.json").stat().st_mtime > (out / "ckpt.pt").stat().st_mtime:
             ran = json.loads((out / "probe.json").read_text())["run"]
     if todo or not {*args.only.split(","), *args.tasks} <= {*ran.get("experiments", ()), *ran.get("tasks", ())}:
         # At laptop size 8,192 tokens whatever the context is: 64 sequences of 128.
-        samples = 100 if args.scale == "paper" else 8192 // c.block_size
+        samples = 100 if args.scale == "paper" else max(2, 8192 // c.block_size)
         tasks = ["--tasks", *args.tasks] if args.tasks else []
         todo["probe"] = [sys.executable, str(ROOT / "probe.py"), str(out / "ckpt.pt"), f"--samples={samples}",
                          f"--only={args.only}" + ",tasks" * bool(tasks), *tasks]
@@ -117,11 +119,14 @@ def run_family(args: Any) -> None:
     def one(out: Path) -> bool:
         for stage, command in runs[out][1].items():
             out.mkdir(parents=True, exist_ok=True)
+            if stage == "train":
+                (out / "probe.json").unlink(missing_ok=True)      # of an earlier run
             print(f"{out}: {stage}", flush=True)
             with open(out / f"{stage}.txt", "w") as said:
-                if subprocess.run(command, stdout=said, stderr=said, env=os.environ | threads).returncode:
-                    print(f"{out}: {stage} failed, see {said.name}", flush=True)
-                    return False
+                failed = subprocess.run(command, stdout=said, stderr=said, env=os.environ | threads).returncode
+            if failed or stage in commands(*places[out], out, args)[1]:     # train.py that gets a SIGTERM ends with 0
+                print(f"{out}: {stage} failed or was stopped, see {said.name}", flush=True)
+                return False
         return True
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -135,11 +140,11 @@ def measured(out: Path) -> dict[str, Any]:
     try:
         r = json.loads((out / "probe.json").read_text())
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
+        losses = [x["val_loss"] for x in log if "val_loss" in x] or [math.nan]
+        curve = [(x["step"], x["variance"][-1]) for x in log if "variance" in x]
+        return scores(r) | {"val loss": losses[-1], "curve": curve}
+    except DAMAGED:
         return {}
-    losses = [x["val_loss"] for x in log if "val_loss" in x]
-    return scores(r) | {"val loss": losses[-1] if losses else math.nan,
-                        "curve": [(x["step"], x["variance"][-1]) for x in log if "variance" in x]}
 
 def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Each member's mean and standard deviation over its seeds; nan where there is none."""
@@ -150,8 +155,7 @@ def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
 def table(runs: Runs, paper: dict[str, dict[str, float]]) -> str:
     """Markdown: a row per member, what was measured (± standard deviation over seeds) and what the paper reports."""
     def cell(x: float, deviation: float) -> str:
-        texts = [f"{y:.{3 if abs(x) < 10 else 1}f}" for y in (x, deviation) if not math.isnan(y)]
-        return " ± ".join(texts)
+        return " ± ".join(f"{y:.{3 if abs(x) < 10 else 1}f}" for y in (x, deviation) if not math.isnan(y))
 
     columns = {"": [f"`{member}`" for member in runs], "seeds": [str(len(seeds)) for seeds in runs.values()]}
     columns |= {name: list(map(cell, *spread(runs, name))) for name in ("val loss", *SCORES) if name != "loss"}
@@ -176,14 +180,15 @@ def figure(runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
     left.legend(fontsize=7, ncols=1 + len(runs) // 8)
     scored = all("accuracy" in r for seeds in runs.values() for r in seeds)
     means, deviations = spread(runs, "accuracy" if scored else "val loss")
-    bars.bar(places, means, yerr=np.nan_to_num(deviations), color="gainsboro", ecolor="gray", capsize=3)
-    bars.set(ylabel="downstream accuracy" if scored else "validation loss (nats a token), bars", title="After training",
-             ylim=(means.min() * 0.95, means.max() * 1.02))
+    bars.bar(places, means, yerr=deviations, color="gainsboro", ecolor="gray", capsize=3)
+    bars.set(ylabel=f"bars: {'accuracy' if scored else 'validation loss, nats a token'}; the axis does not start at 0",
+             title="After training", ylim=(np.nan_to_num(means).min() * 0.95, np.nan_to_num(means).max() * 1.02 + 1e-9))
     bars.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
-    marks = bars.twinx()
+    marks, joined = bars.twinx(), "-" if path.stem in ("depth", "weight_decay", "context", "gqa") else ""
     for column, mark in {"useful": "o", "rel.useful": "x", "causal": "s", "permuted": "^"}.items():
         means, deviations = spread(runs, column)
-        line = marks.errorbar(places, means, np.nan_to_num(deviations), marker=mark, capsize=3, label=column)[0]
+        label = column.replace("rel.", "released: ")
+        line = marks.errorbar(places, means, deviations, marker=mark, linestyle=joined, capsize=3, label=label)[0]
         theirs = [paper[member].get(column, math.nan) for member in runs]
         if not np.isnan(theirs).all():
             marks.plot(places, theirs, mark, color=line.get_color(), fillstyle="none", ms=9, label=f"{column}, paper")
@@ -197,11 +202,12 @@ def report(out: str, scale: str, chosen: Sequence[str]) -> None:
     folder, found = folders(out, scale), False
     for family, paper in ((name, families()[name]) for name in chosen):
         runs = {m: [r for seed in sorted(folder[m].glob("seed_*")) if (r := measured(seed))] for m in paper}
-        runs = {member: seeds for member, seeds in runs.items() if seeds}
+        missing, runs = [m for m in runs if not runs[m]], {member: seeds for member, seeds in runs.items() if seeds}
         if runs:
             path, text, found = Path(out, scale, f"{family}.md"), table(runs, paper), True
             path.write_text(text + "\n")
-            print(f"\n{family}: {path}, {figure(runs, paper, path.with_suffix('.png'))}\n\n{text}", flush=True)
+            print(f"\n{family}: {path}, {figure(runs, paper, path.with_suffix('.png'))}\n\n{text}"
+                  + f"\nnot finished: {', '.join(missing)}" * bool(missing), flush=True)
     check(found, f"no finished run in {out}/{scale}: python recipe.py run depth --scale {scale}")
 
 # ---- the rule of thumb -----------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ def advise(args: Any) -> None:
     --params counts what is active for a token, embeddings included. The recipe's experts are as wide as the stream, so
     the width solves a quadratic. What weight decay does goes with decay x steps, so that product is the paper's.
     """
-    check(args.n_layer > 0 and args.gpus > 0 and args.params >= 1e5 and args.tokens >= 1e6,
+    check(args.n_layer > 0 and args.gpus > 0 and 1e5 <= args.params < math.inf and 1e6 <= args.tokens < math.inf,
           "--n_layer and --gpus must be positive, --params at least 1e5, --tokens at least 1e6")
     base, T = ROOT / "configs/paper/ladder_moe.py", 4096
     c = load_settings([str(base)])[0]
@@ -223,21 +229,25 @@ def advise(args: Any) -> None:
     per_step = T * args.gpus * max(1, round(min(c.tokens_per_step, args.tokens / c.max_steps) / (T * args.gpus)))
     steps = max(1, round(args.tokens / per_step))
     new = {"n_layer": args.n_layer, "n_embd": n_embd, "expert_hidden": n_embd, "block_size": T, "batch_size": 1,
-           "tokens_per_step": per_step, "max_steps": steps, "warmup_steps": min(c.warmup_steps, steps // 5),
+           "tokens_per_step": per_step, "max_steps": steps, "warmup_steps": min(c.warmup_steps, steps // 4),
            "weight_decay": float(f"{c.weight_decay * c.max_steps / steps:.3g}")}
     lines = [f"# {name} = {(asdict(c) | new)[name]}: in the paper {why}" for name, why in LADDER.items()]
-    regime = ("n_layer", 32, 12, 32), ("params", 1.2e9, 4e8, 1.3e9), ("tokens", 1e10, 1e10, 1e10)
-    for (name, ladder, low, high), asked in zip(regime, (args.n_layer, args.params, args.tokens)):
-        said = "" if 0.95 * low <= asked <= 1.05 * high else f": EXTRAPOLATES, the paper has {low:.4g} to {high:.4g}"
-        lines.append(f"# {name} {asked:.4g} is {asked / ladder:.3g} times the ladder's" + said)
+    params = bare(replace(c, head_dim=0, **new)).count_parameters()["active"]
+    for name, here, ladder, low, high in (
+            ("n_layer", args.n_layer, 32, 12, 32), ("active parameters", params, 1.2e9, 4e8, 1.3e9),
+            ("tokens", args.tokens, 1e10, 1e10, 1e10), ("block_size", T, 4096, 256, 8192),
+            ("weight_decay", new["weight_decay"], 0.3, 0, 1)):
+        said = "" if 0.95 * low <= here <= 1.05 * high else f": EXTRAPOLATES, the paper has {low:.4g} to {high:.4g}"
+        lines.append(f"# {name} {here:.4g} is {here / ladder:.3g} times the ladder's" + said)
     lines += [f"base = {str(base)!r}", *(f"{name} = {value}" for name, value in new.items())]
-    print(*lines, "", plan(replace(c, head_dim=0, **new), args.gpus, 0.4), sep="\n")
+    print(*lines, "", sep="\n", flush=True)
     if args.out:
         try:
             Path(args.out).write_text("\n".join(lines) + "\n")
         except OSError as e:
             raise UserError(f"cannot write {args.out} ({e.strerror}): choose another --out") from e
-        print(f"\ntorchrun --nproc-per-node={args.gpus} train.py {args.out}")
+        print(f"torchrun --nproc-per-node={args.gpus} train.py {args.out}\n", flush=True)
+    print(plan(replace(c, head_dim=0, **new), args.gpus, 0.4))
 
 def diagnose(path: Path) -> str:
     """Does a run use its depth, what could go, what next? From its checkpoint's settings, log.jsonl and probe.json."""
@@ -246,27 +256,30 @@ def diagnose(path: Path) -> str:
     c = load_checkpoint(ckpt)["settings"]
     try:
         r = json.loads((home / "probe.json").read_text())
-        v, ratio, influence = r["variance"], r["usefulness"]["ratio"], r["block_influence"]
+        v, ratio, score = r["variance"], r["usefulness"]["ratio"], r["usefulness"]["score"]
+        idle = ", ".join(str(l) for l, x in enumerate(r["block_influence"]) if x < IDLE)
         log = (home / "log.jsonl").read_text().splitlines() if (home / "log.jsonl").exists() else ()
         last = [(x["variance"][-1], x["step"]) for x in map(json.loads, log) if "variance" in x]
-    except (OSError, ValueError, LookupError, TypeError) as e:
+        lines = [f"{path}: {sum(x > USEFUL for x in ratio)} of {len(ratio)} blocks are useful",
+                 score_table({"": r}), *remarks(r, str(ckpt)),
+                 f"variance x{v[-1] / v[1]:.1f} from the first block's output to the last's, {v[1]:.3g} to {v[-1]:.3g}"
+                 + (f"; over training the last peaked at {max(last)[0]:.3g}, step {max(last)[1]}" if last else ""),
+                 f"near the identity (influence below {IDLE}): {idle or 'no block'}"]
+    except DAMAGED as e:
         raise UserError(f"{home / 'probe.json'} is missing, damaged or in part ({type(e).__name__}: {e}): "
                         f"python probe.py {ckpt}") from e
-    idle = ", ".join(str(l) for l, x in enumerate(influence) if x < IDLE)
-    lines = [f"{path}: {sum(x > USEFUL for x in ratio)} of {len(ratio)} blocks are useful",
-             score_table({"": r}), *remarks(r, str(ckpt)),
-             f"variance x{v[-1] / v[1]:.1f} from the first block's output to the last's, {v[1]:.3g} to {v[-1]:.3g}"
-             + (f"; over training the last peaked at {max(last)[0]:.3g}, step {max(last)[1]}" if last else ""),
-             f"near the identity (influence below {IDLE}): {idle or 'no block'}"]
-    taken = {"weight_decay": c.get("weight_decay", 0) >= 0.3, "block_size": c["block_size"] >= 4096,
+    decayed = c.get("learning_rate", 0) * c.get("weight_decay", 0) * c.get("max_steps", 0)
+    taken = {"weight_decay": decayed > 0.95 * 4e-4 * 0.3 * 4768, "block_size": c["block_size"] >= 4096,
              "n_kv_head": c["n_kv_head"] < c["n_head"], "n_experts": c["n_experts"] > 0}
-    # Decay is what acts on the variance itself: it comes first where that grows tenfold.
-    order = sorted(taken, key=lambda name: (name != "weight_decay" or v[-1] < 10 * v[1], [*LADDER].index(name)))
+    # Decay is what acts on the variance itself: it comes first where that grows tenfold. Else the ladder's order.
+    order = sorted(LADDER, key=lambda name: name != "weight_decay" or v[-1] < 10 * v[1])
     knobs = [name for name in order if not taken[name]]
-    if r["usefulness"]["score"] >= 0.9 or not knobs:
-        return "\n".join([*lines, "next: its depth is used" if knobs else "next: every step of the recipe is taken"])
-    return "\n".join([*lines, f"next: {knobs[0]}, here {c.get(knobs[0])}; in the paper {LADDER[knobs[0]]}",
-                      f"then: {', '.join(knobs[1:]) or 'nothing'}"])
+    if score >= 0.9 or not knobs:
+        lines.append("next: its depth is used" if score >= 0.9 else "next: every step of the recipe is taken")
+    else:
+        lines += [f"next in the paper's ladder: {knobs[0]}, here {c.get(knobs[0])}; {LADDER[knobs[0]]}",
+                  f"then: {', '.join(knobs[1:]) or 'nothing'}"]
+    return "\n".join(lines)
 
 def main() -> None:
     parser = Parser(prog="recipe.py", description=__doc__)
@@ -279,7 +292,7 @@ def main() -> None:
     add("--seeds", type=int, default=1, metavar="N", help="of every member, 0 to N - 1 (default 1)")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     add("--tasks", nargs="+", default=[], metavar="DIR", help="folders of OLMES tasks to score, see probe.py")
-    add("--only", default=EXPERIMENTS, help="experiments of probe.py (default %(default)s)")
+    add("--only", default=MEASURED, help="experiments of probe.py (default %(default)s)")
     add("--dry-run", action="store_true", help="print the runs, their cost and time")
     commands.add_parser("report", help="tables and figures from what is on disk", parents=[on_disk])
     add = commands.add_parser("advise", help="the paper's settings for a model of yours").add_argument
@@ -292,13 +305,10 @@ def main() -> None:
     check(args.command == "run" or not args.settings, f"unknown argument {args.settings[:1]}; see --help")
     if args.command == "run":
         check(args.seeds > 0 and args.jobs > 0, "--seeds and --jobs must be positive")
-        run_family(args)
-    elif args.command == "report":
-        report(args.out, args.scale, [*families()])
-    elif args.command == "advise":
-        advise(args)
-    else:
-        print("\n\n".join(map(diagnose, args.paths)))
+        check({*args.only.split(",")} <= {*EXPERIMENTS}, f"--only {args.only}: there are {','.join(EXPERIMENTS)}")
+        check(all(Path(task).is_dir() for task in args.tasks), f"--tasks {' '.join(args.tasks)}: not all are folders")
+    {"run": run_family, "report": lambda args: report(args.out, args.scale, [*families()]), "advise": advise,
+     "diagnose": lambda args: print("\n\n".join(map(diagnose, args.paths)))}[args.command](args)
 
 if __name__ == "__main__":
     run(main)

@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,8 @@ def invent(tmp_path):
             "permutation_pairs": 1, "released": {
                 "causal": [[0.0, 0.375], [0.0, 0.0]],
                 "usefulness": {"score": 1.0, "mean_log_ratio": 0.5, "loose_fit": False}},
-            "block_influence": [0.5, 0.01], "removal": {"1": [1.5, 1.02]}, **more}))
+            "block_influence": [0.5, 0.01], "removal": {"1": [1.5, 1.02]},
+            "jacobian": {"deviation": [0.5, 0.25]}, **more}))
         return out
     return write
 
@@ -189,18 +190,29 @@ def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
         if "context_512" in str(out):
             return subprocess.CompletedProcess(command, 2)
         if "probe.py" in command[1]:
-            (out / "probe.json").write_text(json.dumps({"usefulness": {"score": 0.5}, "variance": [1.0]}))
+            (out / "probe.json").write_text(json.dumps({
+                "usefulness": {"score": 0.5}, "variance": [1.0], "run": {"experiments": ["variance"]}}))
             (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
+        else:
+            c = load_settings([x for x in command[2:] if x != "--resume"])[0]
+            done = c.max_steps - ("context_1024" in str(out))          # as after a SIGTERM: status 0, but not the end
+            torch.save({"model": {}, "settings": asdict(c), "step": done, "tokenizer": "bytes"}, out / "ckpt.pt")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(recipe.subprocess, "run", run_one)
     args = type("Args", (), dict(family="context", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance",
                                  settings=[], dry_run=False, out=str(tmp_path / "out")))
-    with pytest.raises(UserError, match="1 of 6 runs failed: .*context_512/seed_0"):
+    with pytest.raises(UserError, match="2 of 6 runs failed: .*context_512/seed_0, .*context_1024/seed_0"):
         recipe.run_family(args)
     said = capsys.readouterr().out
-    assert "context_512/seed_0: train failed" in said and "context_512/seed_0: probe" not in said
-    assert all(f"context_{T}`" in said for T in (256, 1024, 2048, 4096, 8192)) and "context_512`" not in said
+    for failed in ("context_512", "context_1024"):
+        assert f"{failed}/seed_0: train failed" in said and f"{failed}/seed_0: probe" not in said
+        assert f"{failed}`" not in said
+    assert all(f"context_{T}`" in said for T in (256, 2048, 4096, 8192)) and "not finished: context_512" in said
+    half = recipe.commands("context_1024", 0, tmp_path / "out/laptop/context_1024/seed_0", args)[1]
+    assert half["train"][-1] == "--resume" and "probe" in half            # goes on from where it was
+    done = recipe.commands("context_256", 0, tmp_path / "out/laptop/context_256/seed_0", args)[1]
+    assert done == {}
 
 
 def test_the_probe_takes_the_same_tokens_whatever_the_context(tmp_path):
@@ -220,7 +232,8 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     report(tmp_path / "out", "laptop", ["gqa"])
     text = (tmp_path / "out/laptop/gqa.md").read_text()
     assert text in capsys.readouterr().out
-    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    head, *rows = [[cell.strip() for cell in line.replace("\\|", "!").split("|")[1:-1]] for line in text.splitlines()]
+    assert {len(row) for row in rows} == {len(head)} and rows.pop(0) == ["---"] * len(head)
     one, four = (dict(zip(head, row)) for row in rows)
     assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1`", "1", "1.000", "14.52")
     assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.87", "125")
@@ -236,6 +249,21 @@ def test_a_broken_or_unfinished_run_is_left_out(invent, tmp_path):
     assert measured(folders(tmp_path / "out", "laptop")["gqa_4"] / "seed_0") == {}
     with pytest.raises(UserError, match="no finished run"):
         report(tmp_path / "out", "laptop", ["gqa"])
+
+
+def test_what_is_measured_of_a_run_is_what_its_files_say(invent):
+    found = measured(invent("gqa_4", variance=7.5))
+    assert found["curve"] == [(10, 90.0), (20, 7.5)] and found["last var."] == 7.5 and found["val loss"] == 1.25
+    assert found["|J-I|/d"] == 0.375 and found["influence"] == pytest.approx(0.255)
+
+
+def test_the_reasons_are_the_steps_of_the_reported_ladder():
+    ladder = families()["ladder"]
+    for knob, before, after in (("block_size", "ladder_32", "ladder_t4096"), ("weight_decay", "ladder_t4096",
+                                "ladder_decay_0_3"), ("n_kv_head", "ladder_decay_0_3", "ladder_g2"),
+                                ("n_experts", "ladder_g2", "ladder_moe")):
+        for column, digits in (("accuracy", 1), ("useful", 2)):
+            assert f"{ladder[before][column]:.{digits}f} -> {ladder[after][column]:.{digits}f}" in recipe.LADDER[knob]
 
 
 def test_every_family_has_a_figure(invent, tmp_path):
@@ -262,7 +290,7 @@ def test_advice_at_the_papers_size_is_the_papers_recipe(tmp_path, monkeypatch, c
     c, said = advice(tmp_path, monkeypatch, capsys)
     theirs = settings("ladder_moe", "paper")
     for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "top_k", "expert_hidden", "block_size",
-                 "weight_decay", "tokens_per_step", "max_steps", "learning_rate"):
+                 "weight_decay", "tokens_per_step", "max_steps", "learning_rate", "warmup_steps"):
         assert getattr(c, name) == getattr(theirs, name), name
     assert "EXTRAPOLATES" not in said and "plan of 8" in said
 
@@ -279,15 +307,18 @@ def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, tmp_pat
     assert c.weight_decay * c.max_steps == pytest.approx(0.3 * 4768, rel=0.01)       # what decay does is the paper's
 
 
-@pytest.mark.parametrize("asked, name", [(dict(n_layer=48), "n_layer"), (dict(params=7e9), "params"),
-                                         (dict(tokens=1e11), "tokens")])
-def test_advice_says_where_it_extrapolates(asked, name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("asked, names", [
+    (dict(n_layer=48), ["n_layer"]), (dict(params=7e9), ["active"]), (dict(tokens=1e11), ["tokens"]),
+    (dict(n_layer=200, params=1e5), ["n_layer", "active"]),                  # no width is so small: 9M are built
+    (dict(n_layer=12, params=4e8, tokens=1e6, gpus=1000), ["tokens", "block_size", "weight_decay"])])
+def test_advice_says_where_it_extrapolates(asked, names, tmp_path, monkeypatch, capsys):
     _, said = advice(tmp_path, monkeypatch, capsys, **asked)
-    assert [line.split()[1] for line in said.splitlines() if "EXTRAPOLATES" in line] == [name]
+    assert [line.split()[1] for line in said.splitlines() if "EXTRAPOLATES" in line] == names
 
 
 def checkpoint(out, **changes):
-    c = dict(n_layer=2, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1) | changes
+    c = dict(n_layer=2, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1, learning_rate=4e-4,
+             max_steps=4768) | changes
     torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
     return out
 
@@ -304,10 +335,12 @@ def test_a_diagnosis_says_what_the_run_and_its_probe_hold(invent):
 @pytest.mark.parametrize("changes, variance, knob", [
     ({}, 9.0, "block_size"), ({}, 31.0, "weight_decay"), ({"block_size": 4096}, 9.0, "weight_decay"),
     ({"block_size": 4096, "weight_decay": 0.3}, 9.0, "n_kv_head"),
+    ({"block_size": 4096, "weight_decay": 0.192, "learning_rate": 3e-3, "max_steps": 2000}, 31.0, "n_kv_head"),
     ({"block_size": 4096, "weight_decay": 0.3, "n_kv_head": 2}, 9.0, "n_experts")])
 def test_the_next_knob_is_the_first_step_of_the_ladder_not_taken(invent, changes, variance, knob):
     said = diagnose(checkpoint(invent("gqa_4", variance=variance), **changes)).splitlines()
-    assert next(line for line in said if line.startswith("next: ")).startswith(f"next: {knob}, here ")
+    said = next(line for line in said if line.startswith("next"))
+    assert said.startswith(f"next in the paper's ladder: {knob}, here ")
 
 
 def test_a_run_that_uses_its_depth_is_left_alone(invent):
@@ -317,7 +350,10 @@ def test_a_run_that_uses_its_depth_is_left_alone(invent):
 @pytest.mark.parametrize("args, said", [
     (["report"], "no finished run in out/recipe/laptop"), (["run", "width"], "width"),
     (["run", "gqa", "--sedes=2"], "seed"),
-    (["diagnose", "nowhere"], "nowhere"), (["advise", "--n_layer=32", "--params=1e9"], "--tokens"),
+    (["diagnose", "nowhere"], "nowhere"), (["run", "gqa", "--only", "width"], "width"),
+    (["run", "gqa", "--tasks", "nowhere"], "nowhere"),
+    (["advise", "--n_layer=2", "--params=inf", "--tokens=1e9"], "--params"),
+    (["advise", "--n_layer=32", "--params=1e9"], "--tokens"),
     (["advise", "--n_layer=0", "--params=1e9", "--tokens=1e9"], "--n_layer"), (["report", "--jobs=2"], "--jobs"),
     (["run", "gqa", "--seeds=0"], "--seeds")])
 def test_a_mistake_is_one_line_and_status_2(args, said, tmp_path):
