@@ -181,7 +181,7 @@ def figure(runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
     scored = all("accuracy" in r for seeds in runs.values() for r in seeds)
     means, deviations = spread(runs, "accuracy" if scored else "val loss")
     bars.bar(places, means, yerr=deviations, color="gainsboro", ecolor="gray", capsize=3)
-    bars.set(ylabel=f"bars: {'accuracy' if scored else 'validation loss, nats a token'}; the axis does not start at 0",
+    bars.set(ylabel=f"bars, cut below: {'accuracy' if scored else 'validation loss, nats a token'}",
              title="After training", ylim=(np.nan_to_num(means).min() * 0.95, np.nan_to_num(means).max() * 1.02 + 1e-9))
     bars.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
     marks, joined = bars.twinx(), "-" if path.stem in ("depth", "weight_decay", "context", "gqa") else ""
