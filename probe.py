@@ -474,7 +474,8 @@ def loglikelihoods(model: GPT, pairs: Sequence[Pair],
     at_once = TOKENS_AT_ONCE if device.type == "cuda" else TOKENS_AT_ONCE // 4           # measured: larger is slower
     while rows:
         T = len(rows[0][0])
-        size = sum(len(row) > 0.8 * T for row, _ in rows[:max(1, at_once // T)])        # little padding
+        alike = sum(len(row) > 0.8 * T for row, _ in rows[:max(1, at_once // T)])            # little is padding
+        size = max(alike, 256 // T)
         batch, rows = rows[:size], rows[size:]
         progress(f"tasks, {len(rows)} questions to go")
         padded = [row + [(0, 0, -1)] * (T - len(row)) for row, _ in batch]

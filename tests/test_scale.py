@@ -645,11 +645,19 @@ PAPER_MOE = ["--n_embd=2048", "--n_head=16", "--n_layer=16", "--n_experts=64", "
              "--block_size=4096", "--batch_size=4", "--tokens_per_step=2097152", "--max_steps=4768"]
 
 
+def test_a_plan_of_a_byte_model_counts_the_vocabulary_that_training_gives_it():
+    c = train.load_settings([str(ROOT / "configs/dense.py")])[0]
+    d, L, V = c.n_embd, c.n_layer, 320
+    said = train.plan(c, 1, 0.4).splitlines()[0]
+    assert f" {2 * V * d + L * (16 * d * d + 2 * d) + d:,} total" in said
+
+
 def test_planning_a_model_of_seven_billion_parameters_allocates_nothing(tmp_path):
     script = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; train.main(); " \
              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", script, *PAPER_MOE, "--plan", "--gpus=8"], capture_output=True,
-                          text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", script, *PAPER_MOE, "--plan", "--gpus=8", "--data=any"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     *lines, kilobytes = done.stdout.splitlines()
     assert int(kilobytes) < 1e6 and list(tmp_path.iterdir()) == []
