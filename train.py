@@ -541,7 +541,7 @@ def kernel_share(step: Callable[[], None], device: torch.device) -> float:
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
     """Parameters, FLOPs, tokens, hours, and the memory of a GPU under DDP and FSDP2. Nothing is allocated."""
     check(gpus > 0 and 0 < mfu <= 1, f"--gpus={gpus} must be positive and --mfu={mfu} above 0 and at most 1")
-    c.vocab_size = c.vocab_size or (320 if "python" in c.data else 50304)      # of bytes, of GPT-2: rounded up
+    c.vocab_size = c.vocab_size or (320 if Path(c.data) == Path("data/python") else 50304)       # bytes, GPT-2
     model, (_, size) = bare(c), batch_shape(c, gpus)
     n, tokens, flops = model.count_parameters(), c.max_steps * c.tokens_per_step, model.flops_per_token()
     parts: dict[str, int] = {}
