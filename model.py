@@ -35,42 +35,45 @@ LOGITS_AT_ONCE = 2**26      # the loss holds at most this many logits at a time:
 class UserError(Exception):
     """A mistake of the user's: the message names the culprit and the remedy; `run` prints it without a traceback."""
 
-def setting(default: Any, meaning: str, least: float | None = None) -> Any:
-    """A dataclass field that explains itself in --help, and the least value it may have."""
-    return field(default=default, metadata={"help": meaning, "least": least})
+def setting(default: Any, meaning: str, allowed: float | str = 0) -> Any:
+    """A dataclass field that explains itself in --help; allowed: the least number, or the words, as in "pre/lns"."""
+    return field(default=default, metadata={"help": meaning, "allowed": allowed})
 
 @dataclass
 class ModelConfig:
     """The architecture. A 0 that stands for "derive it" is replaced by the derived value on construction."""
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64", 0)
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64")
     block_size: int = setting(128, "context length T in tokens", 1)
     n_layer: int = setting(8, "blocks L", 1)
     n_head: int = setting(4, "query heads", 1)
-    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)", 0)
+    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)")
     n_embd: int = setting(128, "width d of the residual stream", 1)
-    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models", 0)
-    n_experts: int = setting(0, "experts per MoE layer; 0: dense", 0)
+    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models")
+    n_experts: int = setting(0, "experts per MoE layer; 0: dense")
     top_k: int = setting(2, "experts per token", 1)
-    expert_hidden: int = setting(0, "hidden width of an expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer", 0)
-    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none", 0)
+    expert_hidden: int = setting(0, "hidden width of an expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer")
+    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none")
     norm_topk_prob: bool = setting(False, "rescale the chosen experts' weights to sum to 1")
-    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)", 0)
-    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)", 0)
+    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)")
+    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)")
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", 1)
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm", 1e-38)
-    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth", 0)
+    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth")
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
-    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head", 0)
+    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
     qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
-    qk_norm: str = setting("", "RMSNorm of queries and keys: head, of each head (Qwen3) | full, of all heads (OLMoE)")
+    qk_norm: str = setting("", "RMSNorm of queries and keys: of each head (Qwen3), of all (OLMoE)", "/head/full")
     rope_scaling: str = setting("", "Llama 3's longer wavelengths, llama3:FACTOR,LOW,HIGH,CONTEXT; empty: none")
     shared_gate: bool = setting(False, "weigh the shared expert by a sigmoid gate, as Qwen2-MoE")
-    norm: str = setting("pre", "pre | lns (LayerNorm Scaling, arXiv 2502.05795) | peri (Peri-LN, arXiv 2502.02732)")
+    norm: str = setting("pre", "lns: LayerNorm Scaling, arXiv 2502.05795; peri: Peri-LN, 2502.02732", "pre/lns/peri")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
-            check(least is None or value >= least, f"{f.name}={value} must be at least {least}")
+            value, allowed = getattr(self, f.name), f.metadata["allowed"]
+            if isinstance(allowed, str):
+                check(value in allowed.split("/"), f"{f.name}={value!r} is none of {allowed}")
+            elif isinstance(value, (int, float)):
+                check(value >= allowed, f"{f.name}={value} must be at least {allowed}")
         check(self.head_dim or self.n_embd % self.n_head == 0,
               f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -78,8 +81,6 @@ class ModelConfig:
         self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
         check(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even for RoPE: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        check(self.norm in ("pre", "lns", "peri"), f"norm={self.norm!r} is none of pre, lns, peri")
-        check(self.qk_norm in ("", "head", "full"), f"qk_norm={self.qk_norm!r} is neither empty nor head nor full")
         check(re.fullmatch(r"(llama3:\d+(\.\d+)?(,\d+(\.\d+)?){3})?", self.rope_scaling) is not None,
               f"rope_scaling={self.rope_scaling!r} is not like llama3:8,1,4,8192")
         check(not self.shared_gate or self.n_experts and self.shared_hidden,
