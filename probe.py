@@ -45,9 +45,10 @@ TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and a
 # A column of the tables of scores and its place in probe.json; "released": as the authors' scripts compute it.
 SCORES = {"loss": "loss", "last var.": "variance", "causal": "causal_mean", "permuted": "permutation_mean",
           "useful": "usefulness.score", "log ratio": "usefulness.mean_log_ratio",
-          "heldout": "usefulness_heldout.mean_log_ratio", "rel.useful": "released.usefulness.score",
-          "rel.ratio": "released.usefulness.mean_log_ratio", "rel.causal": "released.causal",
-          "influence": "block_influence", "|J-I|/d": "jacobian.deviation", "accuracy": "tasks.average.primary"}
+          "heldout": "usefulness_heldout.mean_log_ratio", "rel.var.": "released.variance",
+          "rel.useful": "released.usefulness.score", "rel.ratio": "released.usefulness.mean_log_ratio",
+          "rel.causal": "released.causal", "influence": "block_influence", "|J-I|/d": "jacobian.deviation",
+          "accuracy": "tasks.average.primary"}
 
 Pair = tuple[list[int], list[int]]      # the tokens of a context and of its continuation
 Task = tuple[list[dict[str, Any]], str, list[Pair]]      # requests, primary metric, the requests' tokens
@@ -247,15 +248,12 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         sums["loss"][first >= half] += loss
         for l, norm in enumerate(update_norms(streams)):
             sums["update"][l] += exact(norm)
-        if begin("variance"):
-            attn, ffn, _ = zip(*details)
-            for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn)):
+        if begin("variance", "released"):
+            (attn, ffn, _), last = zip(*details), streams[n] if model.config.n_experts else model.norm(streams[n])
+            for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn),
+                             ("released.variance", (*streams[:n], last))):
                 for l, x in enumerate(xs):
                     sums[name][l] += exact(token_variance(x) * idx.numel())
-        if begin("released"):
-            last = streams[n] if model.config.n_experts else model.norm(streams[n])
-            for l, x in enumerate((*streams[:n], last)):
-                sums["released.variance"][l] += exact(token_variance(x) * idx.numel())
         few = idx[:max(0, n_jacobian - first)]
         for l, (f, x) in enumerate(zip(layers, (*streams[:n], streams[n - 1]))):
             if len(few) and begin("jacobian", "released"):
@@ -564,7 +562,7 @@ def scores(r: dict[str, Any]) -> dict[str, float]:
     """A number per experiment in a result: of the variance the last, of a matrix the mean over s < l, else the mean."""
     found = {name: np.array(at(r, path)) for name, path in SCORES.items() if at(r, path) is not None}
     found |= {name: x[np.triu_indices(len(x), 1)] for name, x in found.items() if x.ndim > 1}
-    return {name: float(x[-1] if name == "last var." else x.mean()) for name, x in found.items()}
+    return {name: float(x[-1] if "var." in name else x.mean()) for name, x in found.items()}
 
 def score_table(results: dict[str, dict[str, Any]]) -> str:
     """One line per checkpoint, of what was measured of all of them."""

@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_reported_numbers_are_those_of_the_facts():
                 reported = families()[prefix][member]
                 assert (reported["ppl"], reported["useful"]) == (float(ppl), float(useful)), member
     assert len(depth) == 4 and len(sweeps) > 6
+    names = {"1 (MHA)": "gqa_1", "4": "gqa_4", "16": "gqa_16", "Dense 400M": "dense_400m", "Dense 1B": "dense_1b",
+             "MoE 2B / 400M active": "moe_400m", "MoE 7B / 1B active": "moe_1b"}
+    found = {names[row[0]]: row[1:] for row in rows if len(row) == 4 and row[0] in names}
+    assert len(found) == 7
+    for member, (ppl, useful, variance) in found.items():
+        reported = families()["gqa" if "gqa" in member else "moe"][member]
+        assert (reported["ppl"], reported["useful"]) == (float(ppl), float(useful)), member
+        assert reported.get("variance") == (float(variance.strip("~")) if variance else None), member
     for step, (_, accuracy, useful) in zip(families()["ladder"].values(), [
             row for row in rows if len(row) == 3 and row[1].replace(".", "").isdigit()][-9:]):
         assert (step["accuracy"], step["useful"]) == (float(accuracy), float(useful))
@@ -133,9 +142,10 @@ def test_the_laptops_decay_does_what_the_papers_does():
 @pytest.mark.parametrize("scale", SCALES)
 def test_members_share_a_folder_exactly_if_their_settings_are_equal(scale):
     found = folders("out", scale)
+    of = {member: settings(member, scale) for member in found}
     for a in found:
         for b in found:
-            assert (found[a] == found[b]) == (settings(a, scale) == settings(b, scale)), (a, b)
+            assert (found[a] == found[b]) == (of[a] == of[b]), (a, b)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -178,17 +188,61 @@ def test_what_is_finished_is_not_run_again_and_what_changed_is(ran):
     assert before == {path: path.stat().st_mtime_ns for path in where.rglob("*.pt")}
     more = cli(*command, "--only", "variance,usefulness,removal", "--dry-run", cwd=where)
     assert more.stdout.count("to do: probe") == 3
+    saved = cli(*command, "--save_interval=1", "--compile=false", "--dry-run", cwd=where)
+    assert saved.stdout.count("to do: nothing") == 3
     other = cli(*command, "--learning_rate=1e-4", "--dry-run", cwd=where)
     assert other.stdout.count("to do: train, probe") == 3
     seeds = cli(*command, "--seeds", "2", "--dry-run", cwd=where)
     assert seeds.stdout.count("to do: nothing") == 3 and seeds.stdout.count("to do: train, probe") == 3
 
 
+def test_another_experiment_does_not_lose_those_that_are_there(ran):
+    where, command, _ = ran
+    out = folders(where / "out/recipe", "laptop")["gqa_4"] / "seed_0"
+    before = json.loads((out / "probe.json").read_text())
+    args = type("Args", (), dict(scale="laptop", tasks=[], only="lens", settings=command[6:]))
+    probe = recipe.commands("gqa_4", 0, out, args)[1]["probe"]
+    assert subprocess.run(probe, cwd=where, capture_output=True).returncode == 0
+    after = json.loads((out / "probe.json").read_text())
+    assert after["lens"] and after["run"]["experiments"] == ["variance", "usefulness", "lens"]
+    assert {k: after[k] for k in ("variance", "usefulness", "loss")} == {k: before[k] for k in (
+        "variance", "usefulness", "loss")}
+    os.utime(out / "ckpt.pt")                              # trained on since: what was probed is of the past
+    assert measured(out) == {} and "probe" in recipe.commands("gqa_4", 0, out, args)[1]
+    os.utime(out / "probe.json")
+    assert measured(out)["last var."] == pytest.approx(before["variance"][-1])
+
+
+def test_a_run_of_other_settings_is_named_below_the_table(ran):
+    where, _, _ = ran
+    said = cli("report", cwd=where)
+    assert said.returncode == 0
+    lines = [line for line in said.stdout.splitlines() if "other settings" in line and "gqa_4" in line]
+    assert len(lines) == 1 and lines[0].startswith("out/recipe/laptop/gqa_4/seed_0") and "max_steps" in lines[0]
+    assert "out_dir" not in lines[0] and "seed:" not in lines[0]
+
+
+def test_a_terminated_family_ends_its_run_and_begins_no_other(corpus, tmp_path):
+    command = [sys.executable, ROOT / "recipe.py", "run", "gqa", "--n_layer=2", "--n_embd=16", "--block_size=32",
+               "--tokens_per_step=256", f"--data={corpus}", "--eval_interval=0", "--max_steps=1000000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = tmp_path / "out/recipe/laptop/depth_16/seed_0"
+    for _ in range(600):
+        if (out / "log.jsonl").exists():
+            break
+        time.sleep(0.1)
+    process.terminate()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "depth_16/seed_0: train failed or was stopped" in said, said
+    assert "stopped by SIGTERM" in (out / "train.txt").read_text() and (out / "ckpt.pt").exists()
+    assert not (tmp_path / "out/recipe/laptop/gqa_4").exists()
+
+
 def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     def run_one(command, stdout, **_):
         out = Path(stdout.name).parent
         if "context_512" in str(out):
-            return subprocess.CompletedProcess(command, 2)
+            return Ended(2)
         if "probe.py" in command[1]:
             (out / "probe.json").write_text(json.dumps({
                 "usefulness": {"score": 0.5}, "variance": [1.0], "run": {"experiments": ["variance"]}}))
@@ -197,9 +251,19 @@ def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
             c = load_settings([x for x in command[2:] if x != "--resume"])[0]
             done = c.max_steps - ("context_1024" in str(out))          # as after a SIGTERM: status 0, but not the end
             torch.save({"model": {}, "settings": asdict(c), "step": done, "tokenizer": "bytes"}, out / "ckpt.pt")
-        return subprocess.CompletedProcess(command, 0)
+        return Ended(0)
 
-    monkeypatch.setattr(recipe.subprocess, "run", run_one)
+    class Ended(subprocess.CompletedProcess):
+        def __init__(self, status):
+            super().__init__([], status)
+
+        def wait(self):
+            return self.returncode
+
+        def __hash__(self):
+            return id(self)
+
+    monkeypatch.setattr(recipe.subprocess, "Popen", run_one)
     args = type("Args", (), dict(family="context", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance",
                                  settings=[], dry_run=False, out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="2 of 6 runs failed: .*context_512/seed_0, .*context_1024/seed_0"):
@@ -245,15 +309,25 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
 
 def test_a_broken_or_unfinished_run_is_left_out(invent, tmp_path):
     (invent("gqa_4") / "probe.json").write_text("{")
-    (invent("gqa_16") / "log.jsonl").unlink()
+    (invent("gqa_16") / "probe.json").unlink()
     assert measured(folders(tmp_path / "out", "laptop")["gqa_4"] / "seed_0") == {}
     with pytest.raises(UserError, match="no finished run"):
         report(tmp_path / "out", "laptop", ["gqa"])
 
 
+def test_a_log_that_ends_within_a_line_or_is_gone_costs_no_result(invent):
+    out = invent("gqa_4", variance=7.5)
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"step": 21, "varian')
+    assert measured(out)["curve"] == [(10, 90.0), (20, 7.5)] and "peaked at 90" in diagnose(checkpoint(out))
+    (out / "log.jsonl").unlink()
+    assert measured(out)["last var."] == 7.5 and math.isnan(measured(out)["val loss"])
+
+
 def test_what_is_measured_of_a_run_is_what_its_files_say(invent):
     found = measured(invent("gqa_4", variance=7.5))
     assert found["curve"] == [(10, 90.0), (20, 7.5)] and found["last var."] == 7.5 and found["val loss"] == 1.25
+    assert found["peak var."] == 90.0
     assert found["|J-I|/d"] == 0.375 and found["influence"] == pytest.approx(0.255)
 
 
@@ -300,7 +374,10 @@ def test_advice_at_the_papers_size_is_the_papers_recipe(tmp_path, monkeypatch, c
 def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, tmp_path, monkeypatch, capsys):
     c, _ = advice(tmp_path, monkeypatch, capsys, **asked)
     widths = [d for d in (c.n_embd - 32, c.n_embd, c.n_embd + 32) if d]
-    models = [bare(replace(c, n_embd=d, expert_hidden=d, head_dim=0)).count_parameters()["active"] for d in widths]
+    assert c.n_head == 2 * c.n_kv_head and abs(c.n_head * c.head_dim - c.n_embd) <= c.n_head
+    assert 35 <= c.head_dim <= 105                                                    # the ladder's heads are 70 wide
+    models = [bare(replace(c, n_embd=d, expert_hidden=d, n_head=2, n_kv_head=1,
+                           head_dim=d // 2)).count_parameters()["active"] for d in widths]
     assert widths[np.abs(np.array(models) - asked["params"]).argmin()] == c.n_embd
     assert c.max_steps * c.tokens_per_step == pytest.approx(asked.get("tokens", 1e10), rel=0.02)
     assert c.tokens_per_step % (c.block_size * asked.get("gpus", 8)) == 0
@@ -308,18 +385,32 @@ def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, tmp_pat
 
 
 @pytest.mark.parametrize("asked, names", [
-    (dict(n_layer=48), ["n_layer"]), (dict(params=7e9), ["active"]), (dict(tokens=1e11), ["tokens"]),
-    (dict(n_layer=200, params=1e5), ["n_layer", "active"]),                  # no width is so small: 9M are built
-    (dict(n_layer=12, params=4e8, tokens=1e6, gpus=1000), ["tokens", "block_size", "weight_decay"])])
+    (dict(n_layer=48), ["n_layer"]), (dict(params=7e9), ["n_embd", "active"]), (dict(tokens=1e11), ["tokens"]),
+    (dict(n_layer=200, params=1e5), ["n_layer", "n_embd", "active"]),        # no width is so small: 9M are built
+    (dict(n_layer=12, params=4e8, tokens=2e7, gpus=128), ["tokens", "block_size"])])
 def test_advice_says_where_it_extrapolates(asked, names, tmp_path, monkeypatch, capsys):
     _, said = advice(tmp_path, monkeypatch, capsys, **asked)
     assert [line.split()[1] for line in said.splitlines() if "EXTRAPOLATES" in line] == names
+    assert ("1e+05 were asked for" in said) == (asked.get("params") == 1e5)
+
+
+def test_advice_keeps_the_context_of_the_recipe_on_many_gpus(tmp_path, monkeypatch, capsys):
+    c, said = advice(tmp_path, monkeypatch, capsys, gpus=1024)
+    assert (c.block_size, c.tokens_per_step, c.max_steps) == (4096, 2**22, 2384) and "EXTRAPOLATES" not in said
+
+
+def test_an_advised_config_stands_alone(tmp_path, monkeypatch, capsys):
+    advice(tmp_path, monkeypatch, capsys)
+    assert "base" not in (tmp_path / "advised.py").read_text().replace("baseline", "")
+    with pytest.raises(UserError, match="advised.py exists"):
+        advice(tmp_path, monkeypatch, capsys)
 
 
 def checkpoint(out, **changes):
     c = dict(n_layer=2, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1, learning_rate=4e-4,
              max_steps=4768) | changes
     torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
+    os.utime(out / "ckpt.pt", (0, 0))                                                        # probed later
     return out
 
 
@@ -343,6 +434,13 @@ def test_the_next_knob_is_the_first_step_of_the_ladder_not_taken(invent, changes
     assert said.startswith(f"next in the paper's ladder: {knob}, here ")
 
 
+def test_a_stream_without_variance_is_diagnosed(invent):
+    out = checkpoint(invent("gqa_4"))
+    r = json.loads((out / "probe.json").read_text())
+    (out / "probe.json").write_text(json.dumps(r | {"variance": [0.0, 0.0, 0.0]}))
+    assert "variance x0.0" in diagnose(out)
+
+
 def test_a_run_that_uses_its_depth_is_left_alone(invent):
     assert diagnose(checkpoint(invent("gqa_4", useful=1.0))).endswith("next: its depth is used")
 
@@ -355,6 +453,9 @@ def test_a_run_that_uses_its_depth_is_left_alone(invent):
     (["advise", "--n_layer=2", "--params=inf", "--tokens=1e9"], "--params"),
     (["advise", "--n_layer=32", "--params=1e9"], "--tokens"),
     (["advise", "--n_layer=0", "--params=1e9", "--tokens=1e9"], "--n_layer"), (["report", "--jobs=2"], "--jobs"),
+    (["advise", "--n_layer=2", "--params=1e40", "--tokens=1e9"], "--params"),
+    (["advise", "--n_layer=2", "--params=1e8", "--tokens=1e6", "--gpus=11"], "--gpus"),
+    (["run", "gqa", "--plan"], "--plan"), (["run", "gqa", "--seed=3"], "--seeds"), (["run", "gqa", "depth"], "depth"),
     (["run", "gqa", "--seeds=0"], "--seeds")])
 def test_a_mistake_is_one_line_and_status_2(args, said, tmp_path):
     done = cli(*args, cwd=tmp_path)

@@ -1,3 +1,3 @@
-# The recipe's ladder, first row: half of the baseline's layers, at its width, so half of its parameters; the paper's has
-# as many parameters as its baseline.
+# The recipe's ladder, first row: half of the layers of the second at its width, so half of its parameters. Neither the
+# width nor the size of the paper's is stated.
 base = "base.py"

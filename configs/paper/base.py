@@ -1,4 +1,4 @@
-# What the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the released optimizer. The others start here.
+# What the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the released optimizer. All start here.
 # Prepare the data with  python data.py fineweb-edu --max_tokens 10.5e9
 data = "data/fineweb-edu"   # the paper's tokenizer is GPT-NeoX's (50280, padded to 50304); tiktoken has GPT-2's: ours
 vocab_size = 50304
