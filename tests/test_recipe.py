@@ -418,7 +418,7 @@ def test_a_diagnosis_says_what_the_run_and_its_probe_hold(invent):
     out = checkpoint(invent("gqa_4", variance=9.0))
     said = diagnose(out)
     assert said == diagnose(out / "ckpt.pt").replace(f"{out}/ckpt.pt: 1 of", f"{out}: 1 of")
-    assert "1 of 2 blocks are useful" in said and "x3.0 from the first block's output to the last's, 3 to 9" in said
+    assert "1 of 2 blocks are useful" in said and "x3.0 from the first block to the last, 3 to 9" in said
     assert "peaked at 90, step 10" in said and "near the identity (influence below 0.02): 1" in said
     assert f"cheapest run of 1: blocks 1, perplexity x{math.exp(0.02):.3f}" in said and "--drop 1" in said
 
