@@ -211,8 +211,9 @@ def figure(runs: Runs, paper: dict[str, dict[str, float]], path: Path) -> str:
     scored = all("accuracy" in r for seeds in runs.values() for r in seeds)
     means, deviations = spread(runs, "accuracy" if scored else "val loss")
     bars.bar(places, means, yerr=deviations, color="gainsboro", ecolor="gray", capsize=3)
+    low, high = (np.nan_to_num(means) + sign * np.nan_to_num(deviations) for sign in (-1, 1))
     bars.set(ylabel=f"bars, cut below: {'accuracy' if scored else 'validation loss, nats a token'}",
-             title="After training", ylim=(np.nan_to_num(means).min() * 0.95, np.nan_to_num(means).max() * 1.02 + 1e-9))
+             title="After training", ylim=(low.min() * 0.95, high.max() * 1.02 + 1e-9))
     bars.set_xticks(places, runs, rotation=35, ha="right", fontsize=8)
     marks, joined = bars.twinx(), "-" if path.stem in ("depth", "weight_decay", "context", "gqa") else ""
     for column, mark in {"useful": "o", "rel.useful": "x", "causal": "s", "permuted": "^"}.items():
