@@ -251,7 +251,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
         if begin("variance", "released"):
             (attn, ffn, _), last = zip(*details), streams[n] if model.config.n_experts else model.norm(streams[n])
             for name, xs in (("variance", streams), ("attn_variance", attn), ("ffn_variance", ffn),
-                             ("released.variance", (*streams[:n], last))):
+                             ("released.variance", [last])):                 # the others are those of the streams
                 for l, x in enumerate(xs):
                     sums[name][l] += exact(token_variance(x) * idx.numel())
         few = idx[:max(0, n_jacobian - first)]
@@ -345,7 +345,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] = EXPERIMENTS, 
     if "released" in want:
         out["released"] = {"causal": (total("released.causal") / update).tolist(),
                            "usefulness": usefulness("released.usefulness", loss, positions),
-                           "variance": (total("released.variance") / positions).tolist(),
+                           "variance": (torch.cat((total("variance")[:n], total("released.variance")))
+                                        / positions).tolist(),
                            "jacobian": jacobian_scores(torch.cat((J[:n - 1], J[-1:])))}
     seconds = defaultdict(float)
     for (stage, start), (_, end) in pairwise(marks):

@@ -261,7 +261,8 @@ def advise(args: Any) -> None:
           "--n_layer must be 1 to 1000, --params 1e5 to 1e13, --tokens 1e6 to 1e16")
     check(0 < args.gpus <= args.tokens / 1e5, f"--gpus {args.gpus}: 1 or more, with 1e5 or more of the --tokens each")
     check(not args.out or not Path(args.out).exists(), f"--out {args.out} exists: choose another name")
-    c, T = config("ladder_moe", "paper"), 4096
+    c = config("ladder_moe", "paper")
+    T = c.block_size
     a = args.n_layer * (3 + 3 * c.top_k)                                  # times d^2: attention with G = 2, experts
     b = 2 * c.vocab_size + args.n_layer * (c.n_experts + 2)               # times d: embedding, head, routers, norms
     n_embd = max(32, 32 * round((math.sqrt(b * b + 4 * a * args.params) - b) / (2 * a) / 32))

@@ -6,9 +6,8 @@
     python train.py configs/dense.py --bench                           # how fast is a step? one line of JSON
 
 A config is a Python file of assignments to the settings below; `base = "other.py"` in it starts from a neighbour. The
-command line overrides it.
-Writes out_dir/log.jsonl (one object per step) and out_dir/ckpt.pt, the one before as ckpt.1.pt; SIGTERM
-saves and stops. Several nodes need an out_dir that all of them see. Every setting, with its default:
+command line overrides it. Writes out_dir/log.jsonl (one object per step) and out_dir/ckpt.pt, the one before as
+ckpt.1.pt; SIGTERM saves and stops. Several nodes need an out_dir that all of them see. Every setting, with its default:
 """
 from __future__ import annotations
 
