@@ -286,7 +286,7 @@ class MoE(nn.Module):
                 shared = self.shared_gate(x).sigmoid() * shared
             y = y + shared
 
-        load = count / expert.numel()
+        load = count.to(probs.dtype) / expert.numel()        # of integers alone it would be float32
         lb_loss = E * (load * probs.mean(0)).sum()           # eq. 4 of Switch, arXiv 2101.03961
         z_loss = logits.logsumexp(-1).square().mean()        # eq. 5 of ST-MoE, arXiv 2202.08906
         return y.view(shape), Router(lb_loss, z_loss, load)

@@ -14,6 +14,7 @@ streams of that pass. Nothing in the model is changed or hooked: blocks are func
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from data import (METRICS, Corpus, Parser, Task, documents, export, get_tokenizer, load_model,
-                  read_tasks, run, save_checkpoint, write_json)
+                  read_tasks, run, same_tokenizer, save_checkpoint, write_json)
 from model import (GPT, LOGITS_AT_ONCE, Block, Detail, UserError, check, cross_entropy, generate,
                    token_variance, wide)
 
@@ -82,8 +83,9 @@ class Run:
     maps: list[Map] = field(default_factory=list)
     half_maps: list[Map] = field(default_factory=list)
     recorded_map: Map | None = None
-    # Each block's Jacobian, summed so far: (d, d)
+    # Each block's Jacobian, summed so far: (d, d); and what is in it, by micro-batch and block
     jacobians: dict[int, Tensor] = field(default_factory=dict)
+    counted: set[tuple[str, int]] = field(default_factory=set)
     # Where the measurement is, and how long its stages took
     where: str = ""
     micro_batch: str = ""
@@ -366,10 +368,12 @@ def released(run: Run) -> Questions:
             if run.dense:
                 del g[s + 1]                   # 3; the last block has none: C[s, last] = 0
             changed[s] += causal_row(h, g, s)
+            g.clear()                          # a list of its own: its streams must not outlive the question
             W, b = run.recorded_map if s == last else run.maps[s]                 # 2
             x = h[s]
             x = x @ W.T.to(x) + b.to(x)                                           # 1
             mapped[s] += nll(run.model, x, p.idx, run.blocks[s + 1:])
+        h.clear()                              # nor these the micro-batch
     if run.dense:
         J[last] = J_recorded
     return {"released": {"causal": changed / update.clamp_min(1e-300),
@@ -420,13 +424,19 @@ def removal(run: Run) -> Questions:
                 run.tick()
                 losses[str(length)][s] += nll(run.model, p.h[s], p.idx, run.blocks[s + length:])
         if run.sublayers:
-            for l, (block, x, did) in enumerate(zip(run.blocks, p.h, p.details)):
-                run.tick()
-                rest = run.blocks[l + 1:]
-                losses["attn"][l] += nll(run.model, x + block.ffn_output(x)[0], p.idx, rest)
-                losses["ffn"][l] += nll(run.model, x + did.attn, p.idx, rest)
+            for l, (only_ffn, only_attn) in enumerate(sublayers_alone(run, p)):
+                losses["attn"][l] += only_ffn
+                losses["ffn"][l] += only_attn
     return {"removal": {what: total / run.predictions for what, total in losses.items()},
             "block_influence": influence / run.positions}
+
+def sublayers_alone(run: Run, p: Pass) -> Iterator[tuple[float, float]]:
+    """Of each block -log p summed over the predictions without its attention, and without its FFN."""
+    for l, (block, x, did) in enumerate(zip(run.blocks, p.h, p.details)):
+        run.tick()
+        rest = run.blocks[l + 1:]
+        yield (nll(run.model, x + block.ffn_output(x)[0], p.idx, rest),
+               nll(run.model, x + did.attn, p.idx, rest))
 
 def removed_runs(r: Result) -> dict[str, list[float]]:
     """The perplexity ratios without each run of blocks, by the run's length."""
@@ -612,10 +622,9 @@ def attention_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """What scaled_dot_product_attention, whose arguments these are, weighs values by; and which
     keys are visible."""
-    T = query.size(-2)
     key = wide(key).repeat_interleave(query.size(1) // key.size(1), dim=1)
     scores = wide(query) @ key.mT * (scale or query.size(-1) ** -0.5)     # (B, n_head, T, T)
-    visible = torch.ones(T, T, dtype=torch.bool, device=query.device)
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
     if is_causal:
         visible = visible.tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -641,10 +650,10 @@ def attention_sums(block: Block, x: Tensor) -> Tensor:
               "sparsity: this attention does not go through torch's scaled_dot_product_attention, so its "
               "probabilities are not seen: leave sparsity out of --only")
         p = seen.probabilities[0, :, 1:]                                  # (n_head, T - 1, T)
-        visible = seen.visible.expand_as(seen.probabilities)[0, :, 1:].sum(-1)  # (n_head, T - 1)
+        visible = seen.visible.expand_as(seen.probabilities)[0, :, 1:].sum(-1).to(p.dtype)
         entropy = torch.special.entr(p).sum(-1)                           # (n_head, T - 1)
         needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
-        relative = entropy / visible.to(p.dtype).log().clamp_min(1e-30)   # of one key: 0
+        relative = entropy / visible.log().clamp_min(1e-30)               # of one key: 0
         values = (relative, needed / visible, entropy.exp() / visible)
         sums += exact([value.mean(0).sum() for value in values])
     return sums
@@ -680,24 +689,24 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
     loss = 0.0
     for p in passes(run, fit=any(EXPERIMENTS[name].fits for name in names)):
         loss += p.loss
-        asks = {}
+        asked = {}                                 # of each experiment its question; None: it is done
         for name, experiment in running.items():
             with run.stage(name):
-                asks[name] = experiment.send(p)
-        while pending := [ask for ask in asks.values() if ask is not None]:
+                asked[name] = ask(name, experiment, p)
+        while pending := [question for question in asked.values() if question is not None]:
             what, l = min(pending)
             with run.stage(what):
                 answer = SHARED[what](run, p, l)
-            for name in [name for name, ask in asks.items() if ask == (what, l)]:
+            for name in [name for name, question in asked.items() if question == (what, l)]:
                 with run.stage(name):
-                    asks[name] = running[name].send(answer)
+                    asked[name] = ask(name, running[name], answer)
             if what == "without":
                 answer.clear()                     # experiments hold the list on: not the streams in it
         p.h.clear()
         p.details.clear()
     result = {"loss": loss / run.predictions}
-    for experiment in running.values():
-        result |= plain(result_of(experiment))
+    for name, experiment in running.items():
+        result |= plain(result_of(name, experiment))
     return result | {"seconds": dict(run.seconds)}
 
 def check_run(run: Run, names: Sequence[str]) -> None:
@@ -758,10 +767,11 @@ def fit_maps(run: Run, bounds: Sequence[tuple[int, int]]) -> tuple[list[Tensor],
     for k, (start, end) in reversed(list(enumerate(bounds))):
         run.micro_batch = f"micro-batch {k + 1}/{len(bounds)}"
         with run.stage("affine maps"):
+            h = details = None                                            # of the one before: not both at once
             h, details = forward(run, run.tokens[start:end])
             half = second_half if start >= run.half else first_half
-            for l, (x, y) in enumerate(pairwise(h)):
-                half[l] += moments(x, y)
+            for l in range(run.n):
+                half[l] += moments(h[l], h[l + 1])
             to_recorded += moments(h[run.n - 1], recorded(run, h)[-1])
     run.half_maps = [affine_map(first) for first in first_half]
     run.maps = [affine_map(first + second) for first, second in zip(first_half, second_half)]
@@ -777,24 +787,39 @@ def jacobian_so_far(run: Run, p: Pass, l: int) -> Tensor:
     all who ask."""
     if l not in run.jacobians:
         run.jacobians[l] = zeros(run.d, run.d)
-    if p.few:
+    if p.few and (run.micro_batch, l) not in run.counted:    # asked for twice, it still counts once
+        run.counted.add((run.micro_batch, l))
         run.jacobians[l] += jacobian_sum(run.blocks[l], p.h[l][:p.few])
     return run.jacobians[l]
 
 SHARED = {"jacobian": jacobian_so_far, "without": without}
 
-def result_of(experiment: Questions) -> dict[str, Any]:
+def ask(name: str, experiment: Questions, answer: Any) -> tuple[str, int] | None:
+    """Give an experiment an answer, and take its next question."""
+    try:
+        question = experiment.send(answer)
+    except StopIteration as e:
+        raise RuntimeError(f"{name} ended at a micro-batch: its loop must end at None") from e
+    if question is not None and question[0] not in SHARED:
+        raise RuntimeError(f"{name} asks for {question}: there are {', '.join(SHARED)}")
+    return question
+
+def result_of(name: str, experiment: Questions) -> dict[str, Any]:
     """Tell an experiment that there are no more micro-batches, and take what it returns."""
     try:
         experiment.send(None)
     except StopIteration as end:
-        return end.value
-    raise RuntimeError("an experiment asks on after the last micro-batch: its loop must end at None")
+        if isinstance(end.value, dict) and name in end.value:
+            return end.value
+        raise RuntimeError(f"{name} must return a dict that has {name!r} among its keys") from None
+    raise RuntimeError(f"{name} asks on after the last micro-batch: its loop must end at None")
 
 def plain(x: Any) -> Any:
-    """Tensors as numbers and lists, also inside of dicts."""
+    """Tensors as numbers and lists, also inside of dicts and lists."""
     if isinstance(x, dict):
         return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
     return x.tolist() if isinstance(x, Tensor) else x
 
 # ---- dropping blocks -----------------------------------------------------------------------------
@@ -897,9 +922,13 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
     Pairs with the same context share a `Row`.
     """
     limit, device = model.config.block_size, model.embed.weight.device
-    rows = pack(pairs, limit)
+    # What is the same once it was cut is scored once: so equal choices tie, whatever is rounded.
+    keys = [(tuple((context + continuation)[-limit - 1:]), len(continuation))
+            for context, continuation in pairs]
+    different = dict(zip(keys, pairs))
+    rows = pack(list(different.values()), limit)
     left = len(rows)
-    out = torch.zeros(len(pairs), dtype=torch.float64)
+    out = torch.zeros(len(different), dtype=torch.float64)
     at_once = TOKENS_AT_ONCE
     if device.type == "cpu":
         at_once //= 4                                        # measured: larger is slower
@@ -914,13 +943,14 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
             nats = F.cross_entropy(wide(model.head(model.norm(x[b, place]))), token, reduction="none")
             out.index_add_(0, i.cpu(), -nats.double().cpu())
     cut = sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
-    return out.tolist(), cut
+    scored = dict(zip(different, out.tolist()))
+    return [scored[key] for key in keys], cut
 
 def packed_streams(model: GPT, rows: Sequence[Row], device: torch.device) -> Tensor:
     """The stream after the last block, (B, T, d), where the longest of the B rows has T tokens."""
     T = max(len(row.token) for row in rows)
     columns = []
-    for name, filler in (("token", 0), ("position", 0), ("segment", -1)):  # padding sees but itself
+    for name, filler in (("token", 0), ("position", 0), ("segment", -1)):  # no text sees padding
         lists = [getattr(row, name) for row in rows]
         padded = [x + [filler] * (T - len(x)) for x in lists]
         columns.append(torch.tensor(padded, device=device))               # (B, T)
@@ -988,7 +1018,7 @@ def block_table(r: Result, n: int) -> str:
                 continue
             header += f"{name:>10}"
             meanings.append(f"{name}: {meaning}")
-            rows = [row + f"{value:10.4g}" for row, value in zip(rows, values, strict=True)]
+            rows = [row + f" {value:9.4g}" for row, value in zip(rows, values, strict=True)]
     if not meanings:
         return ""
     return "\n".join([header, *rows, *textwrap.wrap("; ".join(meanings), 120)])
@@ -1016,7 +1046,7 @@ def score_table(results: dict[str, Result]) -> str:
     columns = [name for name in score_names() if all(name in row for row in rows.values())]
     lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
     for label, row in rows.items():
-        lines.append(f"{label:{width}}" + "".join(f"{row[name]:11.4f}" for name in columns))
+        lines.append(f"{label:{width}}" + "".join(f" {row[name]:10.4f}" for name in columns))
     return "\n".join(lines)
 
 def remarks(r: Result, path: str) -> Iterator[str]:
@@ -1030,7 +1060,7 @@ def remarks(r: Result, path: str) -> Iterator[str]:
             yield (f"{key} comes from a loose fit, to fewer than 10 (d + 1) tokens: "
                    "give more --samples")
     for length, losses in r.get("removal", {}).items():
-        if length.isdigit():
+        if length.isdigit() and len(losses) > 1:                   # of one run only: all blocks
             s = int(np.argmin(losses))
             ratio = min(perplexity_ratios(r, losses))
             blocks = ",".join(map(str, range(s, s + int(length))))
@@ -1145,18 +1175,19 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
               f"--tokens {args.tokens}: it must hold one array of integers of shape (B, T)")
         return torch.from_numpy(array.astype(np.int64)).to(device), args.tokens
 
-    source = args.data or saved["settings"].get("data", "data/python")
+    source = args.data or saved["settings"].get("data")
     T = args.length or min(512, limit)
     check(2 <= T <= limit, f"--length {T}: must be 2 to the model's block_size={limit}")
-    if Path(source).is_file():
+    if source is None or Path(source).is_file():
         enc, ids = get_tokenizer(saved["tokenizer"]), []
-        for document in documents(source):
+        for document in documents(source) if source else python_documentation():
             ids += [*enc.encode_ordinary(document), enc.eot_token]
         text = np.array(ids)
-        n, origin = (len(text) - 1) // T, source
+        n = max(len(text) - 1, 0) // T
+        origin = source or "Python's documentation (another text: --data)"
     else:
         corpus = Corpus(source)
-        check(corpus.tokenizer == saved["tokenizer"],
+        check(same_tokenizer(corpus.tokenizer, saved["tokenizer"]),
               f"{source} has {corpus.tokenizer!r} tokens, the model knows {saved['tokenizer']!r}: "
               "give another --data")
         text, n, origin = None, corpus.n_windows("val", T), f"{source} (validation)"
@@ -1165,6 +1196,11 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
     for row, i in zip(rows, np.sort(chosen).tolist()):
         row[:] = corpus.read("val", i * T, T) if text is None else text[i * T:(i + 1) * T]
     return torch.from_numpy(rows).to(device), origin
+
+def python_documentation() -> Iterator[str]:
+    """English prose that is there wherever Python is: half a megabyte, by topic."""
+    from pydoc_data.topics import topics
+    yield from topics.values()
 
 def make_progress() -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every
@@ -1189,8 +1225,6 @@ def integers(text: str, flag: str) -> list[int]:
 
 def sample(args: Any, model: GPT, saved: dict[str, Any]) -> None:
     """--sample: print a prompt and how the model goes on."""
-    check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
-          "--new_tokens and --temperature must not be negative, --top_k must be positive")
     enc = get_tokenizer(saved["tokenizer"])
     prompt = torch.tensor([enc.encode_ordinary(args.sample) or [enc.eot_token]])  # (1, T)
     check(prompt.max() < model.config.vocab_size,
@@ -1210,8 +1244,9 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
         possible = set(drop) <= set(range(n)) and len(set(drop)) < n
     check(possible, f"--drop {args.drop}: {path} has blocks 0 to {n - 1}; "
                     "at least one must go and one must stay")
-    beside = "pruned.pt" if path.stem == "ckpt" else f"{path.stem}_pruned.pt"
-    target = Path(args.save or path.with_name(beside))
+    stem = path.name.removesuffix(".pt")
+    beside = "pruned.pt" if stem == "ckpt" else f"{stem}_pruned.pt"
+    target = Path(args.save or place_of(path).with_name(beside))
     check(target.resolve() != path.resolve(),
           f"--save {target} is the checkpoint itself: choose another name")
     tokens, _ = read_tokens(args, model, saved)
@@ -1223,7 +1258,7 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; "
           f"loss {whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n"
           f"train it on:  python train.py --init_from={target} --out_dir=out/pruned "
-          f"--data={saved['settings'].get('data', 'data/python')}")
+          f"--data={saved['settings'].get('data', 'CORPUS')}")
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
@@ -1304,16 +1339,37 @@ def read_arguments() -> tuple[Any, str]:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     args = parser.parse_args()
+    unset = object()                              # once more, to tell what is given from defaults
+    given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     asked = [name for name in ("drop", "sample", "export") if getattr(args, name) is not None]
     check(len(asked) <= 1, f"--{' and --'.join(asked)}: one at a time")
     does = asked[0] if asked else "measure"
-    for name, value in vars(args).items():
+    for name in vars(args):
         used = name in (does, "checkpoints", "tokenizer", *USES[does].split())
-        if not used and value != parser.get_default(name):
+        if not used and getattr(given, name) is not unset:
             owners = [other for other in USES if name in (other, *USES[other].split())]
             wanted = " or ".join("measuring" if other == "measure" else f"--{other}" for other in owners)
             raise UserError(f"--{name} goes with {wanted}, and that is not asked for here")
+    check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
+          "--new_tokens and --temperature must not be negative, --top_k must be positive")
+    check(args.seed >= 0, "--seed must not be negative")
     return args, does
+
+def place_of(path: Path) -> Path:
+    """Where a checkpoint is; of a model on the Hugging Face hub, owner/name, its name here."""
+    return path if path.exists() else Path("_".join(path.parts[1:]))
+
+def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
+    """What a checkpoint is called among the others, and the folder of its results."""
+    if path.is_file():
+        home = path.parent if path.name == "ckpt.pt" else path.with_suffix("")
+    else:
+        home = place_of(path)
+    name = home.resolve().name
+    label = str(path).replace("/", "_") if name in taken else name
+    if not args.out:
+        return label, home
+    return label, Path(args.out, label) if len(args.checkpoints) > 1 else Path(args.out)
 
 def main() -> None:
     args, does = read_arguments()
@@ -1340,21 +1396,9 @@ def main() -> None:
             label, out = place_of_results(args, path, taken=results)
             results[label] = measure(args, path, model, saved, label, out)
     if len(results) > 1:
-        out = Path(args.out or args.checkpoints[0].parent / "comparison")
+        out = Path(args.out or place_of(args.checkpoints[0]).parent / "comparison")
         make_folder(out)
         print("", score_table(results), f"of the comparison: {draw(results, out)}", sep="\n")
-
-def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
-    """What a checkpoint is called among the others, and the folder of its results."""
-    if path.is_dir():
-        home = path
-    else:
-        home = path.parent if path.name == "ckpt.pt" else path.with_suffix("")
-    name = home.resolve().name
-    label = str(path).replace("/", "_") if name in taken else name
-    if not args.out:
-        return label, home
-    return label, Path(args.out, label) if len(args.checkpoints) > 1 else Path(args.out)
 
 if __name__ == "__main__":
     run(main)

@@ -1,4 +1,5 @@
 """The scripts are modules in the repository's root, not a package: tests import them from there."""
+import os
 import random
 import sys
 from pathlib import Path
@@ -7,7 +8,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+pytest.register_assert_rewrite("helpers")
+from helpers import SHARED, Outcome
+
+import data
+from model import UserError
 
 torch.set_num_threads(1)      # a second one only gets in the way of matrices this small, tenfold on a busy machine
 
@@ -20,3 +25,29 @@ def corpus(tmp_path_factory):
     for i in range(40):
         (texts / f"{i:02d}.txt").write_text(" ".join(draw.choices(words, k=110)) + "\n")
     return data.prepare(str(texts), tmp_path_factory.mktemp("corpus") / "words", "bytes", val_fraction=0.1)
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    """The gpt2 encoding, from a cache on disk: TIKTOKEN_CACHE_DIR, or the one beside the repository."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        if not (SHARED / "tiktoken_cache").is_dir():
+            pytest.skip("gpt2 needs a download: set TIKTOKEN_CACHE_DIR to a folder that holds it")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    data.get_tokenizer.cache_clear()
+    try:
+        return data.get_tokenizer("gpt2")
+    except UserError as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main(module, *args): what its main makes of a command line, without the seconds that a new process takes."""
+    def call(module, *args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, args)])
+        with pytest.raises(SystemExit) as e:
+            data.run(module.main)
+        return Outcome(e.value.code, *capsys.readouterr())
+    return call

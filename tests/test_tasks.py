@@ -1,31 +1,29 @@
 """Multiple choice in probe.py: against a scorer of one token at a time in float64, and answers worked out on paper.
 
-    python -m pytest -q tests/test_tasks.py                    # seconds, offline
+    python -m pytest -q tests/test_tasks.py                    # half a minute, offline
     python -m pytest -q tests/test_tasks.py -k "real"          # the tasks of ../shared/tasks, the gpt2 encoding
 """
+from __future__ import annotations
+
+import argparse
+import functools
 import gzip
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 
 import probe
-from data import get_tokenizer
-from model import GPT, ModelConfig, UserError, run, save_checkpoint
-from probe import encode_pair, loglikelihoods, naive_loglikelihoods, read_tasks
-from test_probe import make_model
+from data import Task, encode_pair, export, get_tokenizer, read_tasks, save_checkpoint
+from helpers import ROOT, SHARED, TINY, assert_mistake, make_model, run_python, run_script
+from model import GPT, ModelConfig
+from probe import Row, batches_of_rows, loglikelihoods, make_row, pack, packed_streams
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-V, LIMIT = 29, 12
+V, LIMIT = TINY["vocab_size"], 12
 EXPERTS = dict(n_experts=8, top_k=2, expert_hidden=8)
 MODELS = {
     "gqa": dict(n_layer=3),
@@ -34,6 +32,114 @@ MODELS = {
     "moe_peri": dict(n_layer=3, norm="peri", norm_topk_prob=True, **EXPERTS),
     "qwen": dict(n_layer=2, qk_norm="head", qkv_bias=True, tie_embeddings=True),
 }
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float64) -> GPT:
+    return make_model(dtype, block_size=LIMIT, **MODELS[kind])
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """tests/bench/tasks.py"""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "bench")
+    import tasks
+    return tasks
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+def test_a_context_and_its_continuations_make_the_row_that_is_drawn_in_the_docstring():
+    """c0 c1 c2 | a0 a1 (a2) | b0 b1 b2 (b3): what is in brackets is only predicted."""
+    c, a, b = [20, 21, 22], [1, 2, 3], [4, 5, 6, 7]
+    assert make_row(c, [(8, a), (3, b)]) == Row(
+        token=[20, 21, 22, 1, 2, 4, 5, 6],
+        position=[0, 1, 2, 3, 4, 3, 4, 5],
+        segment=[0, 0, 0, 1, 1, 2, 2, 2],
+        asked=[(2, 1, 8), (3, 2, 8), (4, 3, 8),                      # the context's end predicts the first of each
+               (2, 4, 3), (5, 5, 3), (6, 6, 3), (7, 7, 3)])
+
+
+def test_continuations_of_one_token_or_none_add_nothing_to_a_row():
+    assert make_row([20, 21], [(0, [1]), (1, []), (2, [3])]) == Row([20, 21], [0, 1], [0, 0], [(1, 1, 0), (1, 3, 2)])
+
+
+@pytest.mark.parametrize("pair, context, continuation", [
+    (([1, 2], [3, 4]), [1, 2], [3, 4]),                              # 4 tokens
+    (([1, 2, 3], [4, 5, 6]), [1, 2, 3], [4, 5, 6]),                  # 6 tokens are 5 inputs: they just fit
+    (([1, 2, 3, 4], [5, 6, 7]), [2, 3, 4], [5, 6, 7]),
+    (([1, 2, 3, 4, 5, 6, 7, 8], [9]), [4, 5, 6, 7, 8], [9]),
+    (([1], [2, 3, 4, 5, 6]), [1], [2, 3, 4, 5, 6]),
+    (([1, 2], [3, 4, 5, 6, 7]), [2], [3, 4, 5, 6, 7]),
+    (([1], [2, 3, 4, 5, 6, 7, 8]), [3], [4, 5, 6, 7, 8]),            # of a long continuation the end is asked about
+    (([1, 2], []), [1, 2], []),
+])
+def test_a_pair_that_is_too_long_is_cut_on_the_left(pair, context, continuation):
+    assert pack([pair], 5) == [make_row(context, [(0, continuation)])]
+
+
+def test_pairs_with_one_context_share_a_row_wherever_they_are():
+    one, other = [1, 2], [3]
+    pairs = [(one, [4, 5]), (other, [6]), ([*one], [7]), (one, [8, 9, 10])]
+    assert pack(pairs, 12) == [make_row(one, [(0, [4, 5]), (2, [7]), (3, [8, 9, 10])]), make_row(other, [(1, [6])])]
+
+
+def test_contexts_that_are_the_same_after_they_were_cut_share_a_row_and_others_do_not():
+    pairs = [([1, 2, 3, 4, 5], [6]), ([9, 2, 3, 4, 5], [7]), ([1, 2, 3, 4, 5], [6, 7])]
+    assert pack(pairs, 4) == [make_row([2, 3, 4, 5], [(0, [6]), (1, [7])]), make_row([3, 4, 5], [(2, [6, 7])])]
+
+
+def test_so_many_pairs_are_packed_together_and_no_more(monkeypatch):
+    pairs = [([1, 2], [i]) for i in range(10)]
+    monkeypatch.setattr(probe, "PACKED_TOGETHER", 4)
+    parts = range(4), range(4, 8), range(8, 10)
+    assert pack(pairs, 12) == [make_row([1, 2], [(i, [i]) for i in part]) for part in parts]
+    monkeypatch.undo()
+    assert [len(row.asked) for row in pack([([1, 2], [3])] * 150, 12)] == [64, 64, 22]
+
+
+MASK = """
+    x . . . . . . .
+    x x . . . . . .
+    x x x . . . . .
+    x x x x . . . .
+    x x x x x . . .
+    x x x . . x . .
+    x x x . . x x .
+    x x x . . x x x
+"""
+
+
+def test_a_token_of_a_row_stands_and_sees_as_it_would_alone():
+    seen = []
+
+    def block(x, position, mask):
+        seen.append((x, position, mask))
+        return x + 1
+    model = argparse.Namespace(embed=lambda idx: idx, blocks=[block, block])
+    rows = [make_row([20, 21, 22], [(0, [1, 2, 3]), (1, [4, 5, 6, 7])]), make_row([9], [(2, [8, 7, 6])])]
+    x = packed_streams(model, rows, torch.device("cpu"))
+    (tokens, position, mask), second = seen
+    assert tokens.tolist()[0] == rows[0].token and tokens.tolist()[1][:3] == [9, 8, 7]
+    assert position.tolist()[0] == [0, 1, 2, 3, 4, 3, 4, 5] and position.tolist()[1][:3] == [0, 1, 2]
+    want = [[c == "x" for c in line.split()] for line in MASK.split("\n") if line.strip()]
+    assert mask.shape == (2, 1, 8, 8) and mask[0, 0].tolist() == want
+    assert mask[1, 0, :3].tolist() == [[True] * (i + 1) + [False] * (7 - i) for i in range(3)]
+    assert mask[1, 0].diagonal().all()                               # padding sees something: no softmax of nothing
+    assert (second[1] is position or torch.equal(second[1], position)) and torch.equal(second[2], mask)
+    assert torch.equal(second[0], tokens + 1) and torch.equal(x, tokens + 2)
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 1024, 10**6])
+def test_batches_hold_every_row_once_the_longest_first_and_not_too_many_tokens(at_once):
+    draw = random.Random(0)
+    rows = [make_row([i] * draw.randint(1, 70), [(i, [1])]) for i in range(200)]
+    batches = list(batches_of_rows(rows, at_once))
+    assert sorted(row.token[0] for batch in batches for row in batch) == list(range(200))
+    lengths = [len(row.token) for batch in batches for row in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    for batch in batches:
+        longest = len(batch[0].token)
+        assert len(batch) * longest <= max(at_once, 256, longest)
+        assert len(batch) * longest <= 256 or len(batch[-1].token) > 0.8 * longest                # little is padding
 
 
 # ---- log-likelihoods -------------------------------------------------------------------------------------------------
@@ -70,34 +176,34 @@ def make_pairs(seed=0):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-4)], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_loglikelihoods_equal_those_of_one_token_at_a_time(name, dtype, tolerance, monkeypatch):
-    pairs, exact = make_pairs(), make_model(block_size=LIMIT, **MODELS[name])
+@pytest.mark.parametrize("kind", MODELS)
+def test_loglikelihoods_equal_those_of_one_token_at_a_time(kind, dtype, tolerance, monkeypatch, bench):
+    pairs, exact = make_pairs(), model_of(kind)
     want = [one_token_at_a_time(exact, *pair) for pair in pairs]
-    model = make_model(dtype, block_size=LIMIT, **MODELS[name])
+    model = model_of(kind, dtype)
     for tokens_at_once, logits_at_once in ((4096, 2**26), (60, 7 * V), (1, 1)):         # one batch, some, a row each
         monkeypatch.setattr(probe, "TOKENS_AT_ONCE", tokens_at_once)
         monkeypatch.setattr(probe, "LOGITS_AT_ONCE", logits_at_once)
         got, cut = loglikelihoods(model, pairs)
         assert got == pytest.approx(want, abs=tolerance, rel=tolerance)
         assert cut == sum(len(a) + len(b) > LIMIT + 1 for a, b in pairs) == 10
-    naive = naive_loglikelihoods(model, [pair for pair in pairs if pair[1]])
+    naive = bench.naive_loglikelihoods(model, [pair for pair in pairs if pair[1]])
     assert naive == pytest.approx([x for x, pair in zip(want, pairs) if pair[1]], abs=tolerance, rel=tolerance)
 
 
 def test_the_model_of_these_tests_does_not_give_every_request_the_same_score():
-    want = [one_token_at_a_time(make_model(block_size=LIMIT, **MODELS["gqa"]), *pair) for pair in make_pairs()]
+    want = [one_token_at_a_time(model_of("gqa"), *pair) for pair in make_pairs()]
     assert len({round(x, 6) for x in want if x}) > 30 and min(want) < -20
 
 
-def test_empty_continuations_alone_have_probability_one():
-    model = make_model(block_size=LIMIT, **MODELS["gqa"])
+def test_empty_continuations_alone_have_probability_one(bench):
+    model = model_of("gqa")
     assert loglikelihoods(model, [([1, 2], []), ([3], [])]) == ([0.0, 0.0], 0)
-    assert naive_loglikelihoods(model, [([1, 2], [])]) == [0.0]
+    assert bench.naive_loglikelihoods(model, [([1, 2], [])]) == [0.0]
 
 
 def test_many_requests_with_one_context_do_not_make_one_endless_row(monkeypatch):
-    model, lengths = make_model(block_size=LIMIT, **MODELS["gqa"]), []
+    model, lengths = model_of("gqa"), []
     pairs = [([1, 2, 3], [i % V, (7 * i) % V]) for i in range(300)]
     embed = model.embed.forward
     monkeypatch.setattr(model.embed, "forward", lambda idx: lengths.append(idx.size(1)) or embed(idx))
@@ -108,7 +214,7 @@ def test_many_requests_with_one_context_do_not_make_one_endless_row(monkeypatch)
 
 
 def test_a_shared_context_is_run_once(monkeypatch):
-    model, tokens = make_model(block_size=LIMIT, **MODELS["gqa"]), []
+    model, tokens = model_of("gqa"), []
     embed = model.embed.forward
     monkeypatch.setattr(model.embed, "forward", lambda idx: tokens.append(idx.numel()) or embed(idx))
     loglikelihoods(model, [([1, 2, 3, 4, 5, 6, 7, 8], [i]) for i in range(6)])
@@ -144,18 +250,6 @@ def test_bytes_are_split_as_the_harness_splits_them(context, continuation):
     stem = context.rstrip()
     assert bytes(got[1]) == (context[len(stem):] + continuation).encode()
     assert got[0] == (list(stem.encode()) or [256])
-
-
-@pytest.fixture
-def gpt2(monkeypatch):
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        if not (SHARED / "tiktoken_cache").is_dir():
-            pytest.skip("gpt2 needs a download: set TIKTOKEN_CACHE_DIR to a folder that holds it")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-    try:
-        return get_tokenizer("gpt2")
-    except UserError as e:
-        pytest.skip(str(e))
 
 
 @pytest.mark.parametrize("context, continuation", TEXTS)
@@ -247,15 +341,9 @@ RIGHT = {"acc": [1, 0, 0, 1, 0, 0], "acc_per_char": [0, 1, 0, 1, 1, 1], "acc_per
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run probe.py in this process: exit status, stdout, stderr."""
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, args)])
-        with pytest.raises(SystemExit) as e:
-            run(probe.main)
-        said = capsys.readouterr()
-        return e.value.code, said.out, said.err
-    return call
+def cli(run_main):
+    """cli(*args): probe.py, its exit status, stdout, stderr."""
+    return functools.partial(run_main, probe)
 
 
 def scores(cli, checkpoint, *tasks, out=None):
@@ -335,8 +423,7 @@ def test_choices_count_under_their_own_contexts(tmp_path, cli):
             for i, context in enumerate("xy")]
     task = write_task(tmp_path / "t", [], raw="\n".join(map(json.dumps, rows)))
     checkpoint = unigram_model(tmp_path / "ckpt.pt")
-    model, _ = probe.load_model(checkpoint)
-    (_, _, pairs), = read_tasks(model, "bytes", [task]).values()
+    (_, _, pairs), = read_tasks([task], "bytes", 257).values()
     assert pairs == [([120], [32, 97]), ([121], [32, 97])]
     assert scores(cli, checkpoint, task)["t"]["acc"] == 0                                            # a tie again
 
@@ -408,8 +495,9 @@ def test_a_task_given_twice_is_refused_and_so_is_one_named_as_the_average_is(tmp
     checkpoint = unigram_model(tmp_path / "ckpt.pt")
     copa, average = (write_task(tmp_path / name, QUESTIONS) for name in ("a/copa", "average"))
     for tasks in ([copa, copa], [copa, copa.parent], [average]):
-        status, _, err = cli(checkpoint, "--only", "tasks", "--tasks", *tasks)
-        assert status == 2 and err.count("\n") == 1 and ("'copa'" in err or "'average'" in err)
+        outcome = cli(checkpoint, "--only", "tasks", "--tasks", *tasks)
+        assert_mistake(outcome)
+        assert "'copa'" in outcome.err or "'average'" in outcome.err
     assert not (tmp_path / "probe.json").exists()
 
 
@@ -454,9 +542,9 @@ def test_damaged_and_foreign_files_are_one_line_and_status_2(kind, tmp_path, cli
     checkpoint, task = unigram_model(tmp_path / "ckpt.pt"), write_task(tmp_path / "broken", QUESTIONS)
     DAMAGE[kind](task)
     fine = write_task(tmp_path / "fine", QUESTIONS)
-    status, out, err = cli(checkpoint, "--only", "tasks", "--tasks", fine, task)
-    assert (status, err.count("\n"), out) == (2, 1, ""), err
-    assert err.startswith("error: --tasks") and "broken" in err and "Traceback" not in err
+    outcome = cli(checkpoint, "--only", "tasks", "--tasks", fine, task)
+    assert_mistake(outcome, "error: --tasks", "broken")
+    assert outcome.out == "" and outcome.err.startswith("error: --tasks") and "Traceback" not in outcome.err
     assert not (tmp_path / "probe.json").exists()
 
 
@@ -464,21 +552,18 @@ def test_what_is_wrong_with_the_tasks_is_said_before_the_experiments_run(tmp_pat
     monkeypatch.setattr(probe, "probe", lambda *args, **kwargs: pytest.fail("the experiments ran"))
     tokens = tmp_path / "tokens.npy"
     probe.np.save(tokens, probe.np.full((2, 8), 97))
-    status, _, err = cli(unigram_model(tmp_path / "ckpt.pt"), "--tokens", tokens, "--tasks", tmp_path / "none")
-    assert status == 2 and "none" in err
+    assert_mistake(cli(unigram_model(tmp_path / "ckpt.pt"), "--tokens", tokens, "--tasks", tmp_path / "none"), "none")
 
 
 def test_only_tasks_without_tasks_is_a_mistake(tmp_path, cli):
     for only in ("tasks", "causal,tasks"):
-        status, _, err = cli(unigram_model(tmp_path / "ckpt.pt"), "--only", only)
-        assert status == 2 and "--tasks" in err and err.count("\n") == 1
+        assert_mistake(cli(unigram_model(tmp_path / "ckpt.pt"), "--only", only), "--tasks")
 
 
 def test_the_script_itself_exits_with_status_2_and_one_line(tmp_path):
-    command = [sys.executable, "probe.py", unigram_model(tmp_path / "ckpt.pt"), "--only", "tasks", "--tasks", tmp_path]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: --tasks {tmp_path}: no requests.jsonl.gz there\n"
+    done = run_script("probe.py", unigram_model(tmp_path / "ckpt.pt"), "--only", "tasks", "--tasks", tmp_path)
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"error: --tasks {tmp_path}: no requests.jsonl.gz there\n"
 
 
 def test_a_tokenizer_may_be_named_and_must_be_the_models_own(tmp_path, cli, gpt2):
@@ -486,35 +571,32 @@ def test_a_tokenizer_may_be_named_and_must_be_the_models_own(tmp_path, cli, gpt2
     arguments = ("--only", "tasks", "--tasks", task, "--out", tmp_path / "out")
     saved = torch.load(checkpoint, weights_only=True)
     save_checkpoint(tmp_path / "other.pt", saved | {"tokenizer": "no such encoding"})
-    status, _, err = cli(tmp_path / "other.pt", *arguments)
-    assert status == 2 and "no such encoding" in err and err.count("\n") == 1
+    assert_mistake(cli(tmp_path / "other.pt", *arguments), "no such encoding")
     assert cli(tmp_path / "other.pt", *arguments, "--tokenizer", "bytes")[0] == 0
     found = json.loads((tmp_path / "out" / "probe.json").read_text())["tasks"]["t"]
     assert found["acc_per_char"] == pytest.approx(4 / 6)
-    status, _, err = cli(checkpoint, *arguments, "--tokenizer", "gpt2")
-    assert status == 2 and "gpt2" in err and "vocab_size=257" in err and err.count("\n") == 1
+    assert_mistake(cli(checkpoint, *arguments, "--tokenizer", "gpt2"), "gpt2", "vocab_size=257")
 
 
 def test_a_folder_without_a_tokenizer_takes_the_one_that_is_named(tmp_path, cli):
     pytest.importorskip("safetensors", reason="model folders are safetensors")
-    from model import export
     export(unigram_model(tmp_path / "ckpt.pt"), tmp_path / "folder")
     for file in (tmp_path / "folder").glob("tokenizer*"):
         file.unlink()
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     (tmp_path / "folder" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "tokenizer"}))
     arguments = (tmp_path / "folder", "--only", "tasks", "--tasks", write_task(tmp_path / "t", QUESTIONS))
-    status, _, err = cli(*arguments)
-    assert status == 2 and "token" in err and err.count("\n") == 1
+    assert_mistake(cli(*arguments), "token")
     assert cli(*arguments, "--tokenizer", "bytes")[0] == 0
     found = json.loads((tmp_path / "folder" / "probe.json").read_text())["tasks"]["t"]
     assert found["acc_per_char"] == pytest.approx(4 / 6)
 
 
-def test_the_bench_of_tasks_times_both_ways(tmp_path, cli):
+def test_the_bench_of_tasks_times_both_ways(tmp_path):
     task = write_task(tmp_path / "t", QUESTIONS)
-    status, out, err = cli(unigram_model(tmp_path / "ckpt.pt"), "--bench", "--tasks", task)
-    assert status == 0 and "naive" in out and out.split()[0] == "t", err
+    done = run_python(ROOT / "tests/bench/tasks.py", unigram_model(tmp_path / "ckpt.pt"), task, "--rounds", 1)
+    assert done.status == 0 and "naive" in done.out and done.out.split()[0] == "t", done.err
+    assert done.err == "" and not (tmp_path / "probe.json").exists()
 
 
 # ---- the real ones ---------------------------------------------------------------------------------------------------
@@ -524,21 +606,22 @@ REAL = {"arc_easy": (570, "acc"), "copa": (100, "acc"), "openbookqa": (500, "acc
 def test_the_real_tasks_are_read_whole():
     if not (SHARED / "tasks").is_dir():
         pytest.skip(f"no tasks in {SHARED / 'tasks'}")
-    model = make_model(vocab_size=257, n_layer=1)
-    tasks = read_tasks(model, "bytes", [str(SHARED / "tasks")])
-    assert {name: (len({row["doc_id"] for row in rows}), primary) for name, (rows, primary, _) in tasks.items()} == REAL
-    for rows, _, pairs in tasks.values():
-        for row, (context, continuation) in zip(rows, pairs, strict=True):
-            assert bytes(context).decode() == row["context"] and bytes(continuation).decode() == row["continuation"]
+    tasks = read_tasks([str(SHARED / "tasks")], "bytes", 257)
+    for name, task in tasks.items():
+        assert (len({request["doc_id"] for request in task.requests}), task.primary) == REAL[name]
+    assert set(tasks) == set(REAL)
+    for task in tasks.values():
+        for request, (context, continuation) in zip(task.requests, task.pairs, strict=True):
+            assert bytes(context).decode() == request["context"]
+            assert bytes(continuation).decode() == request["continuation"]
 
 
 def test_the_real_copa_is_scored_as_one_token_at_a_time_scores_it(gpt2):
     if not (SHARED / "tasks" / "copa").is_dir():
         pytest.skip(f"no tasks in {SHARED / 'tasks'}")
     model = make_model(vocab_size=gpt2.n_vocab, block_size=LIMIT, n_layer=1)
-    tasks = read_tasks(model, "gpt2", [str(SHARED / "tasks" / "copa")])
-    rows, _, pairs = tasks["copa"]
-    few = {"copa": (rows[:20], "acc", pairs[:20])}
+    rows, _, pairs = read_tasks([str(SHARED / "tasks" / "copa")], "gpt2", gpt2.n_vocab)["copa"]
+    few = {"copa": Task(rows[:20], "acc", pairs[:20])}
     want = [one_token_at_a_time(model, *pair) for pair in pairs[:20]]
     assert loglikelihoods(model, pairs[:20])[0] == pytest.approx(want, abs=1e-9)
     right = [(want[i] >= want[i + 1]) == (rows[i]["label"] == 0) for i in range(0, 20, 2)]

@@ -1,0 +1,107 @@
+"""Each probe beside the naive way, which the authors' scripts go: every intervention a whole pass from the embedding.
+
+    python tests/bench/probes.py out/gqa_deep/ckpt.pt --samples 16
+
+Both ways are timed in turn in one process, the best of five rounds counts. What they compute is compared in
+tests/test_probe.py, with the bench itself.
+"""
+import argparse
+import sys
+from itertools import combinations
+from pathlib import Path
+from timeit import timeit
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import Corpus, load_model, run  # noqa: E402
+from model import GPT  # noqa: E402
+from probe import causal_row, jacobian_sum, nll, probe, streams_of, swapped, update_norms  # noqa: E402
+
+
+def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], rounds: int = 5) -> None:
+    """Time a thing and its naive version in turn; print the best of the rounds and their ratio."""
+    times = [(timeit(here, number=1), timeit(naive, number=1)) for _ in range(rounds)]
+    ours, theirs = (min(column) for column in zip(*times))
+    print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
+
+
+@torch.no_grad()
+def naive_causal(model: GPT, tokens: Tensor) -> list[float]:
+    """The causal numerators, and the loss without each block, which is returned: summed, in nats."""
+    blocks = list(model.blocks)
+    h = streams_of(blocks, model.embed(tokens))
+    losses = []
+    for s in range(len(blocks)):
+        g = streams_of([*blocks[:s], lambda x: x, *blocks[s + 1:]], model.embed(tokens))
+        update_norms(h)
+        causal_row(h, g, s)
+        losses.append(nll(model, g[-1], tokens))
+    return losses
+
+
+@torch.no_grad()
+def naive_permutation(model: GPT, tokens: Tensor) -> list[float]:
+    """The loss with each pair of blocks swapped: summed, in nats."""
+    pairs = combinations(range(len(model.blocks)), 2)
+    return [nll(model, model.embed(tokens), tokens, swapped(list(model.blocks), i, j)) for i, j in pairs]
+
+
+@torch.no_grad()
+def naive_usefulness(model: GPT, tokens: Tensor) -> list[tuple[float, float]]:
+    """Of each block the loss with its affine map instead, fitted on all tokens, and on the first half and judged on the
+    second: summed, in nats. For every block the streams are made anew, and least squares sees all tokens at once."""
+    blocks, d, half = list(model.blocks), model.config.n_embd, len(tokens) // 2
+    losses = []
+    for l in range(len(blocks)):
+        x, y = streams_of(blocks, model.embed(tokens))[l:l + 2]
+        of_block = []
+        for fitted, judged in ((len(tokens), tokens), (half, tokens[half:])):
+            X = F.pad(x[:fitted], (0, 1), value=1.0).flatten(0, 1).double()
+            Y = y[:fitted].flatten(0, 1).double()
+            W = torch.linalg.lstsq(X, Y).solution.to(x)                      # (d + 1, d), the last row is the bias
+            replaced = [*blocks[:l], lambda x: x @ W[:d] + W[d], *blocks[l + 1:]]
+            of_block.append(nll(model, model.embed(judged), judged, replaced))
+        losses.append(tuple(of_block))
+    return losses
+
+
+@torch.no_grad()
+def naive_jacobian(model: GPT, tokens: Tensor) -> list[Tensor]:
+    """The Jacobian of each block, summed over the tokens, from streams that are made anew."""
+    blocks = list(model.blocks)
+    return [jacobian_sum(block, streams_of(blocks, model.embed(tokens))[l]) for l, block in enumerate(blocks)]
+
+
+NAIVE = {"causal,removal": naive_causal, "permutation": naive_permutation, "usefulness": naive_usefulness,
+         "jacobian": naive_jacobian}
+
+
+def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
+    """Print a line for each probe."""
+    print(f"{tuple(tokens.shape)} tokens, n_layer={len(model.blocks)}, n_embd={model.config.n_embd}, in turn")
+    for names, naive in NAIVE.items():
+        def here() -> None:
+            probe(model, tokens, names.split(","), sublayers=False, jacobian_samples=len(tokens))
+        side_by_side(names, here, lambda: naive(model, tokens), rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--samples", type=int, default=16, help="sequences (default 16)")
+    parser.add_argument("--length", type=int, help="tokens per sequence (default: block_size)")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    model, saved = load_model(args.checkpoint)
+    T = args.length or model.config.block_size
+    corpus = Corpus(saved["settings"].get("data", "data/python"))
+    tokens, _ = corpus.batch("val", range(min(args.samples, corpus.n_windows("val", T))), T)
+    bench(model, tokens, args.rounds)
+
+
+if __name__ == "__main__":
+    run(main)

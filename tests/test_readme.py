@@ -1,0 +1,131 @@
+"""The README's worked examples, run as they stand there: its text is what a reader pastes."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, assert_mistake, run_python
+
+README = (ROOT / "README.md").read_text()
+TINY = ["--n_layer=3", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokens_per_step=64", "--max_steps=4",
+        "--eval_tokens=160", "--device=cpu", "--compile=false"]
+
+
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def apply_changes(diff, text):
+    """Replace, piece by piece, what a diff shows as it was (" ", "-") by what it shows as it is (" ", "+").
+
+    A line " # in ..." says where the next piece is; the piece must be in the text exactly once.
+    """
+    for piece in re.split(r"^ # in .*\n", diff, flags=re.MULTILINE)[1:]:
+        lines = piece.splitlines()
+        before = "\n".join(line[1:] for line in lines if line[0] in " -")
+        after = "\n".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(before) == 1, f"not exactly once in the file:\n{before}"
+        text = text.replace(before, after)
+    return text
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """A copy of the five files, to be changed."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def in_fork(fork, *args):
+    done = run_python(*args, cwd=fork)
+    assert done.status == 0, done.err
+    return done.out
+
+
+def table(out, first):
+    """The rows of the last table whose header begins with a word: dicts of text by column."""
+    lines = out.splitlines()
+    start = max(i for i, line in enumerate(lines) if line.split()[:1] == [first])
+    header = lines[start].split()
+    rows = []
+    for line in lines[start + 1:]:
+        cells = line.split()
+        if len(cells) != len(header):
+            break
+        rows.append(dict(zip(header, cells)))
+    return rows
+
+
+def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and_is_refused_by_export(fork, corpus):
+    diff, = code_blocks("diff")
+    (fork / "model.py").write_text(apply_changes(diff, (fork / "model.py").read_text()))
+    for norm in ("pre", "ffn_post"):
+        in_fork(fork, "train.py", *TINY, f"--data={corpus}", f"--norm={norm}", f"--out_dir=out/{norm}")
+    out = in_fork(fork, "probe.py", "out/pre/ckpt.pt", "out/ffn_post/ckpt.pt", "--samples", 4, "--out", "compare")
+    results = {norm: json.loads((fork / "compare" / norm / "probe.json").read_text()) for norm in ("pre", "ffn_post")}
+    assert "ffn_post" in out and results["pre"]["loss"] != results["ffn_post"]["loss"]
+
+    saved = torch.load(fork / "out/ffn_post/ckpt.pt", weights_only=True)
+    gains = [name for name in saved["model"] if "out_norm" in name]
+    assert gains == [f"blocks.{l}.ffn_out_norm.weight" for l in range(3)]          # after the FFN, not after attention
+    assert all((saved["model"][name] != 1).any() for name in gains)                # and they were trained
+    added = {norm: r["ffn_variance"][0] for norm, r in results.items()}            # almost 0 where nothing norms it
+    assert 100 * added["pre"] < added["ffn_post"] < 1
+
+    in_fork(fork, "probe.py", "out/ffn_post/ckpt.pt", "--drop", 1, "--samples", 4)
+    dropped = torch.load(fork / "out/ffn_post/pruned.pt", weights_only=True)
+    assert torch.equal(dropped["model"]["blocks.1.ffn_out_norm.weight"], saved["model"][gains[2]])
+    assert_mistake(run_python("probe.py", "out/ffn_post/ckpt.pt", "--export", "hf", cwd=fork), "norm='ffn_post'")
+    assert not (fork / "hf").exists()
+
+
+def test_the_worked_example_of_an_experiment_appears_everywhere(fork, corpus):
+    pytest.importorskip("matplotlib")
+    example, = code_blocks("python")
+    text = (fork / "probe.py").read_text()
+    place = "# ---- the whole measurement"
+    assert text.count(place) == 1
+    (fork / "probe.py").write_text(text.replace(place, example + "\n" + place))
+    assert len(example.splitlines()) <= 16
+    for seed in (0, 1):
+        in_fork(fork, "train.py", *TINY, f"--data={corpus}", f"--seed={seed}", f"--out_dir=out/seed_{seed}")
+    out = in_fork(fork, "probe.py", "out/seed_0/ckpt.pt", "out/seed_1/ckpt.pt", "--samples", 4, "--out", "compare",
+                  "--only", "variance,turn")
+
+    result = json.loads((fork / "compare/seed_1/probe.json").read_text())
+    cosines = np.array(result["turn"])
+    assert cosines.shape == (3,) and (np.abs(cosines) <= 1).all() and cosines.std() > 0
+    assert [float(row["cosine"]) for row in table(out, "block")] == pytest.approx(cosines, rel=1e-3)
+    comparison = out.splitlines()[-3:-1]
+    assert [line.split()[0] for line in comparison] == ["seed_0", "seed_1"]
+    assert float(comparison[1].split()[-1]) == pytest.approx(cosines.mean(), abs=1e-4)
+    for folder in ("compare", "compare/seed_0", "compare/seed_1"):
+        assert (fork / folder / "turn.png").read_bytes().startswith(b"\x89PNG")
+    # the truth: one sequence at a time, through the model itself
+    truth = run_python("-c", TURN_BY_HAND, fork / "out/seed_1/ckpt.pt", corpus, cwd=fork)
+    assert truth.status == 0, truth.err
+    assert cosines == pytest.approx(np.array(json.loads(truth.out)), rel=1e-5)
+
+
+TURN_BY_HAND = """
+import json, sys
+import numpy as np, torch
+from data import Corpus, load_model
+model, _ = load_model(sys.argv[1])
+corpus = Corpus(sys.argv[2])
+windows = np.sort(np.random.default_rng(0).permutation(corpus.n_windows("val", 16))[:4])
+idx, _ = corpus.batch("val", windows, 16)
+cosines = torch.zeros(3, dtype=torch.float64)
+with torch.no_grad():
+    for sequence in idx:
+        x = model.embed(sequence[None])
+        for l, block in enumerate(model.blocks):
+            y = block(x)
+            for a, b in zip(x[0].double(), y[0].double()):
+                cosines[l] += (a @ b) / (a.norm() * b.norm())
+            x = y
+print(json.dumps((cosines / idx.numel()).tolist()))
+"""
