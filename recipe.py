@@ -47,8 +47,9 @@ def knobs(c: TrainConfig) -> dict[str, str]:
             "experts": f"{c.n_experts}, top {c.top_k}",
             "norm": c.norm}
 
-# The members of each family in the paper's order, and the knob that makes a member what it is.
-# A + is a knob turned on top of an earlier row, the one from which the member's config starts.
+# The members of each family in the paper's order, and the knob that makes a member what it is; its
+# value comes from the config, see `label`. A + is a knob turned on top of an earlier row, the one
+# from which the member's config starts.
 FAMILIES = {
     "depth": {"depth_12": "L {L}",
               "depth_16": "L {L}",
@@ -431,7 +432,8 @@ def figure(family: str, runs: Runs, scale: str) -> Any:
     """A matplotlib Figure: left the variance over training, right scores over the loss."""
     from matplotlib.figure import Figure
     labels = [label(family, member, scale).replace(" (paper", "\n(paper") for member in runs]
-    fig = Figure(figsize=(15, 5), layout="constrained")
+    width = max(15, 5 + len(runs))                    # so that labels have room
+    fig = Figure(figsize=(width, 5), layout="constrained")
     fig.suptitle(f"{family}, {scale} scale")
     left, right = fig.subplots(1, 2)
     draw_variance(left, runs, labels)
@@ -565,7 +567,7 @@ def reasons(c: TrainConfig) -> list[str]:
     return [f"# {name} = {getattr(c, name)}: in the paper {why}" for name, why in LADDER.items()]
 
 def distances(c: TrainConfig, params: float, tokens: float) -> Iterator[str]:
-    """Comments on an advised config: how far is it from the paper's runs, and what was asked?"""
+    """Comments on an advised config: how far it is from the paper's runs and what was asked."""
     active = bare(c).count_parameters()["active"]
     here = {"n_layer": c.n_layer, "n_embd": c.n_embd, "active parameters": active, "tokens": tokens,
             "block_size": c.block_size, "weight_decay": c.weight_decay}

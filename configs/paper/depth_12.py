@@ -1,2 +1,3 @@
+# Depth scaling: L = 12.
 base = "depth_16.py"
 n_layer = 12
