@@ -1,21 +1,28 @@
 """All that lies on disk: corpora, tokenizers, checkpoints, Hugging Face folders and files of tasks.
 
-    python data.py python                           # the sources of torch and Python, as bytes, offline
-    python data.py my_texts/ --tokenizer gpt2       # .txt .md .py .jsonl .jsonl.gz .parquet, or a folder
-    python data.py fineweb-edu --max_tokens 10e9    # the paper's, streamed (needs: pip install datasets)
-    python data.py data/python --verify             # read it all again and compare the checksums
+    python data.py python                         # the sources of torch and Python, in bytes
+    python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
+    python data.py my_rows/ --field story         # .parquet .arrow .csv .json .json.gz .jsonl.zst
+    python data.py fineweb-edu --max_tokens 10e9  # the paper's, streamed
+    python data.py data/python --verify           # read it all again and compare the checksums
 
-A prepared corpus is a folder: meta.json and the token files that it lists, train_00000.bin, ...,
-val_00000.bin, ... Batches are a pure function of (seed, step), so that a run can go on exactly where
-it was.
+Rows and fineweb-edu need: pip install datasets. A prepared corpus is a folder: meta.json and the
+token files that it lists, train_00000.bin, ..., val_00000.bin, ... The same command goes on where
+it was interrupted, as long as the source is the same; --again prepares anew. Batches are a pure
+function of (seed, step), so that a run can go on exactly where it was.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
 import difflib
+import fnmatch
 import functools
+import glob
 import gzip
+import hashlib
+import importlib.util
+import io
 import itertools
 import json
 import os
@@ -24,6 +31,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -37,11 +45,20 @@ from torch import Tensor
 from model import GPT, ModelConfig, UserError, check
 
 EOT = "<|endoftext|>"
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
-DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: so one big file has a split
+TEXTS = (".txt", ".md", ".py")                               # these files are read as they are,
+LINES = (".jsonl", ".jsonl.gz")                              # these line by line,
+LOADERS = {".parquet": "parquet", ".arrow": "arrow"}         # and these by the package datasets
+PACKED = ("", ".gz", ".zst", ".xz", ".bz2")
+LOADERS |= {kind + packed: "json" for kind in (".json", ".jsonl") for packed in PACKED}
+LOADERS |= {".csv" + packed: "csv" for packed in PACKED}
+FINEWEB = "HuggingFaceFW/fineweb-edu"
+TEXT_FIELDS = ("text", "content")        # where the text of a row is looked for without --field
+LISTED_FILES = 1000          # of so many files meta.json lists sizes and times, of more a digest
+RULES = 2                    # of reading and splitting: by others the same files are another corpus
+DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: one is enough to split
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has to do so much again
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
-KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}      # vocabulary, EOT, dtype
+KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
 METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
@@ -50,24 +67,26 @@ class Corpus:
     for."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         header = self.folder / "meta.json"
-        check(header.is_file(), f"no prepared corpus at {folder}: "
-                                f"make one with `python data.py NAME --out {folder}`")
-        self.arrays: dict[str, list[np.ndarray]] = {}         # of each split, a memory map per shard
-        self.starts: dict[str, np.ndarray] = {}               # and where each begins, and the end
+        check(os.path.isfile(header), f"no prepared corpus at {folder}: "
+                                      f"make one with `python data.py NAME --out {folder}`")
+        self.arrays: dict[str, list[np.ndarray]] = {}        # of each split, a memory map per shard
+        self.starts: dict[str, np.ndarray] = {}              # and where each begins, and the end
         try:
             self.meta = json.loads(header.read_text())
             self.tokenizer = str(self.meta["tokenizer"])
             self.vocab_size = int(self.meta["vocab_size"])
             kind = self.vocab_size, self.meta["eot"], self.meta["dtype"]
             check(kind == KINDS.get(self.tokenizer, kind),
-                  f"{header}: vocab_size={kind[0]}, eot={kind[1]} and dtype={kind[2]} are not those of "
-                  f"{self.tokenizer}: prepare the corpus again")
+                  f"{header}: vocab_size={kind[0]}, eot={kind[1]} and dtype={kind[2]} are not "
+                  f"those of {self.tokenizer}: prepare the corpus again")
             for split in ("train", "val"):
                 self.open_split(split, np.dtype(self.meta["dtype"]))
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{header} is damaged ({e}): prepare the corpus again") from e
+        except OSError as e:
+            raise UserError(f"cannot read {e.filename} ({e.strerror})") from e
 
     def open_split(self, split: str, dtype: np.dtype) -> None:
         """Map the shards of a split, which must be as long as meta.json says."""
@@ -75,7 +94,7 @@ class Corpus:
         lengths = [0]
         for shard in self.meta[split]["shards"]:
             path, n = self.folder / shard["file"], shard["tokens"]
-            check(path.is_file() and path.stat().st_size == n * dtype.itemsize,
+            check(os.path.isfile(path) and os.path.getsize(path) == n * dtype.itemsize,
                   f"{path} is not the file of {n:,} tokens that meta.json says: "
                   "prepare the corpus again")
             self.arrays[split].append(np.memmap(path, dtype=dtype, mode="r"))
@@ -115,8 +134,9 @@ class Corpus:
         """Read every shard and compare its checksum."""
         for split, arrays in self.arrays.items():
             for shard, array in zip(self.meta[split]["shards"], arrays):
+                file = self.folder / shard["file"]
                 check(zlib.crc32(array) == shard["crc32"],
-                      f"{self.folder / shard['file']} is damaged (checksum): prepare the corpus again")
+                      f"{file} is damaged (checksum): prepare the corpus again")
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -136,34 +156,202 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
     """`count` windows spread evenly over a split, always the same."""
     return np.arange(min(count, n_windows)) * n_windows // min(count, n_windows)
 
-# ---- writing: documents in, shards out -----------------------------------------------------------
+# ---- sources: which files, and the documents in them ---------------------------------------------
+class Source(NamedTuple):
+    """What a corpus is made of, as `find_source` found it."""
+    name: str                    # python, fineweb-edu or an absolute path: A, A/ and ~/A are one
+    files: Sequence[Path]        # in the order in which they are read
+    state: Any                   # of each file its size and time, of a data set its revision
+    unread: dict[str, int]       # how many files are left out, by suffix or reason
+    fields: Sequence[str]        # the first of these that a row has is its text
+    encoding: str | None         # of text that does not show its own
+
 def documents(source: str) -> Iterator[str]:
     """The documents of a source, always in the same order: "python", "fineweb-edu", a file or a
     folder."""
-    if source == "python":
-        for root in (Path(torch.__file__).parent, Path(os.__file__).parent):
-            for path in sorted(root.rglob("*.py")):
-                if "site-packages" not in path.relative_to(root).parts:
-                    yield from read_text(path)
-    elif source == "fineweb-edu":
-        yield from stream_dataset("HuggingFaceFW/fineweb-edu", name="sample-100BT")
-    else:
-        files = (p for p in (Path(source), *Path(source).rglob("*")) if p.is_file())
-        paths = sorted(p for p in files if p.name.endswith(SUFFIXES))
-        check(len(paths) > 0, f"no {' '.join(SUFFIXES)} file at {source}; "
-                              "NAME is python, fineweb-edu or a path")
-        for path in paths:
-            if path.suffix == ".parquet":
-                yield from stream_dataset("parquet", data_files=str(path))
-            elif path.name.endswith((".jsonl", ".jsonl.gz")):
-                yield from read_jsonl(path)
-            else:
-                yield from read_text(path)
+    return read_source(find_source(source))
 
-def read_text(path: Path) -> Iterator[str]:
+def find_source(name: str, field: str | None = None, encoding: str | None = None,
+                out: Path | None = None) -> Source:
+    """Which files a source has; a field or an encoding that none of them has a use for is refused.
+
+    out: the folder that the corpus is written to, which is no part of its source.
+    """
+    fields = TEXT_FIELDS if field is None else (field,)
+    unread: dict[str, int] = Counter()
+    check(encoding is None or name not in ("python", "fineweb-edu"),
+          f"--encoding {encoding}: {name} is in UTF-8")
+    if name == "fineweb-edu":
+        return Source(name, (), revision(FINEWEB), unread, fields, None)
+    if name == "python":
+        files = python_files(unread)
+    else:
+        name = os.path.abspath(os.path.expanduser(name))
+        files = files_to_read(name, out, unread, fields, encoding)
+    suffixes = sorted({suffix(path) for path in files})
+    check(field is None or not all(kind in TEXTS for kind in suffixes),
+          f"--field {field}: {name} has only {' '.join(suffixes)} files, which have no fields")
+    check(encoding is None or not all(kind in (".parquet", ".arrow") for kind in suffixes),
+          f"--encoding {encoding}: {name} has only {' '.join(suffixes)} files, which need none")
+    return Source(name, files, state_of(files), unread, fields, encoding)
+
+def state_of(files: Sequence[Path]) -> dict[str, str] | str:
+    """What shows that files have changed: the size and the time of each, or a digest of many."""
+    state = {}
+    for path in files:
+        about = path.stat()
+        state[str(path)] = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
+    if len(state) <= LISTED_FILES:
+        return state
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+def revision(dataset: str) -> str:
+    """The newest commit of a data set on the Hugging Face hub."""
+    hub = need("huggingface_hub", f"reading {dataset}")
+    try:
+        return hub.dataset_info(dataset).sha
+    except Exception as e:                                    # its own errors and the network's
+        raise ConnectionError(f"no answer about {dataset}: {type(e).__name__}") from e
+
+def python_files(unread: dict[str, int]) -> list[Path]:
+    """The sources of torch and Python, but for a few of its tests that are not UTF-8 on purpose."""
+    files = []
+    for root in (Path(torch.__file__).parent, Path(os.__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            if "site-packages" in path.relative_to(root).parts:
+                continue
+            try:
+                path.read_bytes().decode()
+                files.append(path)
+            except UnicodeDecodeError:
+                unread["not in UTF-8"] += 1
+    return files
+
+def files_to_read(name: str, out: Path | None, unread: dict[str, int], fields: Sequence[str],
+                  encoding: str | None) -> list[Path]:
+    """The one file, or those in and under a folder that are read; the others are counted."""
+    check(os.path.exists(name), f"no file or folder {name}: NAME is python, fineweb-edu or a path")
+    check(out is None or os.path.realpath(out) != os.path.realpath(name),
+          f"{name} would be written into itself: choose another folder with --out")
+    found = [Path(name)] if os.path.isfile(name) else walk(name, out, unread)
+    files, without_text = [], []
+    for path in found:
+        reason = why_unread(path)
+        if reason:
+            unread[reason] += 1
+        elif suffix(path) == ".json" and not has_text(path, fields, encoding):
+            without_text.append(path)
+        else:
+            files.append(path)
+    if not files:
+        files = without_text             # reading them says what fields they have
+    elif without_text:                   # they tell of the data that they lie beside
+        unread[f".json without {' or '.join(fields)}"] = len(without_text)
+    check(len(files) > 0, f"nothing to read at {name}{say_unread(unread)}. What is read ends in "
+                          f"{' '.join(TEXTS + LINES)}, or for the package datasets in .parquet "
+                          ".arrow .json .csv, the last two also packed as .gz .zst .xz .bz2")
+    return files
+
+def walk(folder: str, out: Path | None, unread: dict[str, int]) -> list[Path]:
+    """All files in and under a folder that are not hidden, in the order of their names. Links are
+    followed; no folder is entered twice, nor the one that is written to."""
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"cannot read the folder {error.filename} ({error.strerror}): "
+                        "get permission, or take it away") from error
+    files: list[Path] = []
+    entered = set() if out is None else {os.path.realpath(out)}
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(where)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        for name in folders + names:
+            if name.startswith("."):
+                unread["hidden"] += 1
+        # sorted: which of two links to a folder is entered must not depend on the disk's order
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(where, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+def suffix(path: Path) -> str:
+    """Of a file's name in lower case, with the one that says how it is packed: .txt, .json.gz."""
+    found = re.search(r"\.[^.]+(\.(gz|zst|xz|bz2))?\Z", path.name.lower())
+    return found[0] if found else "without a suffix"
+
+def why_unread(path: Path) -> str:
+    """Why a file is not read, as far as its name tells; "" if it is."""
+    kind = suffix(path)
+    if not path.is_file():
+        return "broken links or pipes"
+    if kind in TEXTS + LINES:
+        return ""
+    if kind not in LOADERS:
+        return kind
+    needed = ["datasets", "zstandard"] if kind.endswith(".zst") else ["datasets"]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    return f"{kind} (needs: pip install {' '.join(missing)})" if missing else ""
+
+def say_unread(unread: dict[str, int]) -> str:
+    """How many files are left out, for the end of a line."""
+    kinds = [f"{count} {kind}" for kind, count in sorted(unread.items())]
+    return f"; not read: {', '.join(kinds)}" if kinds else ""
+
+def has_text(path: Path, fields: Sequence[str], encoding: str | None) -> bool:
+    """Whether the first row of a file has one of the fields."""
+    try:
+        _, row = next(read_rows(path, fields, encoding), (0, None))
+    except UserError:
+        return False
+    return isinstance(row, dict) and any(field in row for field in fields)
+
+def read_source(source: Source) -> Iterator[str]:
+    """The documents of a source."""
+    if source.name == "fineweb-edu":
+        rows = load_rows(FINEWEB, FINEWEB, name="sample-100BT", revision=source.state)
+        yield from texts(enumerate(rows, 1), source.fields, FINEWEB)
+    # what the first file of a kind has wrong is refused now, and not after hours
+    for path in {suffix(path): path for path in reversed(source.files)}.values():
+        next(read_file(path, source.fields, source.encoding), None)
+    for path in source.files:
+        yield from read_file(path, source.fields, source.encoding)
+
+def read_file(path: Path, fields: Sequence[str], encoding: str | None) -> Iterator[str]:
+    """The documents of a file."""
+    kind = suffix(path)
+    if kind in TEXTS:
+        yield from read_text(path, encoding)
+    elif kind in LINES:
+        yield from texts(read_lines(path, encoding), fields, path)
+    else:
+        yield from texts(read_rows(path, fields, encoding), fields, path)
+
+def encoding_of(start: bytes, asked: str | None) -> str:
+    """That which the first bytes of a text show, a BOM or the zeros of UTF-16 and UTF-32; but what
+    is asked for goes before zeros."""
+    shown = json.detect_encoding(start)                       # UTF-8 if they show none
+    has_bom = shown in ("utf-8-sig", "utf-16", "utf-32")
+    return shown if has_bom or asked is None else asked
+
+@contextlib.contextmanager
+def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
+    """A text file, or the one that a .gz holds. What is not in its encoding is refused."""
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as raw:
+        encoding = encoding_of(raw.read(4), encoding)
+        raw.seek(0)
+        try:
+            yield io.TextIOWrapper(raw, encoding, newline="")
+        except UnicodeError as e:
+            said = str(e)
+            if isinstance(e, UnicodeDecodeError):             # e.object ends where raw is read to
+                said = f"byte {raw.tell() - len(e.object) + e.start}, {e.reason}"
+            raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it is "
+                            "with --encoding") from e
+
+def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
     """A text file as one document, or several if it is long: cut where no token is lost, if such a
     place comes."""
-    with open(path, encoding="utf-8", errors="replace", newline="") as f:
+    with opened(path, encoding) as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
             # every tiktoken encoding starts a new piece where a letter follows a newline that
@@ -176,71 +364,133 @@ def read_text(path: Path) -> Iterator[str]:
         if text:
             yield text
 
-def read_jsonl(path: Path) -> Iterator[str]:
-    """The "text" of every line of a .jsonl or .jsonl.gz file."""
-    number = 0
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as f:
-        try:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                text = json.loads(line)["text"]
-                if text is not None:
-                    # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
-                    yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{path}, near line {number}: no JSON object with a \"text\" ({e})") from e
-
-def stream_dataset(path: str, **kwargs: Any) -> Iterator[str]:
-    """The "text" of a Hugging Face data set's train split, streamed: nothing but the current rows
-    is held."""
-    where = kwargs.get("data_files", path)
-    datasets = need("datasets", f"reading {where}")
+def read_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, Any]]:
+    """The numbered rows of a .jsonl or .jsonl.gz file."""
     try:
-        rows = datasets.load_dataset(path, split="train", streaming=True, **kwargs)
-        for row in rows:
-            if row["text"] is not None:
-                yield "" + row["text"]                        # a TypeError where it is no string
-    except Exception as e:      # its own errors, Arrow's and the network's
-        raise UserError(f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r}): "
-                        "run it again to go on") from e
+        with opened(path, encoding) as lines:
+            yield from parse_lines(lines, path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise UserError(f"{path} is damaged ({e}): get it again") from e
 
+def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    """The numbered values of lines of JSON."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number} is no line of JSON ({e})") from e
+        yield number, row
+
+def read_rows(path: Path, fields: Sequence[str],
+              encoding: str | None) -> Iterator[tuple[int, Any]]:
+    """The numbered rows of a file that the package datasets reads."""
+    loader, options = LOADERS[suffix(path)], {}
+    options["data_files"] = glob.escape(str(path))
+    if loader in ("csv", "json"):
+        with open(path, "rb") as f:                           # of a packed file they show nothing
+            options["encoding"] = encoding_of(f.read(4), encoding)
+    if loader == "csv":
+        options["converters"] = dict.fromkeys(fields, str)    # 007 is a text
+        options["keep_default_na"] = False                    # and so is NA
+    if loader == "parquet":
+        options["batch_size"] = 1000                          # its own is 0 where there are no rows
+    if loader == "json":
+        lines = (row["text"] for row in load_rows("text", path, **options))
+        first = next(lines, None)
+        if first is None:
+            return
+        if first.startswith("{") and first.endswith("}"):     # a row in each line, as Dolma has it
+            yield from parse_lines(itertools.chain([first], lines), path)
+            return
+    yield from enumerate(load_rows(loader, path, **options), 1)
+
+def load_rows(loader: str, where: str | Path, **options: Any) -> Iterator[Any]:
+    """The rows of a data set's train split, streamed: nothing but the current ones is held."""
+    datasets = need("datasets", f"reading {where}")
+    is_file = "data_files" in options
+    if is_file:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)      # errors are told once, below
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False    # nor is a server told of every file
+    try:
+        yield from datasets.load_dataset(loader, split="train", streaming=True, **options)
+    except Exception as e:                                  # its own errors, Arrow's, the network's
+        if isinstance(e, UnicodeError) and suffix(Path(where)) in (".csv", ".json"):
+            with opened(Path(where), options["encoding"]) as text:
+                for _ in text:                               # is refused with the place of the byte
+                    pass
+        said = f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r})"
+        check(not isinstance(e, UnicodeError), f"{said}: say what it is with --encoding")
+        check(not is_file, f"{said}: get it again, or take it away")
+        raise ConnectionError(said) from e                   # what was read before it stays
+
+def texts(rows: Iterable[tuple[int, Any]], fields: Sequence[str],
+          where: str | Path) -> Iterator[str]:
+    """The text of every numbered row, which is the first of these fields that it has; a null is
+    passed over."""
+    for number, row in rows:
+        there = row if isinstance(row, dict) else {}
+        name = next((field for field in fields if field in there), None)
+        if name is None:
+            raise UserError(f"{where}:{number} has no field {' or '.join(fields)}, but "
+                            f"{', '.join(there) or 'none'}: name one with --field")
+        text = row[name]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise UserError(f"{where}:{number}: the field {name} holds {type(text).__name__}, no "
+                            "text: name another with --field")
+        # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
+        yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+# ---- writing: documents in, shards out -----------------------------------------------------------
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
-            max_tokens: float = float("inf"), docs: Callable[[str], Iterator[str]] = documents) -> Path:
+            max_tokens: float = float("inf"), field: str | None = None, encoding: str | None = None,
+            again: bool = False, docs: Callable[[str], Iterator[str]] | None = None) -> Path:
     """Encode a source into token shards under `out`; called again after an interruption it goes on
     where it was.
 
-    Every document ends with EOT; every 1/val_fraction-th one, the first included, is validation.
-    progress.json says what the shards cover so far; in the end it is renamed to meta.json: a folder
-    that has that is complete.
+    Every document ends with EOT; which ones are validation, `is_validation` says. progress.json
+    says what the shards cover so far; in the end it is renamed to meta.json: a folder that has that
+    is complete. again: put the corpus in the place of another, or of what its source was before.
+    docs: yields the documents, in place of the source's own files.
     """
     check(0 < val_fraction <= 0.5 and max_tokens > 0,
-          f"val_fraction={val_fraction} must be above 0 and at most 0.5, max_tokens={max_tokens} above 0")
-    out, enc = Path(out), get_tokenizer(tokenizer)
-    request = {"source": source, "tokenizer": enc.name, "val_fraction": val_fraction,
-               "max_tokens": str(max_tokens)}
-    meta = prepared_so_far(out, request)
-    if meta is None:
-        dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
-        meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token, "dtype": dtype,
-                "request": request, "documents": 0,
-                "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
-    if (out / "meta.json").exists():
-        return out
+          f"val_fraction={val_fraction} must be above 0 and at most 0.5, "
+          f"max_tokens={max_tokens} above 0")
+    check_encoding(encoding)
+    out, enc = Path(os.path.expanduser(out)), get_tokenizer(tokenizer)
     try:
-        rest = itertools.islice(docs(source), meta["documents"], None)
-        encode_documents(rest, out, meta, enc, round(1 / val_fraction), max_tokens)
-        for split in ("train", "val"):
-            check(meta[split]["tokens"] > 0,
-                  f"{source}: {meta['documents']} documents leave the {split} split empty")
-        if enc.n_vocab <= 4096:
-            meta["bigram_entropy"] = bigram_entropy(out, meta)
-        write_json(out / "progress.json", meta)
-        os.replace(out / "progress.json", out / "meta.json")
+        if docs is None:
+            found = find_source(source, field, encoding, out)
+            todo = read_source(found)
+        else:
+            found = Source(source, (), None, {}, TEXT_FIELDS, encoding)
+            todo = docs(source)
+        request = {"source": found.name, "tokenizer": enc.name, "val_fraction": val_fraction,
+                   "max_tokens": str(max_tokens), "field": field, "encoding": encoding,
+                   "rules": RULES, "state": found.state}
+        if again:
+            discard(out)
+        meta = prepared_so_far(out, request)
+        if meta is None:
+            dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
+            meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token,
+                    "dtype": dtype, "request": request, "unread": found.unread, "documents": 0,
+                    "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
+        if not (out / "meta.json").exists():
+            finish(todo, out, meta, enc)
     except OSError as e:
-        raise UserError(f"preparing {out} failed ({e}): with that mended the same command resumes it") from e
+        raise UserError(f"preparing {out} failed ({e}): "
+                        "with that mended the same command resumes it") from e
     return out
+
+def check_encoding(name: str | None) -> None:
+    try:
+        "a".encode("utf-8" if name is None else name)
+    except (LookupError, ValueError) as e:
+        raise UserError(f"--encoding {name}: {e}; utf-16, cp1252 and gb18030 are some") from e
 
 def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """What meta.json, or progress.json of an interrupted preparation, says; None if there is
@@ -250,23 +500,77 @@ def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None
             continue
         try:
             meta = json.loads(file.read_text())
-            same = meta["request"] == request
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{file} is damaged: delete {out} and start over") from e
-        check(same, f"{out} holds a corpus prepared with other settings: "
-                    "choose another --out, or delete it")
+            other = difference(meta["request"], request)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{file} is not of a corpus, or damaged: choose another --out, or "
+                            "`data.py --again` removes it and starts over") from e
+        check(not other, f"{out} holds a corpus {other}: choose another --out, or `data.py "
+                         "--again` puts the new one in its place")
         return meta
     return None
 
-def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any, every: int,
-                     max_tokens: float) -> None:
-    """Write documents as shards until there are no more, or max_tokens are reached; meta says what
-    is written.
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, how what was asked for before is not what is asked for now; "" if it is."""
+    if before.get("rules") != now["rules"]:
+        return "that another version of data.py prepared, by other rules"
+    others = [f"{key}={before[key]}" for key in now if key != "state" and before[key] != now[key]]
+    if others:
+        return f"prepared with other settings ({', '.join(others)})"
+    old, new = before["state"], now["state"]
+    if old == new:
+        return ""
+    said = f"of what {now['source']} was before it changed"
+    if isinstance(old, dict) and isinstance(new, dict):       # else a digest of many, or a revision
+        changes = {"new": new.keys() - old.keys(), "gone": old.keys() - new.keys(),
+                   "other": {path for path in old.keys() & new.keys() if old[path] != new[path]}}
+        for how, paths in changes.items():
+            if paths:
+                said += f", {len(paths)} {how} ({min(paths)})"
+    return said
 
-    Document number 0, `every`, 2 `every`, ... of the corpus is validation.
-    """
-    encode = functools.partial(enc.encode_to_numpy, disallowed_special=())  # releases the GIL: threads help
-    pool = ThreadPoolExecutor(os.cpu_count())
+def discard(out: Path) -> None:
+    """Remove a corpus, finished or not, and its folder if nothing else is in it."""
+    for name in ("meta.json", "progress.json", "progress.json.tmp"):
+        (out / name).unlink(missing_ok=True)
+    for split in ("train", "val"):
+        for shard in out.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].bin"):
+            shard.unlink()
+    with contextlib.suppress(OSError):
+        out.rmdir()
+
+def finish(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any) -> None:
+    """Encode the documents that meta does not cover yet and write the header. What is refused
+    leaves nothing that a later call would go on from."""
+    request = meta["request"]
+    try:
+        encode_documents(itertools.islice(docs, meta["documents"], None), out, meta, enc,
+                         request["val_fraction"], float(request["max_tokens"]))
+        for split in ("train", "val"):
+            check(meta[split]["tokens"] > 0,
+                  f"{request['source']}: {meta['documents']} documents leave the {split} split "
+                  f"empty, it takes two{say_unread(meta['unread'])}")
+    except UserError:
+        discard(out)
+        raise
+    if enc.n_vocab <= 4096:
+        meta["bigram_entropy"] = bigram_entropy(out, meta)
+    write_json(out / "progress.json", meta)
+    os.replace(out / "progress.json", out / "meta.json")
+
+def is_validation(number: int, val_fraction: float) -> bool:
+    """Whether a document of this number, from 0, is for validation: by a hash of it, so that
+    sources that take turns are in both splits. Two documents are always enough for both."""
+    if number < 2:
+        return number == 0
+    digest = hashlib.sha256(str(number).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+
+def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any,
+                     val_fraction: float, max_tokens: float) -> None:
+    """Write documents as shards until there are no more, or max_tokens are reached; meta says what
+    is written."""
+    encode = functools.partial(enc.encode_to_numpy, disallowed_special=())
+    pool = ThreadPoolExecutor(os.cpu_count())                # threads help: it releases the GIL
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     written = total = meta["train"]["tokens"] + meta["val"]["tokens"]
     done = False
@@ -275,7 +579,7 @@ def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: 
         for ids in pool.map(encode, batch):
             if total >= max_tokens:
                 break
-            split = "val" if meta["documents"] % every == 0 else "train"
+            split = "val" if is_validation(meta["documents"], val_fraction) else "train"
             buffers[split].append(np.append(ids, enc.eot_token).astype(meta["dtype"]))
             meta["documents"] += 1
             total += len(ids) + 1
@@ -327,16 +631,24 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
     return float(entropy_of_pairs - entropy_of_firsts)
 
 # ---- tokenizers ----------------------------------------------------------------------------------
+# What belongs to a tokenizer in a folder of a model, besides the ids in its config.json.
+TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "tekken.json",
+                   "chat_template*", "additional_chat_templates/*", "generation_config.json")
+
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """A tiktoken encoding by name, a tokenizer.json or its folder by path, or "bytes": 256 bytes
-    and EOT, offline."""
+    """The tokenizer of a name: "bytes", which is 256 bytes and EOT, offline; a tiktoken encoding;
+    or a tokenizer.json, its folder or the id of its model on the Hugging Face hub."""
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={EOT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    known = ["bytes", *tiktoken.list_encoding_names()]
-    if name not in known and Path(name).exists():
-        return folder_tokenizer(Path(name))
+    known = encodings()
+    if name not in known:
+        path = on_disk(name)
+        if path.exists() or path.name == "tokenizer.json" and path.parent.is_dir():
+            return folder_tokenizer(path)
+        check(path.name == name, f"the tokenizer {name} is not there: "
+                                 "put it back, or name another with --tokenizer")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     check(name in known, f"no tokenizer {name!r}{hint}; there are: {', '.join(known)}")
@@ -346,38 +658,92 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set "
                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
 
+def encodings() -> list[str]:
+    """The names of the tokenizers that are not somebody's files."""
+    return ["bytes", *tiktoken.list_encoding_names()]
+
 def folder_tokenizer(path: Path) -> FolderTokenizer:
-    """A tokenizer.json of Hugging Face, or that of a folder."""
+    """A tokenizer.json of Hugging Face, or that of a folder, with the tokens of AutoTokenizer."""
     tokenizers = need("tokenizers", f"reading {path}")
-    file = (path / "tokenizer.json" if path.is_dir() else path).resolve()
-    said: dict[str, Any] = {}                                 # about special tokens, the last has the say
+    # not resolved: in the hub's cache the file is a link, and its neighbours are the link's
+    file = (path / "tokenizer.json" if path.is_dir() else path).absolute()
+    folder = file.parent
+    slow = [f.name for kind in ("*.model", "vocab.*", "tekken.json") for f in folder.glob(kind)]
+    check(file.is_file() or not slow,
+          f"{folder} has {', '.join(slow)} and no tokenizer.json: make it with python -c \"from "
+          f"transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained("
+          f"'{folder}')\", or name another with --tokenizer")
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
-        for other in ("tokenizer_config.json", "generation_config.json", "config.json"):
-            if (file.parent / other).is_file():
-                values = json.loads((file.parent / other).read_text())
-                said |= {name: value for name, value in values.items() if value is not None}
+        names = add_tokens(inner, tokenizers, folder)
+        end = names.get("eos_token")
+        for other in ("generation_config.json", "config.json"):           # the last has the say
+            ids = read_json(folder / other).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [ids]     # the first, where there are several
+            end = next((i for i in ids if type(i) is int and i >= 0), end)
+        inner.encode_special_tokens = True    # spelt: a document that has <|endoftext|> goes on
+        inner.no_truncation()
+        inner.no_padding()
+        enc = FolderTokenizer(str(file), inner, end, names.get("bos_token", names.get("eos_token")))
     except Exception as e:                                    # all that tokenizers raises
-        raise UserError(f"{file} is missing or damaged ({e}): get it again") from e
-    inner.encode_special_tokens = True      # as text: a document that spells <|endoftext|> goes on
-    inner.no_truncation()
-    token = said.get("eos_token", "")
-    token = inner.token_to_id(token["content"] if isinstance(token, dict) else token)
-    eos = np.atleast_1d(said.get("eos_token_id", token))[0]   # the first, where there are several
-    check(eos is not None,
-          f"{file.parent}: no config.json there has an eos_token_id, which ends documents")
-    return FolderTokenizer(str(file), inner, int(eos))
+        raise UserError(f"{file} is missing or damaged ({e}): get it again, or name another with "
+                        "--tokenizer") from e
+    check(end is not None,
+          f"{folder}: no config.json there has an eos_token_id, which ends documents")
+    return enc
+
+def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
+    """Add the tokens that AutoTokenizer finds beside a tokenizer.json; returns the ids of those
+    that have a role, such as bos_token."""
+    said = read_json(folder / "tokenizer_config.json")
+    old = {}
+    if "added_tokens_decoder" not in said:                    # as transformers before 4.34 wrote it
+        said |= read_json(folder / "special_tokens_map.json")
+        old = read_json(folder / "added_tokens.json")
+    roles = {}
+    for role, token in said.items():
+        token = token["content"] if isinstance(token, dict) and "content" in token else token
+        if role.endswith("_token") and isinstance(token, str):
+            roles[role] = token
+    more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more
+    special = [*roles.values(), *(t["content"] if isinstance(t, dict) else t for t in more)]
+
+    listed = {int(i): token for i, token in said.get("added_tokens_decoder", {}).items()}
+    for token, i in old.items():
+        is_special = token in special
+        listed[i] = {"content": token, "special": is_special, "normalized": not is_special}
+    inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
+    there = {token.content for token in inner.get_added_tokens_decoder().values()}
+    inner.add_special_tokens([token for token in special if token not in there])
+    return {role: inner.token_to_id(token) for role, token in roles.items()}
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file says, nothing if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 class FolderTokenizer:
     """A tokenizer of the tokenizers package, with what is used here of tiktoken.Encoding."""
 
-    def __init__(self, name: str, inner: Any, eot_token: int):
+    def __init__(self, name: str, inner: Any, eot_token: int, prefix: int | None):
         self.name, self.inner, self.eot_token = name, inner, eot_token
         self.n_vocab = max(inner.get_vocab().values()) + 1
-        self.start = inner.encode("").ids                     # what every text begins with: Llama's BOS
+        encoded = inner.encode("a")
+        whose = encoded.sequence_ids                           # None: it is of the template
+        self.start = encoded.ids[:whose.index(0)] if 0 in whose else []   # such as Llama's BOS
+        self.prefix = prefix                                   # what an empty context consists of
+        if prefix is None:
+            self.prefix = [*self.start, eot_token][0]
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode(self, text: str, allowed_special: Any = "all") -> list[int]:
+        """As encode_ordinary, but a special token that the text spells is that token."""
+        self.inner.encode_special_tokens = False
+        ids = self.encode_ordinary(text)
+        self.inner.encode_special_tokens = True
+        return ids
 
     def encode_to_numpy(self, text: str, disallowed_special: Any = ()) -> np.ndarray:
         return np.array(self.encode_ordinary(text), dtype=np.int64)
@@ -385,24 +751,70 @@ class FolderTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.inner.decode(ids, skip_special_tokens=False)
 
+def same_tokenizer(one: str, other: str) -> bool:
+    """Do two names mean the same tokens? Files are known by what is in them, not by their place."""
+    if one == other:
+        return True
+    if {one, other} & {*encodings()}:
+        return False
+    a, b = get_tokenizer(one), get_tokenizer(other)
+    return (a.inner.to_str(), a.eot_token) == (b.inner.to_str(), b.eot_token)
+
+def copy_tokenizer(name: str, folder: Path) -> str:
+    """Copy the files of a tokenizer into `folder`, for a checkpoint or a corpus that lies there.
+
+    Returns the name by which that is to know it, and of which `tokenizer_beside` makes a path
+    wherever the folder is then. A tokenizer without files keeps its name, as does one that is gone:
+    who needs it will be told.
+    """
+    if name in encodings():
+        return name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            new = Path(tmp, "tokenizer")
+            new.mkdir()
+            write_json(new / "config.json", write_tokenizer(name, new))
+            content = (new / "tokenizer.json").read_bytes() + (new / "config.json").read_bytes()
+            own = folder / f"tokenizer_{zlib.crc32(content):08x}"   # others may lie there, too
+            if not own.exists():
+                os.replace(new, own)
+    except (OSError, UserError):
+        return name
+    return f"{own.name}/tokenizer.json"
+
+def tokenizer_beside(file: str | Path, name: str) -> str:
+    """The tokenizer that a checkpoint or a corpus names: a copy beside it, if it has one."""
+    own = Path(file).parent / name
+    return str(own.absolute()) if own.is_file() else name
+
 def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
     """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to
     say of it."""
-    if Path(name).suffix == ".json":                          # of another folder
-        source = Path(name).parent
-        for file in (*source.glob("*token*.json"), *source.glob("generation_config.json")):
-            (folder / file.name).write_bytes(file.read_bytes())
-        with contextlib.suppress(UserError):                  # there may be none, or one without an end
-            return {"eos_token_id": get_tokenizer(name).eot_token}
-        return {}
+    if name not in encodings():                               # files of another folder
+        path = on_disk(name)
+        source = path if path.is_dir() else path.parent
+        check(source.is_dir(), f"the tokenizer {name} is not there: "
+                               "put it back, or name another with --tokenizer")
+        for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
+        if path.is_file():                                    # whatever it is called
+            (folder / "tokenizer.json").write_bytes(path.read_bytes())
+        said = read_json(source / "config.json")
+        ids = {key: value for key, value in said.items() if key.endswith("_token_id")}
+        if ids.get("eos_token_id") is None:
+            with contextlib.suppress(UserError):              # there may be no end, or no tokenizer
+                ids["eos_token_id"] = get_tokenizer(name).eot_token
+        return ids
     enc = get_tokenizer(name)
     if name in ("bytes", "gpt2"):
         write_json(folder / "tokenizer.json", byte_level_bpe(enc, splits_words=name == "gpt2"))
         write_json(folder / "tokenizer_config.json",
                    {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT})
-    else:
-        print(f"{folder}: tokenizer {name} not written, it has no Hugging Face form here")
-    return {"tokenizer": name, "eos_token_id": enc.eot_token}
+    return {"tokenizer": name, "bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token,
+            "pad_token_id": None}
 
 def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:
     """The tokenizer.json of an encoding whose tokens are bytes and merges of two tokens.
@@ -455,10 +867,12 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
     """The dict that train.py saved: model, optimizer, settings, step, ...; of a Hugging Face folder
     a part of that, the model in `dtype`. Nothing in it is executed, and what is not used is not
     read. UserError if it is not sound."""
-    if (Path(path) / "config.json").is_file():
-        return load_hf(Path(path), dtype)
-    check(Path(path).is_file(), f"no checkpoint {path}: "
-                                "make one with `python train.py CONFIG.py`, or correct the path")
+    place = on_disk(path)
+    if place.is_dir():
+        check_whole(place, path)
+        return load_hf(place, dtype)
+    check(place.is_file(), f"no checkpoint {path}: "
+                           "make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                               # damaged bytes make torch raise almost anything
@@ -470,6 +884,7 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
         value = saved["settings"].get(f.name, f.default)
         kind = (int, float) if isinstance(f.default, float) else type(f.default)
         check(isinstance(value, kind), f"{path}: {f.name}={value!r} is no {f.type}")
+    saved["tokenizer"] = tokenizer_beside(path, saved["tokenizer"])
     return saved
 
 def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
@@ -488,12 +903,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     saved = load_checkpoint(path, dtype)
     known = {f.name for f in fields(ModelConfig)}
     settings = {name: value for name, value in saved["settings"].items() if name in known}
-    config = ModelConfig(**settings)
-    with torch.device("meta"):
-        model = GPT(config)
+    try:
+        with torch.device("meta"):
+            model = GPT(ModelConfig(**settings))
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
     check_weights(model, saved, path)
     model.load_state_dict(saved["model"], assign=True)                # takes the tensors themselves: no copy
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.blocks[0].attn.rope.to_empty(device="cpu").reset()
     return model.to(device, dtype).eval(), saved
@@ -513,11 +930,25 @@ MOE_FIELDS = {"num_experts": "n_experts", "num_local_experts": "n_experts", "num
               "norm_topk_prob": "norm_topk_prob", "qkv_bias": "qkv_bias"}
 LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "partial_rotary_factor": 1, "use_mrope": False}
-HARMLESS = """model_type architectures dtype torch_dtype transformers_version use_cache bos_token_id eos_token_id
-    pad_token_id unk_token_id tokenizer attention_dropout router_jitter_noise router_aux_loss_coef output_router_logits
-    pretraining_tp max_window_layers layer_types sliding_window use_sliding_window rope_scaling rope_parameters
-    rope_type type is_llama_config rope_interleaved transformers.js_config""".split()
+        "mlp_only_layers": [], "partial_rotary_factor": 1, "use_mrope": False, "is_causal": True,
+        "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
+HARMLESS = """
+    _* model_type model_name name_or_path architectures auto_map *_version unsloth_* transformers.*
+    dtype torch_dtype use_bfloat16 torchscript use_cache pretraining_tp chunk_size_feed_forward
+    attn_implementation experts_implementation is_decoder is_llama_config tie_encoder_decoder
+    return_dict* output_attentions output_hidden_states output_scores output_logits
+    output_router_logits tie_last_hidden_states
+    *dropout router_jitter_noise router_aux_loss_coef tf_legacy_loss
+    id2label label2id num_labels problem_type finetuning_task task_specific_params
+    tokenizer tokenizer_class prefix *_token_id *_token_ids max_sequence_length model_max_length
+    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
+    num_return_sequences num_beam_groups temperature top_k top_p top_h min_p typical_p
+    *_penalty *_cutoff
+    *no_repeat_ngram_size bad_words_ids remove_invalid_values *suppress_tokens num_assistant_tokens*
+    assistant_* target_lookbehind
+    max_window_layers layer_types sliding_window use_sliding_window
+    rope_scaling rope_parameters rope_type type rope_interleaved original_max_position_embeddings
+    """.split()       # patterns: what it is, how it is run, trained, labelled, spelt, generates
 TOP_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}  # ours: theirs
 NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",  # in a block
          "attn.proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
@@ -526,30 +957,24 @@ for matrix in ("gate", "up", "down"):
     NAMES[f"ffn.{matrix}"] = f"mlp.{matrix}_proj"
     NAMES[f"ffn.shared.{matrix}"] = f"mlp.shared_expert.{matrix}_proj"
 
+GIVEN_BY = {"attn.qkv.bias": "qkv_bias", "attn.q_norm.": "qk_norm", "attn.k_norm.": "qk_norm",
+            "ffn.router.": "n_experts", "ffn.shared.": "shared_hidden",
+            "ffn.shared_gate.": "shared_gate"}         # a weight, and the setting that it belongs to
 MIXTRAL_NAMES = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
 
 def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
     """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5
     (rope_parameters) means; UserError names what the model lacks, and any field that is not known
     to leave the function alone."""
+    context = hf.get("original_max_position_embeddings")
     hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})  # its fields as the others
     family = hf.get("model_type")
     check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
-    rope = hf.get("rope_type") or hf.get("type") or "default"
-    check(rope in ("default", "llama3"),
-          f"{path}: rope_type={rope} is not supported, only default and llama3 are")
     if family == "mistral":
         hf = {"sliding_window": 4096} | hf                                # its default is not null
     hf = {name: value for name, value in hf.items() if value is not None}
-    known = {*FIELDS, *MOE_FIELDS, *ONLY, *HARMLESS}
-    if rope == "llama3":
-        known.update(LLAMA3_FIELDS)
-    for name, value in hf.items():
-        check(value == ONLY.get(name, value),
-              f"{path}: {name}={value!r} is not supported, only {ONLY.get(name)!r} is")
-        check(name in known or name.startswith("_"),
-              f"{path}: {name}={value!r} is unknown and may change what the model computes: "
-              "if not, delete it there")
+    rope = hf.get("rope_type") or hf.get("type") or "default"
+    check_fields(hf, rope, path)
     for name in ("num_attention_heads", "max_position_embeddings"):       # no tensor's shape tells these
         check(name in hf, f"{path} lacks {name}")
 
@@ -560,9 +985,44 @@ def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
     if "n_experts" in values:
         values.setdefault("expert_hidden", hf.get("intermediate_size"))
     if rope == "llama3":
+        hf.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
+        if context is not None:                           # beside, it goes before that of the rope
+            hf["original_max_position_embeddings"] = context
         values["rope_scaling"] = "llama3:" + ",".join(str(hf[name]) for name in LLAMA3_FIELDS)
     values["block_size"] = context_length(hf, family, path)
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+
+def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
+    """UserError that names all fields of a config.json that the model lacks or that are not known
+    to leave the function alone."""
+    known = [*FIELDS, *MOE_FIELDS, *HARMLESS]
+    if rope == "llama3":
+        known += LLAMA3_FIELDS
+    wrong, unknown = [], []
+    if rope not in ("default", "llama3"):
+        wrong.append(f"rope_type={rope} (only default and llama3 are)")
+    for name, value in hf.items():
+        shown = f"{name}={value!r:.60}"
+        if name in ONLY:
+            if value != ONLY[name]:
+                wrong.append(f"{shown} (only {ONLY[name]!r} is)")
+        elif name == "quantization_config":
+            wrong.append(f"{name} (dequantise the weights: in transformers model.dequantize(), "
+                         "then save_pretrained)")
+        elif name.endswith("_attention") and isinstance(value, dict):
+            wrong.append(f"rope_parameters per layer type, such as {name}")
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
+            unknown.append(shown)
+    said = []
+    if wrong:
+        said.append(f"not supported: {', '.join(wrong)}")
+    if unknown:
+        said.append(f"unknown, and may change what the model computes: {', '.join(unknown)} "
+                    "(delete there those that do not)")
+    check(not said, f"{path}: {'; '.join(said)}")
 
 def context_length(hf: dict[str, Any], family: str, path: Path) -> int:
     """The block_size of a config.json: no longer than its sliding window, so that no sequence ever
@@ -594,15 +1054,18 @@ def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             prefix, rest, names = "", name, TOP_NAMES
         module, _, kind = rest.rpartition(".")                         # such as attn.proj, weight
-        if rest in ("ffn.gate", "ffn.up", "ffn.down"):                 # of all experts, (E, in, out)
+        needed = [setting for start, setting in GIVEN_BY.items() if rest.startswith(start)]
+        if not all(getattr(c, setting) for setting in needed):         # a fork has it without the setting
+            nameless.append(name)
+        elif rest in ("ffn.gate", "ffn.up", "ffn.down"):                 # of all experts, (E, in, out)
             for e, expert in enumerate(w):
                 views[f"{prefix}mlp.experts.{e}.{kind}_proj.weight"] = expert.T
-        elif module == "attn.qkv":
+        elif module == "attn.qkv" and kind in ("weight", "bias"):
             for x, part in zip("qkv", w.split(widths)):
                 views[f"{prefix}self_attn.{x}_proj.{kind}"] = part
         elif name == "head.weight" and c.tie_embeddings:
             continue
-        elif module in names:
+        elif module in names and kind == "weight":
             views[f"{prefix}{names[module]}.{kind}"] = w
         else:
             nameless.append(name)
@@ -628,25 +1091,74 @@ def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         useless = sorted(stored.keys() - views.keys())[:3]
         check(not useless,
               f"{folder}: what config.json describes has no use for {', '.join(useless)}")
-        for name, (file, key) in stored.items():
-            read_tensor(safetensors, file, key, views[name])
+        for name, source in stored.items():
+            read_tensor(safetensors, source, views[name])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
         raise UserError(f"{folder} is damaged or incomplete ({type(e).__name__}: {e}): get it again") from e
     if c.tie_embeddings:
         weights["head.weight"] = weights["embed.weight"]
-    return {"model": weights, "settings": asdict(c), "step": 0,
-            "tokenizer": hf.get("tokenizer", str((folder / "tokenizer.json").resolve()))}
+    own = hf.get("tokenizer")                                 # what export writes of an encoding
+    if own not in encodings():
+        own = str((folder / "tokenizer.json").absolute())
+    return {"model": weights, "settings": asdict(c), "step": 0, "tokenizer": own}
 
-def stored_tensors(folder: Path, safetensors: Any) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of a folder is, its file and its name there, by the name that most families
-    give it."""
+def on_disk(name: str | Path) -> Path:
+    """A path as it is; owner/name[@revision], if it is no path, as the folder of that model in the
+    cache of the Hugging Face hub, into which it is fetched if need be."""
+    path, spelt = Path(name), re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.+))?", str(name))
+    if path.exists() or path.suffix in (".pt", ".json") or not spelt:
+        return path
+    hub = need("huggingface_hub", f"{name}, which is no path here,")
+    try:
+        return Path(hub.snapshot_download(
+            spelt[1], revision=spelt[2], ignore_patterns=["*/*", "consolidated*"],
+            allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+    except Exception as e:                                    # its own and those of the network
+        raise UserError(f"no path {name}, nor is it in the Hugging Face hub's cache or to be had "
+                        f"from there ({type(e).__name__}): correct it, go online once, or log in "
+                        "with `hf auth login`") from e
+
+def check_whole(folder: Path, name: str | Path) -> None:
+    """UserError unless a folder holds one whole model in safetensors; it says how to get there.
+
+    name: what the user calls the folder, its path or its id on the hub.
+    """
+    def found(pattern: str) -> str:
+        return ", ".join(sorted(file.name for file in folder.glob(pattern)))
+
+    adapter, checkpoints = found("adapter_*"), found("*.pt")
+    check(not adapter,
+          f"{name} has an adapter, {adapter}, which nothing here applies: merge it into its model "
+          "first (peft: model.merge_and_unload(), then save_pretrained)")
+    hint = f", but holds {checkpoints}: give that" if checkpoints else ": correct the path"
+    check((folder / "config.json").is_file(), f"{name} has no config.json, it is no model{hint}")
+    old = found("pytorch_model*.bin")
+    has = f"its weights in {old}: " if old else "no model.safetensors: get it again, or "
+    target = name if folder == Path(name) else "converted"
+    check(found("*.safetensors") != "",
+          f"{name} has {has}convert its weights with python -c \"from transformers import "
+          f"AutoModelForCausalLM as M; M.from_pretrained('{name}').save_pretrained('{target}')\"")
+
+class Stored(NamedTuple):
+    """Where a tensor is stored: in a file under a key, there maybe as rows of one expert."""
+    file: Path
+    key: str
+    expert: int | None = None
+    row: int = 0                         # the first
+    shape: list[int] | None = None       # None: all that is there
+
+def stored_tensors(folder: Path, safetensors: Any) -> dict[str, Stored]:
+    """Where each tensor of a folder is, by the name that most families give it."""
     stored = {}
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        names = [single.name]
+        names = {single.name}
     else:
-        names = json.loads(index.read_text())["weight_map"].values()
-    for file in sorted({folder / name for name in names}):
+        names = {*json.loads(index.read_text())["weight_map"].values()}
+    for name in names:
+        check(Path(name).name == name,
+              f"{index} names {name}, which is not in its folder: get it again")
+    for file in sorted(folder / name for name in names):
         with safetensors.safe_open(file, "pt") as f:
             for key in f.keys():
                 if key.endswith("rotary_emb.inv_freq"):                  # of old files: config.json says as much
@@ -654,20 +1166,44 @@ def stored_tensors(folder: Path, safetensors: Any) -> dict[str, tuple[Path, str]
                 name = key
                 for mixtral, others in MIXTRAL_NAMES.items():
                     name = name.replace(mixtral, others)
-                stored[name] = file, key
+                if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                    stored |= experts_of(name, Stored(file, key), f.get_slice(key).get_shape())
+                else:
+                    stored[name] = Stored(file, key)
     return stored
 
-def read_tensor(safetensors: Any, file: Path, key: str, place: Tensor) -> None:
+def experts_of(name: str, source: Stored, shape: list[int]) -> dict[str, Stored]:
+    """The matrices of all experts, which some write as one tensor (E, rows, columns): as
+    transformers 5 has them in memory, gate above up."""
+    prefix, _, kind = name.rpartition(".")
+    matrices = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+    E, rows, columns = shape
+    rows //= len(matrices)
+    parts = {}
+    for e in range(E):
+        for k, matrix in enumerate(matrices):
+            part = source._replace(expert=e, row=k * rows, shape=[rows, columns])
+            parts[f"{prefix}.{e}.{matrix}.weight"] = part
+    return parts
+
+def read_tensor(safetensors: Any, source: Stored, place: Tensor) -> None:
     """Read a stored tensor into its place, some rows at a time: no second copy of it is ever in
     memory."""
     rows = max(1, 2**22 // place[0].numel())
     for start in range(0, len(place), rows):
-        with safetensors.safe_open(file, "pt") as f:         # anew: what was read stays mapped until it is shut
-            part = f.get_slice(key)
-            shape, kind = part.get_shape(), part.get_dtype()
+        # opened anew: what was read stays mapped until it is shut
+        with safetensors.safe_open(source.file, "pt") as f:
+            whole = f.get_slice(source.key)
+            shape, kind = source.shape or whole.get_shape(), whole.get_dtype()
             check(shape == list(place.shape) and kind in ("F64", "F32", "F16", "BF16"),
-                  f"{file}: {key} is {kind} {shape}, config.json says {list(place.shape)}")
-            place[start:start + rows].copy_(part[start:start + rows])
+                  f"{source.file}: {source.key} is {kind} {shape}, "
+                  f"config.json says {list(place.shape)}")
+            part = place[start:start + rows]
+            first = source.row + start
+            if source.expert is None:
+                part.copy_(whole[first:first + len(part)])
+            else:
+                part.copy_(whole[source.expert, first:first + len(part)])
 
 def holds(family: str, c: ModelConfig) -> dict[str, tuple[Any, ...]]:
     """The values that a family of transformers can have, of the settings that its config.json has
@@ -683,6 +1219,8 @@ def holds(family: str, c: ModelConfig) -> dict[str, tuple[Any, ...]]:
         fixed |= {"shared_hidden": (0,), "shared_gate": (False,)}
     if family == "olmoe":
         fixed |= {"head_dim": (c.n_embd / c.n_head,)}
+    if not c.rope_scaling.startswith("llama3:"):
+        fixed |= {"rope_scaling": ("",)}
     norms = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}
     return fixed | {"qk_norm": (norms.get(family, ""),)}
 
@@ -758,11 +1296,40 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
             new = Path(tmp) / out.name
             new.mkdir()
             safetensors.torch.save_file(views, new / "model.safetensors", metadata={"format": "pt"})
-            write_json(new / "config.json", hf | write_tokenizer(tokenizer or saved["tokenizer"], new))
+            tokenizer = tokenizer or saved["tokenizer"]
+            write_json(new / "config.json", hf | write_tokenizer(tokenizer, new))
+            keep_as_written(new, family)
+            if not any(new.glob("*token*")):
+                print(f"{out}: tokenizer {tokenizer} not written, "
+                      "there is no Hugging Face form of it")
             os.replace(new, out)
     except (OSError, safetensors.SafetensorError) as e:
         raise UserError(f"cannot write {out} ({e}): free some space or choose another folder") from e
     print(f"{out}: {path} as {hf['architectures'][0]} in float32")
+
+AS_WRITTEN = '''"""transformers 5 keeps the words and merges of qwen2 folders but cuts texts as Qwen2
+does, unless tokenizer_config.json has an auto_map: then it takes tokenizer.json as written."""
+from transformers import PreTrainedTokenizerFast
+
+
+class AsWritten(PreTrainedTokenizerFast):
+    pass
+'''
+
+def keep_as_written(folder: Path, family: str) -> None:
+    """Have AutoTokenizer read tokenizer.json as it is, and not as the family's own would be."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    said = read_json(folder / "tokenizer_config.json")
+    kind = said.get("tokenizer_class") or "PreTrainedTokenizerFast"
+    wanted = said | {"tokenizer_class": kind}
+    if family == "qwen2" and "Qwen2" not in kind:
+        # the entry is enough; the class is asked for where remote code is trusted
+        name = "tokenization_as_written.AsWritten"
+        wanted["auto_map"] = {"AutoTokenizer": [name, name]}
+        (folder / "tokenization_as_written.py").write_text(AS_WRITTEN)
+    if wanted != said:
+        write_json(folder / "tokenizer_config.json", wanted)
 
 # ---- tasks: multiple choice, as OLMES writes it --------------------------------------------------
 class Task(NamedTuple):
@@ -790,15 +1357,28 @@ def read_tasks(paths: Sequence[str], tokenizer: str, vocab_size: int) -> dict[st
               f"--tokenizer {tokenizer} has tokens beyond vocab_size={vocab_size}: name another")
     return tasks
 
+def read_requests(folder: Path) -> list[dict[str, Any]]:
+    """The requests of a task, each there once; those of one doc_id are about one question."""
+    requests, questions, seen = [], {}, set()
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
+        for row in map(json.loads, f):
+            doc_id = row["doc_id"]
+            if doc_id >= 1_000_000:                                  # no question
+                continue
+            idx, label = row["idx"], row["label"]
+            question = label, row.get("doc")
+            check(questions.setdefault(doc_id, question) == question,
+                  f"--tasks: {folder} has two questions with doc_id={doc_id}: number them anew")
+            check((doc_id, idx) not in seen,
+                  f"--tasks: {folder} has doc_id={doc_id}, idx={idx} twice: number them anew")
+            seen.add((doc_id, idx))
+            requests.append({**row["request"], "doc_id": doc_id, "idx": idx, "label": label})
+    return requests
+
 def read_task(folder: Path, enc: Any) -> Task:
     """One task: requests.jsonl.gz and config.json of its folder."""
     try:
-        requests = []
-        with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
-            for row in map(json.loads, f):
-                if row["doc_id"] < 1_000_000:                        # beyond: no question
-                    about = {key: row[key] for key in ("doc_id", "idx", "label")}
-                    requests.append({**row["request"], **about})
+        requests = read_requests(folder)
         config = json.loads((folder / "config.json").read_text())
         primary = config["task_config"]["primary_metric"].removesuffix("_raw")
         pairs = [encode_pair(enc, r["context"], r["continuation"]) for r in requests]
@@ -819,13 +1399,20 @@ def encode_pair(enc: Any, context: str, continuation: str) -> tuple[list[int], l
     """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
 
     Blanks at the end of the context go to the continuation, which is what follows as many tokens as
-    the context has alone, since tokens may merge over the boundary. A context begins with the BOS
-    of a tokenizer that has the habit.
+    the context has alone, since tokens may merge over the boundary. Special tokens that they spell
+    are tokens. A context begins with the BOS of a tokenizer that has the habit; an empty one is the
+    BOS of any that defines one, else the end of a document.
     """
-    before = enc.encode_ordinary(context.rstrip())
-    whole = enc.encode_ordinary(context + continuation)
-    start = [*getattr(enc, "start", ()), *before]
-    return start or [enc.eot_token], whole[len(before):]
+    before = enc.encode(context.rstrip(), allowed_special="all")
+    whole = enc.encode(context + continuation, allowed_special="all")
+    prefix = getattr(enc, "prefix", enc.eot_token)
+    if context == "" or before[:1] == [prefix]:
+        start = []
+    else:
+        start = getattr(enc, "start", [])
+    if context == "" and whole[:1] == [prefix]:               # spelt out
+        return whole[:1], whole[1:]
+    return [*start, *before] or [prefix], whole[len(before):]
 
 # ---- the command line, and what all scripts share of it ------------------------------------------
 def need(package: str, purpose: str) -> Any:
@@ -860,28 +1447,39 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder of texts")
-    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding, a model's folder (python: bytes; else: gpt2)")
+    parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder")
+    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding, a model's folder "
+                                            "(default for python: bytes; else: gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
-    parser.add_argument("--val_fraction", type=float, help="share of documents (default: 0.05; fineweb-edu: 0.001)")
-    parser.add_argument("--max_tokens", type=float, default=float("inf"), help="stop after so many, for example 10e9")
-    parser.add_argument("--verify", action="store_true", help="NAME is a prepared folder: compare its checksums")
+    parser.add_argument("--val_fraction", type=float,
+                        help="share of documents (default: 0.05; fineweb-edu: 0.001)")
+    parser.add_argument("--max_tokens", type=float, default=float("inf"),
+                        help="stop after so many, for example 10e9")
+    parser.add_argument("--field", help="where the text of a row is (default: text, or content)")
+    parser.add_argument("--encoding", help="of text without a byte-order mark (default: utf-8)")
+    parser.add_argument("--again", action="store_true", help="prepare anew what is at --out")
+    parser.add_argument("--verify", action="store_true",
+                        help="NAME is a prepared folder: compare its checksums")
     args = parser.parse_args()
     if args.verify:
+        others = [f"--{name}" for name, value in vars(args).items()
+                  if name not in ("name", "verify") and value != parser.get_default(name)]
+        check(not others, f"--verify only reads: {', '.join(others)} would not be used")
         Corpus(args.name).verify()
         return print(f"{args.name}: every checksum matches")
-    stem = Path(os.path.abspath(args.name)).name.lstrip(".").split(".")[0]
+    stem = Path(os.path.abspath(os.path.expanduser(args.name))).name.lstrip(".").split(".")[0]
     tokenizer = args.tokenizer or ("bytes" if args.name == "python" else "gpt2")
     val_fraction = args.val_fraction
     if val_fraction is None:
         val_fraction = 0.001 if args.name == "fineweb-edu" else 0.05
-    out = prepare(args.name, args.out or Path("data", stem), tokenizer, val_fraction, args.max_tokens)
+    out = prepare(args.name, args.out or Path("data", stem), tokenizer, val_fraction,
+                  args.max_tokens, args.field, args.encoding, args.again)
     meta = Corpus(out).meta
     line = (f"{out}: {meta['documents']:,} documents, {meta['train']['tokens']:,} training and "
             f"{meta['val']['tokens']:,} validation tokens of {meta['tokenizer']}")
     if "bigram_entropy" in meta:
         line += f"; bigram entropy {meta['bigram_entropy']:.3f} nats"
-    print(line)
+    print(line + say_unread(meta["unread"]))
 
 if __name__ == "__main__":
     run(main)

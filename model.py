@@ -72,9 +72,7 @@ class ModelConfig:
               f"head_dim={self.head_dim} must be even for RoPE: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0,
               f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        number = r"\d+(\.\d+)?"
-        check(re.fullmatch(f"(llama3:{number}(,{number}){{3}})?", self.rope_scaling) is not None,
-              f"rope_scaling={self.rope_scaling!r} is not like llama3:8,1,4,8192")
+        check_rope_scaling(self.rope_scaling)
         check(not self.shared_gate or self.n_experts and self.shared_hidden,
               "shared_gate=True gates a shared expert, and there is none: "
               "set n_experts and shared_hidden")
@@ -93,6 +91,16 @@ def check_allowed(name: str, value: Any, allowed: float | str) -> None:
         check(value in allowed.split("/"), f"{name}={value!r} is none of {allowed}")
     elif isinstance(value, (int, float)):
         check(value >= allowed, f"{name}={value} must be at least {allowed}")
+
+def check_rope_scaling(text: str) -> None:
+    """Raise UserError unless it is empty, or numbers that Llama 3's formula makes sense of."""
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(f"llama3:{number},{number},{number},(\\d+)", text)
+    check(not text or found is not None, f"rope_scaling={text!r} is not like llama3:8,1,4,8192")
+    if found:
+        factor, low, high, context = map(float, found.groups())
+        check(factor >= 1 and low < high and context > 0,
+              f"rope_scaling={text!r}: FACTOR must be at least 1, LOW below HIGH, CONTEXT above 0")
 
 def check(ok: bool, message: str) -> None:
     """Raise UserError(message) unless ok."""
@@ -186,7 +194,10 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def flops_per_token(self, T: int) -> float:
-        """FLOPs of q k^T and of the sum of values over T keys in a forward pass."""
+        """FLOPs of q k^T and of the sum of values over T keys in a forward pass.
+
+        A fork that looks at fewer keys says so here: weights are counted by themselves, keys are not.
+        """
         return 4 * T * self.n_head * self.head_dim
 
 class SwiGLU(nn.Module):
@@ -298,7 +309,11 @@ class Detail(NamedTuple):
     router: Router | None       # of a MoE layer
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper."""
+    """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper.
+
+    A fork changes what attention or the FFN adds in attn_output or ffn_output, which probe.py calls
+    by themselves as well when it removes one of them.
+    """
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
         norm = partial(RMSNorm, config.n_embd, config.norm_eps)
@@ -322,8 +337,11 @@ class Block(nn.Module):
 
     def ffn_output(self, x: Tensor) -> tuple[Tensor, Router | None]:
         """What the FFN adds to the stream x (B, T, d), and what the router did if it is a MoE."""
-        y = self.ffn(self.scaled(self.ffn_norm(x)))
-        y, router = y if isinstance(self.ffn, MoE) else (y, None)
+        x = self.scaled(self.ffn_norm(x))
+        if isinstance(self.ffn, MoE):
+            y, router = self.ffn(x)
+        else:
+            y, router = self.ffn(x), None
         return self.ffn_out_norm(y), router
 
     def forward(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None,
@@ -408,7 +426,9 @@ class GPT(nn.Module):
 
         router = None
         if c.n_experts:                                                   # (L,), (L,), (L, E)
-            router = Router(*(torch.stack(of_layers) for of_layers in zip(*routers)))
+            router = Router(torch.stack([r.lb_loss for r in routers]),
+                            torch.stack([r.z_loss for r in routers]),
+                            torch.stack([r.load for r in routers]))
         loss = None
         if targets is not None:
             loss = cross_entropy(self.head, x, targets)
@@ -433,10 +453,11 @@ class GPT(nn.Module):
         but for embedding and head."""
         c = self.config
         total = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for p in self.parameters() if p.dim() == 3)
         active = total
-        if c.n_experts:
-            active -= experts * (c.n_experts - c.top_k) // c.n_experts
+        for block in self.blocks:
+            if isinstance(block.ffn, MoE):
+                experts = sum(w.numel() for w in (block.ffn.gate, block.ffn.up, block.ffn.down))
+                active -= experts * (c.n_experts - c.top_k) // c.n_experts
         tables = self.embed.weight.numel()
         if not c.tie_embeddings:
             tables += self.head.weight.numel()

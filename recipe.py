@@ -145,7 +145,7 @@ def read_reported() -> tuple[list[str], Numbers]:
 PAPER_COLUMNS, PAPER = read_reported()
 
 # ---- running -------------------------------------------------------------------------------------
-MEASURED = "variance,causal,permutation,usefulness,released,removal,jacobian"      # by default
+MEASURED = ",".join(name for name in EXPERIMENTS if EXPERIMENTS[name].scores)      # by default
 
 class Job(NamedTuple):
     """A run of one member with one seed, and its folder."""

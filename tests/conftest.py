@@ -9,10 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.register_assert_rewrite("helpers")
-from helpers import SHARED, Outcome
+from helpers import SHARED, Outcome  # noqa: E402
 
-import data
-from model import UserError
+import data  # noqa: E402
+from model import UserError  # noqa: E402
 
 torch.set_num_threads(1)      # a second one only gets in the way of matrices this small, tenfold on a busy machine
 

@@ -687,8 +687,12 @@ def test_the_probabilities_that_are_seen_are_those_that_scaled_dot_product_atten
         settings["attn_mask"] = added if kind == "float" else mask
     with probe.SeenAttention() as seen:
         want = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **settings)
-    assert torch.allclose(seen.probabilities, want, rtol=0, atol=1e-12)
-    assert torch.equal(seen.visible.expand_as(want), want > 0)
+    (args, kwargs), = seen.calls
+    got = list(probe.attention_probabilities(*args, **kwargs))
+    assert len(got) == len(want)
+    for (p, visible), of_sequence in zip(got, want):
+        assert torch.allclose(p, of_sequence, rtol=0, atol=1e-12)
+        assert torch.equal(visible, of_sequence > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

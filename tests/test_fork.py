@@ -321,3 +321,45 @@ def test_the_gate_goes_through_a_checkpoint_and_survives_a_dropped_block(tmp_pat
         x = model.blocks[2](model.blocks[0](model.embed(tokens)))
         want = model.head(model.norm(x))
         assert torch.allclose(data.load_model(tmp_path / "pruned.pt")[0](tokens)[0], want, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# forks of the block itself
+
+
+class SeesItself(M.Block):
+    """The window is the block's doing: its attention gets a mask."""
+    def forward(self, x, position=None, mask=None, detail=False):
+        return super().forward(x, position, torch.eye(x.size(1), dtype=torch.bool), detail)
+
+
+def test_a_mask_that_the_block_gives_to_its_attention_is_seen(monkeypatch):
+    monkeypatch.setattr(M, "Block", SeesItself)
+    got = probe.probe(make_model(n_layer=2), make_tokens(4, T), ["sparsity"])["sparsity"]["attention"]
+    assert got["entropy"] == [0, 0] and got["effective_keys"] == pytest.approx([1, 1])
+
+
+class Twice(Attention):
+    """Half of what comes out is of an attention to the token itself alone."""
+    def forward(self, x, position=None, mask=None):
+        itself = torch.eye(x.size(1), dtype=torch.bool)
+        return (super().forward(x, position, mask) + super().forward(x, position, itself)) / 2
+
+
+def test_of_several_attentions_in_a_block_the_mean_is_taken(monkeypatch):
+    plain = probe.probe(make_model(n_layer=1), make_tokens(4, T), ["sparsity"])["sparsity"]["attention"]
+    monkeypatch.setattr(M, "Attention", Twice)
+    both = probe.probe(make_model(n_layer=1), make_tokens(4, T), ["sparsity"])["sparsity"]["attention"]
+    assert both["entropy"] == pytest.approx([plain["entropy"][0] / 2])
+    assert both["effective_keys"] == pytest.approx([(plain["effective_keys"][0] + 1) / 2])
+
+
+def test_a_matrix_of_three_dimensions_is_no_expert(monkeypatch):
+    class Extra(Attention):
+        def __init__(self, config, rope):
+            super().__init__(config, rope)
+            self.table = nn.Parameter(torch.zeros(2, 8, 16))
+    before = make_model(n_layer=2, **EXPERTS).count_parameters()
+    monkeypatch.setattr(M, "Attention", Extra)
+    after = make_model(n_layer=2, **EXPERTS).count_parameters()
+    assert {name: after[name] - before[name] for name in after} == {name: 2 * 256 for name in after}

@@ -5,26 +5,25 @@
 
 Configs are small and off their defaults wherever that could be overlooked; weights, gains and biases are random.
 """
+from __future__ import annotations
+
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import GOLDEN, PEAK, ROOT, assert_mistake, checkpoint_of, differences, run_python, run_script
 
 import data as D
 import model as M
-import probe
-from test_probe import differences
+from model import GPT, ModelConfig, UserError, setting
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 transformers = pytest.importorskip("transformers", reason="transformers is the independent truth here")
 safetensors = pytest.importorskip("safetensors.torch", reason="model folders are safetensors")
@@ -123,7 +122,7 @@ def test_the_logits_are_those_of_transformers(case, version, tmp_path, capsys):
     theirs, path = make_folder(case, tmp_path / "hf")
     if version == 4:
         as_transformers_4(path)
-    ours, saved = M.load_model(path)
+    ours, saved = D.load_model(path)
     window = CASES[case][1].get("sliding_window") or 64
     assert ours.config.block_size == window, "longer sequences would meet the sliding window"
     assert ("its sliding_window" in capsys.readouterr().err) == (window < 64)
@@ -139,7 +138,7 @@ def test_the_tests_would_see_a_forgotten_field(tmp_path):
                          ("qwen2_moe", {"norm_topk_prob": True}), ("qwen2_moe", {"num_experts_per_tok": 2})):
         theirs, path = make_folder(case, tmp_path / "hf")
         rewrite(path, change)
-        assert logits_differ_by(M.load_model(path)[0], theirs) > 1e-3, change
+        assert logits_differ_by(D.load_model(path)[0], theirs) > 1e-3, change
 
 
 def test_fields_that_config_json_leaves_out_take_the_defaults_of_transformers(tmp_path):
@@ -151,7 +150,7 @@ def test_fields_that_config_json_leaves_out_take_the_defaults_of_transformers(tm
         _, path = make_folder(case, tmp_path / case)
         rewrite(path, {key: ... for key in keys})
         theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-        assert logits_differ_by(M.load_model(path)[0], theirs) < 1e-4, case
+        assert logits_differ_by(D.load_model(path)[0], theirs) < 1e-4, case
 
 
 @pytest.mark.parametrize("case", ["llama_tied", "qwen2_moe", "mixtral"])
@@ -159,7 +158,7 @@ def test_a_sharded_folder_gives_the_same_weights_as_one_file(case, tmp_path):
     make_folder(case, tmp_path / "one")
     make_folder(case, tmp_path / "many", max_shard_size="30KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
-    one, many = (M.load_checkpoint(tmp_path / name)["model"] for name in ("one", "many"))
+    one, many = (D.load_checkpoint(tmp_path / name)["model"] for name in ("one", "many"))
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
@@ -170,18 +169,18 @@ def test_a_head_that_is_stored_counts_whatever_config_json_says_of_ties(equal, t
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone() * (1 if equal else -1.5)
     safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
-    assert logits_differ_by(M.load_model(path)[0], theirs) < 1e-4
+    assert logits_differ_by(D.load_model(path)[0], theirs) < 1e-4
 
 
 def test_weights_stored_in_bfloat16_are_read_exactly_into_the_wanted_dtype(tmp_path):
     theirs, path = make_folder("llama_3", tmp_path / "hf")
     theirs.bfloat16().save_pretrained(path)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        model, saved = M.load_model(path, dtype=dtype)
+        model, saved = D.load_model(path, dtype=dtype)
         assert {p.dtype for p in model.parameters()} == {dtype} == {w.dtype for w in saved["model"].values()}
         assert torch.equal(model.embed.weight, theirs.get_input_embeddings().weight.to(dtype))
     again = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    assert logits_differ_by(M.load_model(path)[0], again) < 1e-4
+    assert logits_differ_by(D.load_model(path)[0], again) < 1e-4
 
 
 REFUSED = {
@@ -220,67 +219,137 @@ def test_what_the_model_lacks_is_refused_by_name(name, tmp_path):
     case, change, message = REFUSED[name]
     _, path = make_folder(case, tmp_path / "hf")
     rewrite(path, change)
-    with pytest.raises(M.UserError, match=message) as error:
-        M.load_checkpoint(path)
+    with pytest.raises(UserError, match=message) as error:
+        D.load_checkpoint(path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", ["null", "bookkeeping"])
-def test_fields_that_change_nothing_are_let_pass(change, tmp_path):
+IDLE = {                                                        # fields that change nothing, by kind
+    "null": {"quantization_config": None, "anything": None, "rope_scaling": None},
+    "bookkeeping": {"_name_or_path": "x/y", "name_or_path": "x/y", "model_name": "x", "auto_map": {"AutoModel": "m.M"},
+                    "unsloth_fixed": True, "unsloth_version": "2024.9", "transformers_version": "4.1",
+                    "transformers.js_config": {}, "torch_dtype": "bfloat16", "pretraining_tp": 2, "use_cache": False},
+    "training": {"attention_dropout": 0.1, "resid_dropout": 0.1, "router_aux_loss_coef": 1.0},
+    "transformers 4": {                       # what its PretrainedConfig takes of every model
+        "return_dict": False, "output_hidden_states": True, "output_attentions": True, "torchscript": True,
+        "use_bfloat16": True, "tf_legacy_loss": True, "pruned_heads": {}, "tie_encoder_decoder": True,
+        "chunk_size_feed_forward": 3, "is_encoder_decoder": False, "is_decoder": True, "add_cross_attention": False,
+        "architectures": ["X"], "finetuning_task": "x", "id2label": {"0": "a"}, "label2id": {"a": 0}, "num_labels": 1,
+        "task_specific_params": {"a": 1}, "problem_type": "regression", "tokenizer_class": "X", "prefix": "x",
+        "bos_token_id": 3, "pad_token_id": -1, "eos_token_id": [1, 2], "sep_token_id": 4, "decoder_start_token_id": 5,
+        "max_length": 20, "min_length": 2, "do_sample": True, "early_stopping": True, "num_beams": 2,
+        "num_beam_groups": 2, "diversity_penalty": 1.0, "temperature": 0.5, "top_k": 7, "top_p": 0.9, "typical_p": 0.9,
+        "repetition_penalty": 1.2, "length_penalty": 2.0, "no_repeat_ngram_size": 3, "bad_words_ids": [[1]],
+        "encoder_no_repeat_ngram_size": 3, "num_return_sequences": 2, "output_scores": True,
+        "return_dict_in_generate": True, "forced_bos_token_id": 1, "forced_eos_token_id": 1, "suppress_tokens": [1],
+        "remove_invalid_values": True, "exponential_decay_length_penalty": [1, 2], "begin_suppress_tokens": [1]},
+    "transformers 5": dict.fromkeys({
+        *transformers.GenerationConfig._get_default_generation_params(),
+        *(f.name for f in fields(transformers.PretrainedConfig) if f.name != "is_encoder_decoder")}, 7),
+}
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_fields_that_change_nothing_are_let_pass(kind, tmp_path):
     _, path = make_folder("llama", tmp_path / "hf")
-    want = M.load_checkpoint(path)["settings"]
-    rewrite(path, {"null": {"quantization_config": None, "anything": None, "rope_scaling": None},
-                   "bookkeeping": {"_name_or_path": "x/y", "torch_dtype": "bfloat16", "pretraining_tp": 2,
-                                   "eos_token_id": [1, 2], "attention_dropout": 0.1, "use_cache": False}}[change])
-    assert M.load_checkpoint(path)["settings"] == want
+    want = D.load_checkpoint(path)["settings"]
+    rewrite(path, IDLE[kind])
+    assert D.load_checkpoint(path)["settings"] == want
+
+
+def test_all_that_is_refused_is_named_at_once_and_only_what_may_go_is_to_be_deleted(tmp_path):
+    _, path = make_folder("llama", tmp_path / "hf")
+    rewrite(path, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}, "hidden_act": "gelu",
+                   "logit_scale": 0.5, "quantization_config": {"bits": 4}, "embedding_multiplier": 12,
+                   "notes": "x" * 1000})
+    with pytest.raises(UserError) as error:
+        D.load_checkpoint(path)
+    said = str(error.value)
+    unsupported, _, unknown = said.partition("; unknown")
+    assert all(word in unsupported for word in ("rope_type=yarn", "hidden_act='gelu'", "dequantise"))
+    assert all(word in unknown for word in ("logit_scale=0.5", "embedding_multiplier=12", "notes='xxx", "delete"))
+    assert "delete" not in unsupported and "config.json" in unsupported and "\n" not in said and len(said) < 600
+
+
+def test_rope_parameters_of_each_layer_type_are_named_as_such(tmp_path):
+    _, path = make_folder("qwen3", tmp_path / "hf")
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    rewrite(path, {"rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}})
+    with pytest.raises(UserError, match="rope_parameters per layer type, such as full_attention") as error:
+        D.load_checkpoint(path)
+    assert "delete" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "beside"])
+def test_the_original_context_of_llama_3_is_where_transformers_looks_for_it(where, tmp_path):
+    """It is the block size if it is not given at all, and what stands beside the rope's fields goes before."""
+    _, path = make_folder("llama_3", tmp_path / "hf")
+    rope = LLAMA3 | {"rope_theta": 50000.0}
+    if where == "nowhere":
+        del rope["original_max_position_embeddings"]
+        rewrite(path, {"rope_parameters": rope})
+    else:
+        rewrite(path, {"rope_parameters": rope, "original_max_position_embeddings": 32})
+    ours, theirs = D.load_model(path)[0], transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    assert ours.config.rope_scaling.endswith("64" if where == "nowhere" else "32")
+    assert logits_differ_by(ours, theirs) < 1e-4
+
+
+def test_what_a_folder_may_not_be_here_names_the_folder(tmp_path):
+    _, path = make_folder("olmoe", tmp_path / "hf")
+    rewrite(path, {"intermediate_size": 20})
+    with pytest.raises(UserError, match="config.json: expert_hidden=20"):
+        D.load_checkpoint(path)
 
 
 def test_the_rope_table_of_old_files_is_passed_over_and_integers_are_refused(tmp_path):
     _, path = make_folder("llama", tmp_path / "hf")
     tensors = safetensors.load_file(path / "model.safetensors")
-    want = M.load_checkpoint(path)["model"]
+    want = D.load_checkpoint(path)["model"]
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    assert all(torch.equal(w, want[name]) for name, w in M.load_checkpoint(path)["model"].items())
+    assert all(torch.equal(w, want[name]) for name, w in D.load_checkpoint(path)["model"].items())
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(M.UserError, match=r"model.norm.weight is I8 \[32\]"):
-        M.load_checkpoint(path)
+    with pytest.raises(UserError, match=r"model.norm.weight is I8 \[32\]"):
+        D.load_checkpoint(path)
 
 
-def test_a_damaged_folder_is_one_line(tmp_path):
-    def spoil_json(path):
-        (path / "config.json").write_text("{")
-
-    def truncate(path):
-        file = path / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-8])
-
-    def no_header(path):
-        (path / "model.safetensors").write_bytes(b"\xff" * 100)
-
-    def no_weights(path):
-        (path / "model.safetensors").unlink()
-
-    def no_shard(path):
-        no_weights(path)
-        (path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "gone.safetensors"}}')
-    for i, spoil in enumerate((spoil_json, truncate, no_header, no_weights, no_shard)):
-        _, path = make_folder("llama", tmp_path / str(i))
-        spoil(path)
-        with pytest.raises(M.UserError, match="damaged or incomplete") as error:
-            M.load_checkpoint(path)
-        assert "\n" not in str(error.value) and str(path) in str(error.value), spoil.__name__
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-8])
 
 
-MEASURE = """
-import sys, torch, model, safetensors.torch
-def peak():                 # in kB, of this process alone: ru_maxrss begins at the peak of the process that started it
-    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-model.load_model(sys.argv[3])                                     # a tiny one: what torch loads on first use
+def lose_a_shard(file):
+    there, gone = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    file.rename(file.with_name(there))
+    shards = {"lm_head.weight": gone, "model.norm.weight": there}
+    file.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+DAMAGED = {                                                     # the file, and what happens to it
+    "half a config": ("config.json", lambda file: file.write_text("{")),
+    "truncated": ("model.safetensors", truncate),
+    "no header": ("model.safetensors", lambda file: file.write_bytes(b"\xff" * 100)),
+    "no shard": ("model.safetensors", lose_a_shard),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_folder_is_one_line(name, tmp_path):
+    _, path = make_folder("llama", tmp_path / "hf")
+    file, spoil = DAMAGED[name]
+    spoil(path / file)
+    with pytest.raises(UserError, match="damaged or incomplete") as error:
+        D.load_checkpoint(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+MEASURE = PEAK + """
+import sys, torch, data, safetensors.torch
+data.load_model(sys.argv[3])                                      # a tiny one: what torch loads on first use
 before = peak()
-gpt, _ = model.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-print((peak() - before) * 1024 / sum(p.numel() * p.element_size() for p in gpt.parameters()))
+gpt, _ = data.load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((peak() - before) / sum(p.numel() * p.element_size() for p in gpt.parameters()))
 """
 
 
@@ -297,21 +366,33 @@ def test_loading_takes_at_most_a_fifth_more_memory_than_the_model(stored, wanted
     model.save_pretrained(tmp_path, max_shard_size="40MB" if sharded else "10GB")
     del model
     _, tiny = make_folder("mixtral", tmp_path / "tiny")
-    out = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, wanted, tiny], cwd=ROOT, capture_output=True,
-                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr
-    assert 0.9 < float(out.stdout) < 1.2
+    status, out, err = run_python("-c", MEASURE, tmp_path, wanted, tiny, cwd=ROOT)
+    assert status == 0, err
+    assert 0.9 < float(out) < 1.2
+
+
+def golden(name):
+    """The tokens (B, T) of a golden model, and its scores."""
+    want = json.loads((GOLDEN / name / "scores.json").read_text())
+    want.pop("about"), want["released"].pop("source")
+    return torch.from_numpy(np.load(GOLDEN / name / "tokens.npy").astype(np.int64)), want
+
+
+@pytest.mark.parametrize("name", ["llama_mha", "qwen2_moe"])
+def test_the_golden_loss_and_variances_are_met_by_the_model_of_the_folder(name):
+    model, (tokens, want) = D.load_model(GOLDEN / name)[0], golden(name)
+    with torch.no_grad():
+        logits, _, stats = model(tokens, stats=True)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    got = {"loss": loss.item()} | {key: stats[key].tolist() for key in ("variance", "attn_variance", "ffn_variance")}
+    assert differences({key: want[key] for key in got}, got, lambda path: 1e-4, 1e-7) == []
 
 
 @pytest.mark.parametrize("name", ["llama_mha", "qwen2_moe"])
 def test_the_golden_scores_are_met_through_the_folder(name):
-    folder = SHARED / "golden" / name
-    if not folder.is_dir():
-        pytest.skip(f"no golden scores at {folder}")
-    want = json.loads((folder / "scores.json").read_text())
-    want.pop("about"), want["released"].pop("source")
-    tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64))
-    got = probe.probe(M.load_model(folder)[0], tokens, remove=(1, 2), jacobian_samples=4,
+    import probe
+    tokens, want = golden(name)
+    got = probe.probe(D.load_model(GOLDEN / name)[0], tokens, remove=(1, 2), jacobian_samples=4,
                       experiments=[e for e in probe.EXPERIMENTS if e not in ("contribution", "sparsity")])
     assert differences(want, got, lambda path: 1e-3 if "usefulness" in path else 1e-4, 1e-7) == []
 
@@ -325,7 +406,8 @@ EXPERTS = dict(n_experts=6, top_k=2, expert_hidden=16)
 VARIANTS = {                                                    # our settings, and the class that they come out as
     "dense": ({}, "Llama"), "mha": (dict(n_kv_head=4), "Llama"), "tied": (dict(tie_embeddings=True), "Llama"),
     "lns": (dict(norm="lns"), "Llama"), "llama3": (dict(rope_scaling="llama3:4,1,3,16", head_dim=12), "Llama"),
-    "biases": (dict(qkv_bias=True), "Qwen2"), "head_norm": (dict(qk_norm="head", head_dim=12, norm="lns"), "Qwen3"),
+    "biases": (dict(qkv_bias=True), "Qwen2"), "biases_wide_heads": (dict(qkv_bias=True, head_dim=12), "Qwen2"),
+    "head_norm": (dict(qk_norm="head", head_dim=12, norm="lns"), "Qwen3"),
     "moe": (EXPERTS, "Qwen2Moe"), "moe_normed": (dict(EXPERTS, norm_topk_prob=True, top_k=3), "Qwen2Moe"),
     "moe_shared": (dict(EXPERTS, shared_hidden=24), "Qwen2Moe"),
     "moe_shared_tied_lns": (dict(EXPERTS, shared_hidden=24, norm="lns", tie_embeddings=True), "Qwen2Moe"),
@@ -338,12 +420,11 @@ VARIANTS = {                                                    # our settings, 
 
 def make_checkpoint(path, tokenizer="bytes", **settings):
     torch.manual_seed(0)
-    c = M.ModelConfig(**SHAPE | settings)
-    model = M.GPT(c).eval()
+    model = GPT(ModelConfig(**SHAPE | settings)).eval()
     for p in model.parameters():
         if p.dim() == 1:
             torch.nn.init.uniform_(p, -0.5, 1.5)
-    M.save_checkpoint(path, {"model": model.state_dict(), "settings": asdict(c), "step": 7, "tokenizer": tokenizer})
+    D.save_checkpoint(path, checkpoint_of(model, tokenizer=tokenizer))
     return model
 
 
@@ -351,25 +432,116 @@ def make_checkpoint(path, tokenizer="bytes", **settings):
 def test_an_export_has_the_logits_of_the_checkpoint_in_transformers_and_back_here(name, tmp_path):
     settings, family = VARIANTS[name]
     ours = make_checkpoint(tmp_path / "ckpt.pt", **settings)
-    M.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(theirs).__name__ == family + "ForCausalLM" and not any(report.values())
     assert {p.dtype for p in theirs.parameters()} == {torch.float32}
     assert logits_differ_by(ours, theirs) < 1e-4
-    again, saved = M.load_model(tmp_path / "hf")
+    again, saved = D.load_model(tmp_path / "hf")
     idx = tokens_for(ours.config)
     assert (again(idx)[0] - ours(idx)[0]).abs().max() < 1e-4 and saved["tokenizer"] == "bytes"
     assert again.config.block_size == 48 and again.config.init_std == 0.25
 
 
-@pytest.mark.parametrize("settings, culprit", [
-    (dict(norm="peri"), "norm=peri"), (dict(EXPERTS, norm="peri"), "norm=peri"),
-    (dict(qk_norm="full"), "qk_norm='full'"), (dict(qk_norm="head", qkv_bias=True), "qkv_bias=True"),
-    (dict(EXPERTS, qk_norm="full", shared_hidden=8), "shared_hidden=8")], ids=str)
-def test_what_no_family_holds_is_not_exported(settings, culprit, tmp_path):
+NOT_EXPORTED = [                                                # our settings, and what is said of the nearest families
+    (dict(norm="peri"), "llama cannot have norm='peri'"),
+    (dict(norm="peri", qkv_bias=True), "qwen2 cannot have norm='peri'"),
+    (dict(norm="peri", qk_norm="head"), "qwen3 cannot have norm='peri'"),
+    (dict(EXPERTS, norm="peri"), "qwen2_moe cannot have norm='peri'"),
+    (dict(qk_norm="full"), "llama cannot have qk_norm='full'"),
+    (dict(qk_norm="head", qkv_bias=True), "qwen2 cannot have qk_norm='head'; qwen3 cannot have qkv_bias=True"),
+    (dict(EXPERTS, qk_norm="head", qkv_bias=True),
+     "qwen2_moe cannot have qk_norm='head'; qwen3_moe cannot have qkv_bias=True"),
+    (dict(EXPERTS, qk_norm="full", head_dim=12), "olmoe cannot have head_dim=12"),
+    (dict(EXPERTS, qk_norm="full", shared_hidden=8), "olmoe cannot have shared_hidden=8"),
+    (dict(EXPERTS, qk_norm="head", shared_hidden=8), "qwen3_moe cannot have shared_hidden=8"),
+    (dict(EXPERTS, qk_norm="full", shared_hidden=8, shared_gate=True), "qwen2_moe cannot have qk_norm='full'"),
+]
+
+
+@pytest.mark.parametrize("settings, said", NOT_EXPORTED, ids=str)
+def test_what_no_family_holds_is_not_exported(settings, said, tmp_path):
     make_checkpoint(tmp_path / "ckpt.pt", **settings)
-    with pytest.raises(M.UserError, match=culprit):
-        M.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    with pytest.raises(UserError, match="no Hugging Face family can be what it is: ") as error:
+        D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    assert said in str(error.value) and "\n" not in str(error.value) and "ckpt.pt" in str(error.value)
+    assert not (tmp_path / "hf").exists()
+
+
+# Forks: a setting or a weight that transformers never heard of is refused, until somebody says what it is there.
+
+
+def test_every_setting_is_either_expressed_or_has_the_values_that_a_family_can_have():
+    c = ModelConfig(**SHAPE)
+    for family in ("llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "olmoe"):
+        assert {f.name for f in fields(c)} <= D.EXPRESSED | D.holds(family, c).keys(), family
+
+
+@dataclass
+class Forked(ModelConfig):
+    window: int = setting(0, "how far a query sees; 0: as far as the context")
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "moe"])
+@pytest.mark.parametrize("window", [0, 16])
+def test_a_setting_that_a_fork_adds_is_refused_by_name_whatever_its_value(window, experts, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=f"ckpt.pt: .*window={window}"):
+        D.export_family(Forked(**SHAPE | experts, window=window), "ckpt.pt")
+    monkeypatch.setattr(D, "ModelConfig", Forked)
+    make_checkpoint(tmp_path / "ckpt.pt", **experts)
+    saved = torch.load(tmp_path / "ckpt.pt")
+    saved["settings"]["window"] = window
+    D.save_checkpoint(tmp_path / "ckpt.pt", saved)
+    assert D.load_model(tmp_path / "ckpt.pt")[0].config.window == window
+    with pytest.raises(UserError, match=f"window={window}"):
+        D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def linear(*shape):
+    return torch.nn.Linear(*shape, bias=False)
+
+
+def parameter(*shape):
+    return torch.nn.Parameter(torch.ones(shape))
+
+
+MADE_UP = {                                                     # a weight, settings of its model, how it gets there
+    "blocks.0.attn.gate.weight": ({}, lambda m: m.blocks[0].attn.register_module("gate", linear(32, 4))),
+    "blocks.1.mixer.weight": ({}, lambda m: m.blocks[1].register_module("mixer", linear(32, 32))),
+    "blocks.2.temperature": ({}, lambda m: m.blocks[2].register_parameter("temperature", parameter(1))),
+    "memory.weight": ({}, lambda m: m.register_module("memory", torch.nn.Embedding(5, 32))),
+    "blocks.0.attn.mix": ({}, lambda m: m.blocks[0].attn.register_parameter("mix", parameter(4, 8, 8))),
+    "blocks.0.ffn.mix": (EXPERTS, lambda m: m.blocks[0].ffn.register_parameter("mix", parameter(6, 32, 16))),
+    "blocks.1.attn_norm.bias": ({}, lambda m: m.blocks[1].attn_norm.register_parameter("bias", parameter(32))),
+    "blocks.1.attn.proj.bias": ({}, lambda m: m.blocks[1].attn.proj.register_parameter("bias", parameter(32))),
+    "blocks.1.attn.qkv.scale": ({}, lambda m: m.blocks[1].attn.qkv.register_parameter("scale", parameter(64))),
+    "blocks.1.ffn.gate.bias": ({}, lambda m: m.blocks[1].ffn.gate.register_parameter("bias", parameter(40))),
+    "blocks.0.ffn.router.bias": (EXPERTS, lambda m: m.blocks[0].ffn.router.register_parameter("bias", parameter(6))),
+    "head.bias": ({}, lambda m: m.head.register_parameter("bias", parameter(320))),
+    "blocks.1.attn.qkv.bias": ({}, lambda m: m.blocks[1].attn.qkv.register_parameter("bias", parameter(64))),
+    "blocks.1.attn.q_norm.weight": ({}, lambda m: m.blocks[1].attn.register_module("q_norm", M.RMSNorm(8))),
+    "blocks.0.ffn.router.weight": ({}, lambda m: m.blocks[0].ffn.register_module("router", linear(32, 6))),
+    "blocks.0.ffn.shared.up.weight": (EXPERTS, lambda m: m.blocks[0].ffn.register_module("shared", M.SwiGLU(32, 8))),
+}
+
+
+@pytest.mark.parametrize("name", MADE_UP)
+def test_a_weight_that_a_fork_adds_is_refused_by_name(name, tmp_path, monkeypatch):
+    settings, add = MADE_UP[name]
+
+    class ForkedGPT(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            add(self)
+    model = ForkedGPT(ModelConfig(**SHAPE | settings))
+    D.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(model))
+    with pytest.raises(UserError, match=f"there is no Hugging Face name for {name}"):
+        D.hf_views(model.config, model.state_dict())
+    monkeypatch.setattr(D, "GPT", ForkedGPT)
+    assert name in D.load_model(tmp_path / "ckpt.pt")[0].state_dict()
+    with pytest.raises(UserError, match=f"there is no Hugging Face name for {name}"):
+        D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -378,20 +550,20 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_done(tmp_path, monke
     full, empty = tmp_path / "full", tmp_path / "empty"
     full.mkdir(), empty.mkdir()
     (full / "notes.txt").write_text("mine")
-    with pytest.raises(M.UserError, match="full is not empty"):
-        M.export(tmp_path / "ckpt.pt", full)
-    with pytest.raises(M.UserError, match="is not a folder|not empty|cannot write"):
-        M.export(tmp_path / "ckpt.pt", full / "notes.txt")
+    with pytest.raises(UserError, match="full is not empty"):
+        D.export(tmp_path / "ckpt.pt", full)
+    with pytest.raises(UserError, match="is not a folder|not empty|cannot write"):
+        D.export(tmp_path / "ckpt.pt", full / "notes.txt")
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", no_space)
-        with pytest.raises(M.UserError, match="No space left"):
-            M.export(tmp_path / "ckpt.pt", empty)
+        with pytest.raises(UserError, match="No space left"):
+            D.export(tmp_path / "ckpt.pt", empty)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "empty", "full"]
     assert [p.name for p in full.iterdir()] == ["notes.txt"] and not any(empty.iterdir())
-    M.export(tmp_path / "ckpt.pt", empty)
+    D.export(tmp_path / "ckpt.pt", empty)
     assert (empty / "config.json").is_file()
 
 
@@ -399,12 +571,12 @@ def test_an_export_replaces_nothing_and_leaves_nothing_half_done(tmp_path, monke
 def test_a_foreign_folder_can_be_exported_too(case, tmp_path):
     theirs, path = make_folder(case, tmp_path / "in")
     write_words_tokenizer(path)
-    M.export(path, tmp_path / "out")
+    D.export(path, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     idx = torch.randint(70, (2, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert (theirs(idx).logits - again(idx).logits).abs().max() < 1e-4
-    assert M.load_checkpoint(tmp_path / "out")["tokenizer"] == str((tmp_path / "out/tokenizer.json").resolve())
+    assert D.load_checkpoint(tmp_path / "out")["tokenizer"] == str((tmp_path / "out/tokenizer.json").resolve())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,14 +610,11 @@ def write_words_tokenizer(folder, **config):
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_the_exported_tokenizer_gives_the_same_ids_and_texts(name, tmp_path, monkeypatch):
+def test_the_exported_tokenizer_gives_the_same_ids_and_texts(name, tmp_path, request):
     if name == "gpt2":
-        if not (SHARED / "tiktoken_cache").is_dir():
-            pytest.skip("no tiktoken cache, and tests go without a network")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-        D.get_tokenizer.cache_clear()
+        request.getfixturevalue("gpt2")
     make_checkpoint(tmp_path / "ckpt.pt", name, vocab_size=320 if name == "bytes" else 50304)
-    M.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
     auto, enc = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), D.get_tokenizer(name)
     own = D.get_tokenizer(str(tmp_path / "hf"))
     for text in texts():
@@ -461,10 +630,23 @@ def test_a_tokenizer_without_a_hugging_face_form_is_left_out_with_a_line(tmp_pat
     make_checkpoint(tmp_path / "ckpt.pt", "cl100k_base")
     enc = D.get_tokenizer("bytes")
     monkeypatch.setattr(D, "get_tokenizer", lambda name: enc)
-    M.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
     assert "tokenizer cl100k_base not written" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
-    assert M.load_checkpoint(tmp_path / "hf")["tokenizer"] == "cl100k_base"
+    assert D.load_checkpoint(tmp_path / "hf")["tokenizer"] == "cl100k_base"
+
+
+@pytest.mark.parametrize("name", ["words", "words/tokenizer.json"])
+def test_an_export_may_be_given_another_tokenizer_a_folder_or_its_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_checkpoint(tmp_path / "ckpt.pt")
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words/config.json").write_text("{}")
+    write_words_tokenizer(tmp_path / "words", eos_token_id=2)
+    D.export("ckpt.pt", "hf", name)
+    assert D.load_checkpoint("hf")["tokenizer"] == str((tmp_path / "hf/tokenizer.json").resolve())
+    assert D.get_tokenizer("hf").encode_ordinary("cat a") == [9, 3]
+    assert json.loads(Path("hf/config.json").read_text())["eos_token_id"] == 2
 
 
 def test_the_tokenizer_of_a_folder_adds_and_cuts_nothing(tmp_path):
@@ -486,7 +668,7 @@ def test_the_end_of_text_is_what_the_folder_says(files, eot, tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     if eot is None:
-        with pytest.raises(M.UserError, match="eos_token_id"):
+        with pytest.raises(UserError, match="eos_token_id"):
             D.get_tokenizer(str(tmp_path / "tokenizer.json"))
     else:
         assert D.get_tokenizer(str(tmp_path / "tokenizer.json")).eot_token == eot
@@ -494,21 +676,15 @@ def test_the_end_of_text_is_what_the_folder_says(files, eot, tmp_path):
 
 def test_a_folder_without_a_readable_tokenizer_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(M.UserError, match="tokenizer.json is missing or damaged"):
+    with pytest.raises(UserError, match="tokenizer.json is missing or damaged"):
         D.get_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(M.UserError, match="tokenizer.json is missing or damaged"):
+    with pytest.raises(UserError, match="tokenizer.json is missing or damaged"):
         D.get_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the scripts on a folder
-
-
-def run_script(script, *args, cwd):
-    out = subprocess.run([sys.executable, ROOT / script, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return out.returncode, out.stdout, out.stderr
 
 
 @pytest.mark.parametrize("case", ["qwen3_tied", "qwen2_moe"])
@@ -531,7 +707,7 @@ def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path):
     code, out, err = run_script("probe.py", "hf", "--data", "words.txt", "--samples", 4, "--length", 20, "--drop", 1,
                                 "--save", "pruned.pt", cwd=tmp_path)
     assert code == 0, err
-    pruned, saved = M.load_model(tmp_path / "pruned.pt")
+    pruned, saved = D.load_model(tmp_path / "pruned.pt")
     theirs.model.layers = torch.nn.ModuleList([theirs.model.layers[0], theirs.model.layers[2]])
     theirs.config.num_hidden_layers = 2
     with torch.no_grad():
@@ -540,7 +716,7 @@ def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path):
     code, out, err = run_script("data.py", "words.txt", "--tokenizer", "hf", "--out", "words", "--val_fraction", 0.5,
                                 cwd=tmp_path)
     assert code != 0 and "leave the train split empty" in err        # one document cannot be split in two
-    shutil.rmtree(tmp_path / "words")
+    shutil.rmtree(tmp_path / "words", ignore_errors=True)
     (tmp_path / "texts").mkdir()
     for i in range(6):
         shutil.copy(tmp_path / "words.txt", tmp_path / "texts" / f"{i}.txt")
@@ -551,21 +727,25 @@ def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path):
                                 "--block_size=32", "--tokens_per_step=64", "--learning_rate=1e-9", "--device=cpu",
                                 cwd=tmp_path)
     assert code == 0, err
-    healed, saved = M.load_model(tmp_path / "healed/ckpt.pt")
-    original = M.load_model(path)[0]
+    healed, saved = D.load_model(tmp_path / "healed/ckpt.pt")
+    original = D.load_model(path)[0]
     assert (healed(idx)[0] - original(idx)[0]).abs().max() < 1e-4 and saved["step"] == 2
-    code, out, err = run_script("model.py", "sample", "hf", "--prompt", "cat a", "--tokens", 2, cwd=tmp_path)
+    code, out, err = run_script("probe.py", "hf", "--sample", "cat a", "--new_tokens", 2, cwd=tmp_path)
     assert code == 0 and out.startswith("cat a"), err
-    code, out, err = run_script("model.py", "export", "healed/ckpt.pt", "again", cwd=tmp_path)
+    code, out, err = run_script("probe.py", "healed/ckpt.pt", "--export", "again", cwd=tmp_path)
     assert code == 0 and "again: healed/ckpt.pt as" in out and (tmp_path / "again/tokenizer.json").is_file(), err
 
 
-def test_a_missing_package_is_one_line(tmp_path):
-    _, path = make_folder("llama", tmp_path / "hf")
-    write_words_tokenizer(path, eos_token_id=2)
-    code = "import sys, {0}; sys.modules['{1}'] = None; {0}.run(lambda: {2})"
-    for script, package, call in (("model", "safetensors", f"model.load_model({str(path)!r})"),
-                                  ("data", "tokenizers", f"data.get_tokenizer({str(path)!r})")):
-        out = subprocess.run([sys.executable, "-c", code.format(script, package, call)], cwd=ROOT, capture_output=True,
-                             text=True)
-        assert out.returncode == 2 and out.stderr.count("\n") == 1 and f"pip install {package}" in out.stderr
+@pytest.mark.parametrize("package, call", [("safetensors", "data.load_model('hf')"),
+                                           ("tokenizers", "data.get_tokenizer('hf')")])
+def test_a_missing_package_is_one_line(package, call, tmp_path):
+    write_words_tokenizer(make_folder("llama", tmp_path / "hf")[1], eos_token_id=2)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; sys.modules[{package!r}] = None; " \
+           f"data.run(lambda: {call})"
+    assert_mistake(run_python("-c", code, cwd=tmp_path), f"pip install {package}")
+
+
+def test_an_export_that_cannot_be_is_one_line(tmp_path):
+    make_checkpoint(tmp_path / "ckpt.pt", norm="peri")
+    assert_mistake(run_script("probe.py", "ckpt.pt", "--export", "hf", cwd=tmp_path), "ckpt.pt", "norm='peri'")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]

@@ -235,11 +235,11 @@ def test_no_streams_of_a_micro_batch_outlive_it(name, monkeypatch):
     monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
     alive, forward, number, too_many = Alive(), probe.forward, [0], set()
 
-    def watched(run, idx):
+    def watched(run, idx, watch):
         number[0] += 1
-        h, details = forward(run, idx)
+        h, details, attention = forward(run, idx, watch)
         alive.add(number[0], *h, *(x for did in details for x in (did.attn, did.ffn)))
-        return h, details
+        return h, details, attention
     monkeypatch.setattr(probe, "forward", watched)
 
     def watch(line):
@@ -255,13 +255,13 @@ def test_no_streams_of_the_micro_batch_before_are_there_when_the_next_one_begins
     monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
     alive, forward, number, left_over = Alive(), probe.forward, [0], set()
 
-    def watched(run, idx):
+    def watched(run, idx, watch):
         if alive.owners():
             left_over.add(f"{run.where}, {run.micro_batch}")
         number[0] += 1
-        h, details = forward(run, idx)
+        h, details, attention = forward(run, idx, watch)
         alive.add(number[0], *h, *(x for did in details for x in (did.attn, did.ffn)))
-        return h, details
+        return h, details, attention
     monkeypatch.setattr(probe, "forward", watched)
     probe.probe(make_model(**MODELS["dense"]), make_tokens(8, T), ROUNDS[name])
     assert not left_over

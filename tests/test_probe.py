@@ -522,6 +522,25 @@ def test_such_an_option_is_refused_at_its_default_value_too(command, option, run
     assert_mistake(run_main(probe, "ckpt.pt", *COMMANDS[command], f"--{option}", DEFAULTS[option]), f"--{option}")
 
 
+IDLE = {"--tokens mine.npy --data other": "--data", "--tokens mine.npy --samples 100": "--samples",
+        "--tokens mine.npy --length 8": "--length", "--only variance --pairs 5": "--pairs",
+        "--only variance,causal --remove 1": "--remove", "--only jacobian --below 0.1": "--below",
+        "--only causal --jacobian_samples 2": "--jacobian_samples", "--only tasks --tasks t --samples 9": "--samples",
+        "--only tasks --tasks t --seed 0": "--seed", "--only tasks --tasks t --data other": "--data"}
+
+
+@pytest.mark.parametrize("args", IDLE)
+def test_an_option_without_effect_beside_the_others_is_refused(args, run_main):
+    assert_mistake(run_main(probe, "ckpt.pt", *args.split()), IDLE[args])
+
+
+@pytest.mark.parametrize("args", ["--only permutation --pairs 5", "--only released --jacobian_samples 2",
+                                  "--only tasks,lens --tasks t --samples 9", "--tokens mine.npy --seed 3"])
+def test_an_option_that_has_an_effect_is_taken(args, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["probe.py", "ckpt.pt", *args.split()])
+    assert probe.read_arguments()[1] == "measure"
+
+
 @pytest.mark.parametrize("commands", [("drop", "sample"), ("drop", "export"), ("sample", "export"),
                                       ("drop", "sample", "export")], ids="+".join)
 def test_one_command_at_a_time(commands, run_main):

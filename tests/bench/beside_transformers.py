@@ -1,8 +1,8 @@
 """A training step of ours beside one of the `transformers` Llama of the same shape, optimizer, data.
 
     pip install transformers
-    python tests/bench/beside_transformers.py --n_embd=64 --n_layer=16
-    python tests/bench/beside_transformers.py --n_embd=256 --n_layer=8
+    python tests/bench/beside_transformers.py                               # the two SHAPES
+    python tests/bench/beside_transformers.py --n_embd=512 --n_layer=4      # another one
 
 Takes the settings of train.py, on a CPU. Prints tokens/s of both and their ratio, above 1 is ours
 ahead, eager and compiled (with --compile only that). Timed in turn, the best of ten rounds counts.
@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import run
 from model import GPT, check
 from train import TrainConfig, clip_gradients, gradients, load_settings, make_optimizer, vocabulary
+
+SHAPES = (["--n_embd=64", "--n_layer=16"], ["--n_embd=256", "--n_layer=8"])
 
 
 def llama(c: TrainConfig) -> LlamaForCausalLM:
@@ -68,16 +70,22 @@ def seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
+def compare(c: TrainConfig, compiled: bool) -> None:
+    """Print a line: tokens/s of both, and their ratio."""
+    ours, theirs = time_in_turn(c, compiled)
+    way = "compiled" if compiled else "eager"
+    print(f"n_embd={c.n_embd} n_layer={c.n_layer} {way}: ours {c.tokens_per_step / ours:,.0f} tokens/s, "
+          f"transformers {c.tokens_per_step / theirs:,.0f}, ratio {theirs / ours:.2f}", flush=True)
+
+
 def main() -> None:
-    c, _ = load_settings(sys.argv[1:])
-    c.vocab_size = vocabulary(c)
-    for compiled in (False, True):
-        if c.compile in (None, compiled):
-            ours, theirs = time_in_turn(c, compiled)
-            print(f"n_embd={c.n_embd} n_layer={c.n_layer} {'compiled' if compiled else 'eager'}: "
-                  f"ours {c.tokens_per_step / ours:,.0f} tokens/s, "
-                  f"transformers {c.tokens_per_step / theirs:,.0f}, ratio {theirs / ours:.2f}",
-                  flush=True)
+    shapes = [sys.argv[1:]] if len(sys.argv) > 1 else SHAPES
+    for settings in shapes:
+        c, _ = load_settings(settings)
+        c.vocab_size = vocabulary(c)
+        for compiled in (False, True):
+            if c.compile in (None, compiled):
+                compare(c, compiled)
 
 
 if __name__ == "__main__":

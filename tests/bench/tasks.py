@@ -43,7 +43,8 @@ def main() -> None:
     tasks = read_tasks(args.tasks, args.tokenizer or saved["tokenizer"], model.config.vocab_size)
     for name, task in tasks.items():
         pairs = task.pairs[:args.requests]
-        side_by_side(name, lambda: loglikelihoods(model, pairs), lambda: naive_loglikelihoods(model, pairs), args.rounds)
+        side_by_side(name, lambda: loglikelihoods(model, pairs),
+                     lambda: naive_loglikelihoods(model, pairs), args.rounds)
 
 
 if __name__ == "__main__":
