@@ -1277,6 +1277,7 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
     safetensors = need("safetensors.torch", "export")
     model, saved = load_model(path)
     family = export_family(model.config, path)
+    hf_views(model.config, model.state_dict())               # refuses weights that have no name
     c, weights = as_family(model, family)
     views = {name: view.contiguous() for name, view in hf_views(c, weights).items()}
     named = FIELDS | MOE_FIELDS if c.n_experts else FIELDS

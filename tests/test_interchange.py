@@ -522,7 +522,7 @@ MADE_UP = {                                                     # a weight, sett
     "blocks.1.attn.qkv.bias": ({}, lambda m: m.blocks[1].attn.qkv.register_parameter("bias", parameter(64))),
     "blocks.1.attn.q_norm.weight": ({}, lambda m: m.blocks[1].attn.register_module("q_norm", M.RMSNorm(8))),
     "blocks.0.ffn.router.weight": ({}, lambda m: m.blocks[0].ffn.register_module("router", linear(32, 6))),
-    "blocks.0.ffn.shared.up.weight": (EXPERTS, lambda m: m.blocks[0].ffn.register_module("shared", M.SwiGLU(32, 8))),
+    "blocks.0.ffn.shared.gate.weight": (EXPERTS, lambda m: setattr(m.blocks[0].ffn, "shared", M.SwiGLU(32, 8))),
 }
 
 
