@@ -2,7 +2,7 @@
 
     torchrun train.py configs/gqa_deep.py                   # five minutes on two cores, no download
     torchrun --nproc-per-node=8 train.py configs/paper/moe_1b.py --parallel=fsdp --resume
-    python train.py configs/paper/moe_1b.py --plan --gpus=8       # parameters, memory, hours; no GPU
+    python train.py configs/paper/moe_1b.py --plan --gpus=8      # parameters, memory, hours; no GPU
 
 A config is a Python file of assignments to the settings below; `base = "other.py"` in it starts
 from a neighbour. The command line overrides it. Writes out_dir/log.jsonl (one object per step) and
@@ -76,16 +76,15 @@ class TrainConfig(ModelConfig):
         check(self.keep_checkpoints <= 10,
               f"keep_checkpoints={self.keep_checkpoints} must be at most 10")
 
-PYTHON_CORPUS = Path("data/python")      # prepared on first use, as bytes
+PYTHON_CORPUS = Path("data/python")      # is prepared on first use, as bytes
 
 # ---- the run -------------------------------------------------------------------------------------
 def train(c: TrainConfig, resume: bool = False) -> None:
     """Train to max_steps; see the module's docstring for what is written."""
     here = set_up(c)
     per_step, size = batch_shape(c, here.world)
-    missing = not Path(c.data, "meta.json").exists()
-    if here.rank == 0 and missing and Path(c.data) == PYTHON_CORPUS:
-        prepare("python", c.data)
+    if here.rank == 0:
+        prepare_python_corpus(c)
     resume = agree_to_resume(resume, here)       # the others wait here while rank 0 prepares
     corpus = open_corpus(c)
     c = replace(c, vocab_size=vocabulary(c, corpus))
@@ -161,8 +160,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
         elif done >= c.max_steps:
             print(f"{out} has all its steps already: --max_steps=... to go on")
         else:
-            entropy = corpus.meta.get("bigram_entropy")
-            print(closing_lines(ckpt, entropy, time.time() - started, waited, saving_took))
+            print(closing_lines(ckpt, corpus, time.time() - started, waited, saving_took))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -251,7 +249,7 @@ def check_finite(record: dict[str, Any], c: TrainConfig) -> None:
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int,
              here: Process) -> float:
-    """Mean loss over eval_tokens of the validation split, in nats per token; `size` windows a pass."""
+    """Mean loss over eval_tokens of the validation split in nats per token, `size` windows a pass."""
     count = max(1, c.eval_tokens // c.block_size)
     windows = eval_windows(count, corpus.n_windows("val", c.block_size))
     batches = [windows[i:i + size] for i in range(0, len(windows), size)]
@@ -344,6 +342,12 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
           f"tokens_per_step={c.tokens_per_step} is no multiple of block_size={c.block_size} x "
           f"batch_size={size} x {ranks}: change one of them")
     return per_step, size
+
+def prepare_python_corpus(c: TrainConfig) -> None:
+    """Prepare the one corpus that needs no download, if the run is on it and it is not there yet."""
+    missing = not Path(c.data, "meta.json").exists()
+    if missing and Path(c.data) == PYTHON_CORPUS:
+        prepare("python", c.data)
 
 def open_corpus(c: TrainConfig) -> Corpus:
     """The corpus, if it suits the settings: a split too short shows now, and not after hours."""
@@ -582,10 +586,11 @@ def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: 
         variances = " ".join(f"{v:.2g}" for v in record["variance"])
         print(f"  variance of h_0 .. h_{c.n_layer}: {variances}", flush=True)
 
-def closing_lines(ckpt: Path, entropy: float | None, seconds: float, waited: float,
+def closing_lines(ckpt: Path, corpus: Corpus, seconds: float, waited: float,
                   saving_took: float) -> str:
     line = (f"trained in {seconds / 60:.1f} min, of which {waited / seconds:.2%} waiting for data "
             f"and {saving_took / seconds:.2%} for checkpoints")
+    entropy = corpus.meta.get("bigram_entropy")
     if entropy:
         line += f"; the corpus's bigram entropy is {entropy:.4f} nats per token"
     return f"{line}\nwhich layers does it use?  python probe.py {ckpt}"
@@ -718,8 +723,7 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     """The settings of a command line, and its switches: resume, plan, gpus, mfu."""
     args, unknown = make_parser().parse_known_intermixed_args(argv)
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        typed(name, None, "command line")        # if it is no setting, this names the closest
+        kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
     values: dict[str, Any] = {}
     for path in args.configs:
@@ -774,14 +778,18 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     inherited = read_config(path.parent / base, depth + 1) if base else {}
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
 
-def typed(name: str, value: Any, where: str) -> Any:
-    """The value of a setting in the setting's type, be it from Python or from the command line."""
+def kind_of(name: str, where: str) -> str:
+    """The type of a setting, as TrainConfig says it. UserError, with the closest name, if none."""
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = f", did you mean {close[0]!r}?" if close else "."
         raise UserError(f"{where}: no setting {name!r}{hint} All of them: python train.py --help")
-    kind = kinds[name]
+    return kinds[name]
+
+def typed(name: str, value: Any, where: str) -> Any:
+    """The value of a setting in the setting's type, be it from Python or from the command line."""
+    kind = kind_of(name, where)
     word = str(value).lower()
     if kind == "str" and isinstance(value, str):
         return value

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,21 +18,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, run_python
+from test_train import BENCH, MOE, TINY, flops_by_hand, read_log, without_rates
 
 import train
-from data import Corpus
-from model import UserError, load_checkpoint
-from test_train import MOE, TINY, read_log, without_rates
+from data import load_checkpoint
+from model import UserError
 from train import TrainConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN = TINY | dict(max_steps=40, learning_rate=1e-2, save_interval=5, eval_interval=10, stats_interval=10, **MOE)
+PEAK = 1e6          # FLOP/s of a rank: so few that the MFU has many digits
 # train.py, spared the second that measuring the peak FLOP/s takes, after whatever a test wants changed
 SCRIPT = f"""
 import io, json, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
-train.gemm_rate = lambda *_: 1e11
+train.gemm_rate = lambda *_: {PEAK}
 """
 SLOW = """
 honest = train.gradients
@@ -53,7 +55,7 @@ torch.save = slowly
 
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
-    monkeypatch.setattr(train, "gemm_rate", lambda *_: 1e11)
+    monkeypatch.setattr(train, "gemm_rate", lambda *_: PEAK)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def engines(launch, corpus, tmp_path_factory):
     """The folder with a run of every kind in 1 process and under each engine, and with runs resumed under another."""
     folder = tmp_path_factory.mktemp("engines")
     patch = pytest.MonkeyPatch()
-    patch.setattr(train, "gemm_rate", lambda *_: 1e11)
+    patch.setattr(train, "gemm_rate", lambda *_: PEAK)
     todo = {kind: SHORT | settings | {"data": str(corpus)} for kind, settings in KINDS.items()}
     for kind, settings in todo.items():
         train.train(TrainConfig(**settings | {"out_dir": str(folder / f"{kind}-alone"), "recompute": False}))
@@ -185,6 +187,7 @@ leave()
 """
     said = end(launch(folder, json.dumps(runs), ranks=2, script=script))[0]
     assert said.count("2 x cpu") == said.count("trained in") == len(runs)        # two ranks, one of them talks
+    (folder / "said.txt").write_text(said)
     cut(folder / "moe-fsdp", folder / "fsdp-then-alone")
     cut(folder / "moe-fsdp", folder / "fsdp-then-ddp")
     train.train(TrainConfig(**todo["moe"] | {"out_dir": str(folder / "fsdp-then-alone")}), resume=True)
@@ -205,6 +208,35 @@ def test_two_ranks_give_the_losses_statistics_weights_and_moments_of_one(engines
 @pytest.mark.parametrize("resumed", ["alone-then-fsdp", "fsdp-then-alone", "fsdp-then-ddp"])
 def test_a_checkpoint_of_one_engine_resumes_under_another(engines, resumed):
     assert_same_end(engines / resumed, engines / "moe-alone", exact=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_mfu_of_two_ranks_is_measured_against_the_peak_of_both(engines, engine):
+    out = engines / f"dense-{engine}"
+    said = (engines / "said.txt").read_text().split(f"{out}: ")[1].split("trained in")[0]        # of this run
+    shown = {int(step): float(percent) for step, percent in re.findall(r"step (\d+)/6 .* MFU (\d+)%", said)}
+    assert shown.keys() == {2, 3, 4, 6}                              # validations, statistics, the end
+    flops = flops_by_hand(d=16, L=2, T=32, kv=8, ffn=3 * 16 * 40)
+    for record in read_log(out):
+        if record["step"] in shown:
+            mfu = flops * record["tokens_per_s"] / (2 * PEAK)
+            assert shown[record["step"]] == pytest.approx(100 * mfu, abs=0.51) and mfu > 1
+
+
+def test_the_bench_of_a_step_compares_two_ranks_with_one(tmp_path):
+    settings = [f"--{name}={value}" for name, value in BENCH.items()]
+    done = run_python("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", ROOT / "tests/bench/step.py",
+                      "--compile=false", "--device=cpu", *settings, cwd=tmp_path)
+    assert done.status == 0, done.err
+    line, = done.out.splitlines()                                    # two ranks, one of them talks
+    result = json.loads(line)
+    ways = {name: value for name, value in result.items() if isinstance(value, dict)}
+    assert result["ranks"] == 2 and [*ways] == ["alone", "ddp", "fsdp"]
+    for measured in ways.values():
+        assert measured["tokens_per_s"] > 0 and 0 < measured["kernel_share"] < 1
+        assert measured["speed"] == pytest.approx(measured["tokens_per_s"] / ways["alone"]["tokens_per_s"],
+                                                  abs=1e-3, rel=1e-3)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +358,7 @@ def short(corpus, tmp_path_factory):
     """A run of 6 steps that keeps those of step 2, 4 and 6."""
     out = tmp_path_factory.mktemp("short")
     patch = pytest.MonkeyPatch()
-    patch.setattr(train, "gemm_rate", lambda *_: 1e11)
+    patch.setattr(train, "gemm_rate", lambda *_: PEAK)
     run_here(out, corpus, max_steps=6, save_interval=2, keep_checkpoints=3)
     patch.undo()
     return out
@@ -602,10 +634,10 @@ def measure(settings):
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")
     before = kilobytes("VmRSS")
-    raw, model = train.build(c, world, device, dtype)
+    raw, model = train.build(c, here)
     optimizer = train.make_optimizer(raw, c)
     for x in (idx[:, :8], idx):                                      # the first step makes the moments
-        train.gradients(model, [(x, x), (x, x)], c, dtype, stats=False)
+        train.gradients(model, [(x, x), (x, x)], here.dtype, stats=False)
         optimizer.step()
         optimizer.zero_grad()
     return 1024 * (kilobytes("VmHWM") - before)
@@ -615,13 +647,13 @@ def kilobytes(name):
 
 import gc
 plans = json.loads(sys.argv[1])
-rank, world, device, dtype = train.set_up(train.TrainConfig(device="cpu"))
+here = train.set_up(train.TrainConfig(device="cpu"))
 idx = torch.randint(2048, (1, 512))
 measure(plans["dense"] | {"n_layer": 1})                             # what is allocated once
 peaks = {name: measure(settings) for name, settings in plans.items()}
-if rank == 0:
+if here.rank == 0:
     print(json.dumps(peaks))
-if world > 1:
+if here.world > 1:
     train.dist.destroy_process_group()
 """
     # freed memory goes back to the system at once, or it would hide in later peaks
@@ -638,7 +670,8 @@ if world > 1:
 @pytest.mark.parametrize("name, ranks", [*((name, 1) for name in PLANS), *((name, 2) for name in FSDP_PLANS)])
 def test_a_plan_says_the_peak_memory_of_a_run_within_15_percent(peaks, name, ranks):
     measured, c = peaks[name, ranks]
-    assert measured > 100e6 and sum(train.memory(c, ranks)) == pytest.approx(measured, rel=0.15)
+    _, size = train.batch_shape(c, ranks)
+    assert measured > 100e6 and sum(train.memory(c, ranks, size)) == pytest.approx(measured, rel=0.15)
 
 
 PAPER_MOE = ["--n_embd=2048", "--n_head=16", "--n_layer=16", "--n_experts=64", "--top_k=8", "--expert_hidden=1024",
@@ -652,14 +685,19 @@ def test_a_plan_of_a_byte_model_counts_the_vocabulary_that_training_gives_it():
     assert f" {2 * V * d + L * (16 * d * d + 2 * d) + d:,} total" in said
 
 
+@pytest.mark.parametrize("batch_size, gpus, size", [(0, 1, 8), (0, 4, 2), (1, 4, 1)])
+def test_a_plan_is_of_as_many_sequences_as_a_rank_has_in_a_pass(batch_size, gpus, size):
+    c = TrainConfig(**TINY | {"batch_size": batch_size})             # 8 sequences a step
+    header = train.plan(c, gpus, 0.4).splitlines()[6]
+    assert header.startswith(f"GB per GPU of {gpus}, {size} sequences of 32 per pass")
+
+
 def test_planning_a_model_of_seven_billion_parameters_allocates_nothing(tmp_path):
     script = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; train.main(); " \
              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    command = [sys.executable, "-c", script, *PAPER_MOE, "--plan", "--gpus=8", "--data=any"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    *lines, kilobytes = done.stdout.splitlines()
+    done = run_python("-c", script, *PAPER_MOE, "--plan", "--gpus=8", "--data=any", cwd=tmp_path)
+    assert done.status == 0, done.err
+    *lines, kilobytes = done.out.splitlines()
     assert int(kilobytes) < 1e6 and list(tmp_path.iterdir()) == []
     d, L, E, h, V = 2048, 16, 64, 1024, 50304                        # counted by hand; norms are noise
     expert, rest = 3 * d * h, L * (4 * d * d + E * d) + 2 * V * d

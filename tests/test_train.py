@@ -1,30 +1,31 @@
 """train.py against what can be worked out without it: hand arithmetic, float64, plain loops.
 
-    python -m pytest -q tests/test_train.py                    # under a minute on two cores, no download
+    python -m pytest -q tests/test_train.py                    # two minutes on two cores, no download
     python -m pytest -q tests/test_train.py -k "compile"       # the slow ones
 """
 import ast
 import json
 import math
 import os
+import re
 import shutil
-import subprocess
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, assert_mistake, run_script
 
 import train
-from data import eval_windows, train_windows
-from model import GPT, ModelConfig, UserError, load_checkpoint, load_model
+from data import eval_windows, load_checkpoint, load_model, train_windows
+from model import GPT, ModelConfig, UserError
 from train import TrainConfig, load_settings
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 320         # what train.py makes of the byte tokenizer's 257: the next multiple of 64
 TINY = dict(block_size=32, n_layer=2, n_head=2, n_embd=16, ffn_hidden=40, tokens_per_step=256, batch_size=2,
             max_steps=3, warmup_steps=2, eval_interval=0, eval_tokens=320, stats_interval=0, save_interval=0,
@@ -58,12 +59,6 @@ def trained(request, corpus, tmp_path_factory):
                        eval_interval=10, eval_tokens=448, stats_interval=7) | (MOE if request.param == "moe" else {})
     train.train(TrainConfig(**told))
     return out, told, read_log(out)
-
-
-def start(*args, cwd):
-    """Run python with these arguments and wait for it."""
-    return subprocess.run([sys.executable, *args], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
 
 
 def read_log(out):
@@ -153,7 +148,7 @@ def test_config_files_override_defaults_in_order_and_the_command_line_overrides_
     a = write(tmp_path / "a.py", "n_layer = 3\nn_embd = 32\nmax_steps = 7")
     b = write(tmp_path / "b.py", "n_embd = 64\nmax_steps = 8")
     c, args = load_settings([a, b, "--max_steps=9"])
-    assert (c.n_layer, c.n_embd, c.max_steps, args.bench) == (3, 64, 9, False)
+    assert (c.n_layer, c.n_embd, c.max_steps, args.plan) == (3, 64, 9, False)
     assert c.block_size == 128                                       # nobody said anything: the default
     c, _ = load_settings(["--max_steps=9", b, a])
     assert (c.n_embd, c.max_steps) == (32, 9)                        # the files' order decides, wherever -- stands
@@ -220,19 +215,29 @@ def test_an_ill_typed_value_in_a_config_is_refused_by_name(tmp_path, text, name)
         load_settings([path])
 
 
-def test_an_unknown_setting_is_refused_with_the_closest_name(tmp_path):
+@pytest.mark.parametrize("given, closest", [
+    ("--learning_rat=1", "learning_rate"), ("--learnin_rate", "learning_rate"),      # an abbreviation is unknown as well
+    ("-learning_rat=1", "learning_rate"), ("--bench", None), ("--qqqqqq=1", None),
+])
+def test_an_unknown_setting_on_the_command_line_is_refused_with_the_closest_name(given, closest):
+    with pytest.raises(UserError, match=f"^command line: no setting {given.strip('-').split('=')[0]!r}") as refused:
+        load_settings([given])
+    if closest:
+        assert f"did you mean {closest!r}?" in str(refused.value)
+    else:
+        assert "did you mean" not in str(refused.value)              # nothing is close
+
+
+@pytest.mark.parametrize("given", ["-out_dir=elsewhere", "-compile=true", "--out_dir elsewhere --seed 1 -seed=2"])
+def test_a_setting_with_one_dash_is_refused_by_name_and_does_not_pass_in_silence(given):
+    with pytest.raises(UserError, match=f"{given.split()[-1]}: settings are given as --name=value"):
+        load_settings(given.split())
+
+
+def test_an_unknown_setting_in_a_config_is_refused_with_the_closest_name(tmp_path):
     path = write(tmp_path / "c.py", "learning_rat = 1")
     with pytest.raises(UserError, match="c.py.*'learning_rat'.*'learning_rate'"):
         load_settings([path])
-    for wrong in ("--learning_rat=1", "--learnin_rate"):             # abbreviations are unknown settings too
-        with pytest.raises(UserError, match="command line.*'learning_rate'"):
-            load_settings([wrong])
-    for wrong in ("-out_dir=elsewhere", "-compile=true"):            # one dash too few must not pass in silence
-        with pytest.raises(UserError, match=wrong[1:8]):
-            load_settings([wrong])
-    with pytest.raises(UserError, match="'qqqqqq'") as refused:
-        load_settings(["--qqqqqq=1"])
-    assert "did you mean" not in str(refused.value)                  # nothing is close
 
 
 @pytest.mark.parametrize("name, value", [
@@ -254,15 +259,17 @@ def test_whatever_is_wrong_in_a_config_is_one_line_that_names_a_file(tmp_path, t
     assert "\n" not in str(refused.value)
 
 
-def test_a_config_leaves_the_globals_of_train_alone_and_cannot_read_them(tmp_path):
+def test_a_config_leaves_the_globals_of_train_alone(tmp_path):
     # nanoGPT's configurator is an exec over globals: there, `learning_rate = 1` would replace the schedule's function.
     before = dict(vars(train))
     load_settings([write(tmp_path / "c.py", "learning_rate = 1\n_json = 2\n_PEAK = {}\n__name__ = 'x'")])
     assert {k: id(v) for k, v in vars(train).items()} == {k: id(v) for k, v in before.items()}
-    with pytest.raises(UserError, match="'KERNELS'"):                # a global of train.py, but no setting
-        load_settings([write(tmp_path / "c.py", "KERNELS = ()")])
-    with pytest.raises(UserError, match="NameError"):
-        load_settings([write(tmp_path / "c.py", "n_layer = len(KERNELS)")])
+
+
+@pytest.mark.parametrize("text, said", [("PEAK = {}", "'PEAK'"), ("n_layer = len(PEAK)", "NameError")])
+def test_a_config_neither_sets_nor_reads_a_global_of_train(tmp_path, text, said):
+    with pytest.raises(UserError, match=said):
+        load_settings([write(tmp_path / "c.py", text)])
 
 
 def test_help_lists_every_setting_with_its_default_and_meaning(capsys, monkeypatch):
@@ -328,7 +335,8 @@ def test_the_papers_models_have_the_papers_sizes_and_fit_80_gb_on_8_gpus(name, t
     c, _ = load_settings([str(PAPER[name])])
     n = train.bare(c).count_parameters()
     assert n["total"] == pytest.approx(total, rel=0.02) and n["active"] == pytest.approx(active, rel=0.02)
-    assert sum(train.memory(c, 8)) < 80e9
+    _, size = train.batch_shape(c, 8)
+    assert sum(train.memory(c, 8, size)) < 80e9
 
 
 def test_every_paper_config_says_what_it_is_about_and_shares_a_base():
@@ -348,22 +356,12 @@ MISTAKES = {     # name -> (arguments, what the line must name)
 }
 
 
-@pytest.fixture(scope="module")
-def mistakes_made(corpus, tmp_path_factory):
-    """Every mistake made in a process of its own, two at a time, in an empty directory."""
-    def make(args):
-        args = [a.replace("CORPUS", str(corpus)) for a in args] + ["--device=cpu"]
-        return start(str(ROOT / "train.py"), *args, cwd=tmp_path_factory.mktemp("empty"))
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MISTAKES, pool.map(make, [args for args, _ in MISTAKES.values()])))
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_of_the_user_is_one_line_on_stderr_and_status_2(mistake, mistakes_made):
-    done, (_, named) = mistakes_made[mistake], MISTAKES[mistake]
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
-    assert named in done.stderr and "Traceback" not in done.stdout + done.stderr
+def test_a_mistake_of_the_user_is_one_line_on_stderr_and_status_2(mistake, corpus, run_main, tmp_path, monkeypatch):
+    args, named = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)                                      # empty
+    assert_mistake(run_main(train, "--device=cpu", *(arg.replace("CORPUS", str(corpus)) for arg in args)), named)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +423,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(size, eight_window
     model, (x, y) = model_of(c).double(), eight_windows
     loss = plain_loss(model, x, y)
     want = torch.autograd.grad(loss, list(model.parameters()))
-    sums = train.gradients(model, list(zip(x.split(size), y.split(size))), c, torch.float32, stats=False)
+    sums = train.gradients(model, list(zip(x.split(size), y.split(size))), torch.float32, stats=False)
     assert sums.keys() == {"loss"} and sums["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
     for p, g in zip(model.parameters(), want):
         torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
@@ -441,7 +439,7 @@ def test_the_gradient_of_a_moe_is_the_mean_of_its_micro_batches_gradients_auxili
         balance, z = auxiliary_losses(model, x)
         return torch.autograd.grad(plain_loss(model, x, y) + 0.5 * balance + 0.3 * z, parameters)
     parts = [wanted(*xy) for xy in zip(x.split(2), y.split(2))]
-    train.gradients(model, list(zip(x.split(2), y.split(2))), c, torch.float32, stats=False)
+    train.gradients(model, list(zip(x.split(2), y.split(2))), torch.float32, stats=False)
     for p, *gs in zip(parameters, *parts):
         torch.testing.assert_close(p.grad, sum(gs) / 4, rtol=1e-8, atol=1e-12)
     router = model.blocks[0].ffn.router.weight
@@ -599,6 +597,12 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(begin):
     assert {w.dtype for w in load_checkpoint(out / "ckpt.pt")["model"].values()} == {torch.float32}
 
 
+def test_after_a_run_sigterm_means_what_it_did_before(begin):
+    before = signal.getsignal(signal.SIGTERM)
+    begin(max_steps=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_files_of_an_earlier_run_are_kept_as_old(begin):
     out = begin(max_steps=1, seed=1)
     before = {name: (out / name).read_bytes() for name in ("log.jsonl", "ckpt.pt")}
@@ -662,15 +666,21 @@ def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(
 # several ranks: what needs no second one; see test_scale.py for the rest
 
 
-def test_a_batch_that_does_not_divide_among_the_ranks_is_refused():
-    c = TrainConfig(**TINY | {"tokens_per_step": 6 * 32, "batch_size": 2})
-    assert train.batch_shape(c, 3) == (6, 2)
-    with pytest.raises(UserError, match="tokens_per_step=192.*2 ranks"):
-        train.batch_shape(c, 2)
-    c.batch_size = 0                                                 # the rank's whole share at once
-    assert train.batch_shape(c, 2) == (6, 3)
-    with pytest.raises(UserError, match="4 ranks"):
-        train.batch_shape(c, 4)
+@pytest.mark.parametrize("batch_size, ranks, shape", [(2, 1, (6, 2)), (2, 3, (6, 2)), (1, 2, (6, 1)), (0, 2, (6, 3)),
+                                                      (0, 6, (6, 1))])       # 0: the rank's whole share at once
+def test_a_step_is_divided_among_ranks_and_passes(batch_size, ranks, shape):
+    c = TrainConfig(**TINY | {"tokens_per_step": 6 * 32, "batch_size": batch_size})
+    assert train.batch_shape(c, ranks) == shape
+
+
+@pytest.mark.parametrize("tokens, batch_size, ranks, named", [
+    (192, 2, 2, "tokens_per_step=192 .*block_size=32 x batch_size=2 x 2 ranks"), (192, 0, 4, "batch_size=1 x 4 ranks"),
+    (192, 4, 1, "batch_size=4 x 1 rank:"), (200, 0, 1, "tokens_per_step=200"), (16, 0, 1, "tokens_per_step=16"),
+])
+def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(tokens, batch_size, ranks, named):
+    c = TrainConfig(**TINY | {"tokens_per_step": tokens, "batch_size": batch_size})
+    with pytest.raises(UserError, match=named):
+        train.batch_shape(c, ranks)
 
 
 @pytest.fixture
@@ -765,21 +775,94 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(begin, tmp_path):
 # speed
 
 
-def test_bench_prints_one_line_of_json_and_needs_no_data(tmp_path):
-    sizes = dict(n_layer=2, n_head=2, n_embd=32, ffn_hidden=64, block_size=32, tokens_per_step=256)
-    done = start(str(ROOT / "train.py"), "--bench", "--compile=false", "--device=cpu",
-                 *(f"--{k}={v}" for k, v in sizes.items()), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    line, = done.stdout.splitlines()
+def flops_by_hand(d, L, T, kv, ffn):
+    """FLOPs of a token in training. kv: width of all keys; ffn: weights of one layer's FFN that a token meets.
+
+    Forward 2 for each weight and 4 T d per layer for attention, backward twice that; the embedding is a look-up.
+    """
+    weights = L * (2 * d * d + 2 * d * kv + ffn) + VOCAB * d
+    return 3 * (2 * weights + L * 4 * T * d)
+
+
+@pytest.mark.parametrize("kind, flops", [
+    ({}, flops_by_hand(d=16, L=2, T=32, kv=16, ffn=3 * 16 * 40)),
+    ({"n_kv_head": 1, "tie_embeddings": True, "recompute": True}, flops_by_hand(d=16, L=2, T=32, kv=8, ffn=3 * 16 * 40)),
+    (MOE, flops_by_hand(d=16, L=2, T=32, kv=16, ffn=2 * 3 * 16 * 16 + 4 * 16)),      # 2 experts of 4, and the router
+], ids=["dense", "gqa_tied_recompute", "moe"])
+def test_the_mfu_is_the_flops_of_a_token_times_the_rate_over_the_peak(begin, monkeypatch, capsys, kind, flops):
+    peak = 1e6                                                       # so low that the percentage has many digits
+    monkeypatch.setattr(train, "gemm_rate", lambda *_: peak)
+    log = read_log(begin(max_steps=3, eval_interval=1, **kind))
+    said = [float(percent) for percent in re.findall(r"MFU (\d+)%", capsys.readouterr().out)]
+    assert said == [pytest.approx(100 * flops * record["tokens_per_s"] / peak, abs=0.51) for record in log]
+    assert len(said) == 3 and min(said) > 1000
+
+
+def test_the_peak_is_the_data_sheets_in_bfloat16_on_a_gpu_it_knows_and_else_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "gemm_rate", lambda device, dtype, n: asked.append(n) or 7.0)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert train.peak_flops(gpu, torch.bfloat16) == 989e12 and asked == []
+    assert train.peak_flops(gpu, torch.float32) == 7.0 and asked == [8192]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Quadro")
+    assert train.peak_flops(gpu, torch.bfloat16) == 7.0 and asked == [8192, 8192]
+    assert train.peak_flops(cpu, torch.bfloat16) == 7.0 and asked == [8192, 8192, 1024]
+
+
+@pytest.mark.parametrize("settings, corpus_tokens, want", [
+    ({}, None, 320), ({"data": "./data/python"}, None, 320), ({"data": "data/fineweb-edu"}, None, 50304),
+    ({"vocab_size": 29}, None, 29), ({"vocab_size": 29}, 1000, 29), ({}, 64, 64), ({}, 65, 128),
+])
+def test_the_vocabulary_is_the_given_one_or_that_of_the_corpus_or_guessed_from_its_name(settings, corpus_tokens, want):
+    corpus = corpus_tokens and SimpleNamespace(vocab_size=corpus_tokens)
+    assert train.vocabulary(TrainConfig(**settings), corpus) == want
+
+
+BENCH = dict(n_layer=2, n_head=2, n_embd=32, ffn_hidden=64, block_size=32, tokens_per_step=256)
+BENCH_FLOPS = {                                                      # of a token, by the way that is timed
+    "eager": flops_by_hand(d=32, L=2, T=32, kv=32, ffn=3 * 32 * 64),
+    "dense": flops_by_hand(d=32, L=2, T=32, kv=32, ffn=3 * 32 * 64),
+    "gqa": flops_by_hand(d=32, L=2, T=32, kv=16, ffn=3 * 32 * 64),
+    "moe": flops_by_hand(d=32, L=2, T=32, kv=32, ffn=2 * 3 * 32 * 32 + 16 * 32),
+    "long": flops_by_hand(d=32, L=2, T=128, kv=32, ffn=3 * 32 * 64),
+}
+
+
+@pytest.mark.parametrize("flags, ways", [([], ["eager"]), (["--families"], ["dense", "gqa", "moe", "long"])],
+                         ids=["alone", "families"])
+def test_the_bench_of_a_step_prints_one_line_of_json_and_needs_no_data(tmp_path, flags, ways):
+    settings = [f"--{name}={value}" for name, value in BENCH.items()]
+    done = run_script("tests/bench/step.py", "--compile=false", "--device=cpu", *settings, *flags, cwd=tmp_path)
+    assert done.status == 0, done.err
+    line, = done.out.splitlines()
     result = json.loads(line)
-    assert all(result[name] == sizes[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "tokens_per_step"))
-    eager = result["eager"]
-    assert "compiled" not in result and result["gemm_flops_per_s"] > 0 and eager["tokens_per_s"] > 0
-    assert 0 < eager["kernel_share"] < 1
-    # Forward 2 FLOPs per weight and 4 T d per layer for attention, backward twice that; the embedding is a look-up.
-    weights = 2 * (32 * 96 + 32 * 32 + 3 * 32 * 64) + 32 * VOCAB
-    assert eager["flops_per_s"] / eager["tokens_per_s"] == pytest.approx(3 * (2 * weights + 2 * 4 * 32 * 32), rel=1e-3)
+    assert all(result[name] == BENCH[name] for name in BENCH.keys() - {"ffn_hidden"})
+    assert result["ranks"] == 1 and result["threads"] > 0 and result["gemm_flops_per_s"] > 0
+    assert [name for name, value in result.items() if isinstance(value, dict)] == ways
+    first = result[ways[0]]
+    for way in ways:
+        measured = result[way]
+        assert measured.keys() == {"tokens_per_s", "speed", "flops_per_s", "kernel_share"}
+        assert measured["tokens_per_s"] > 0 and 0 < measured["kernel_share"] < 1
+        assert measured["speed"] == pytest.approx(measured["tokens_per_s"] / first["tokens_per_s"], abs=1e-3, rel=1e-3)
+        assert measured["flops_per_s"] / measured["tokens_per_s"] == pytest.approx(BENCH_FLOPS[way], rel=1e-3)
     assert list(tmp_path.iterdir()) == []                            # and leaves nothing behind
+
+
+def test_the_bench_of_a_step_refuses_what_train_refuses():
+    assert_mistake(run_script("tests/bench/step.py", "--n_layers=3", "--families"), "'n_layer'")
+
+
+def test_the_bench_beside_transformers_prints_both_rates_and_their_ratio(tmp_path):
+    pytest.importorskip("transformers")
+    settings = [f"--{name}={value}" for name, value in BENCH.items()]
+    done = run_script("tests/bench/beside_transformers.py", "--compile=false", *settings, cwd=tmp_path)
+    assert done.status == 0, done.err
+    line, = done.out.splitlines()
+    form = r"n_embd=32 n_layer=2 eager: ours ([\d,]+) tokens/s, transformers ([\d,]+), ratio ([\d.]+)"
+    ours, theirs, ratio = (float(x.replace(",", "")) for x in re.fullmatch(form, line).groups())
+    assert ratio == pytest.approx(ours / theirs, abs=0.006)
 
 
 def compiled_graphs():
