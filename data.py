@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -75,7 +76,7 @@ class Corpus:
         self.starts: dict[str, np.ndarray] = {}              # and where each begins, and the end
         try:
             self.meta = json.loads(header.read_text())
-            self.tokenizer = str(self.meta["tokenizer"])
+            self.tokenizer = tokenizer_beside(header, str(self.meta["tokenizer"]))
             self.vocab_size = int(self.meta["vocab_size"])
             kind = self.vocab_size, self.meta["eot"], self.meta["dtype"]
             check(kind == KINDS.get(self.tokenizer, kind),
@@ -535,6 +536,8 @@ def discard(out: Path) -> None:
     for split in ("train", "val"):
         for shard in out.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].bin"):
             shard.unlink()
+    for tokenizer in out.glob("tokenizer_*/"):
+        shutil.rmtree(tokenizer)
     with contextlib.suppress(OSError):
         out.rmdir()
 
@@ -554,6 +557,7 @@ def finish(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any) -> No
         raise
     if enc.n_vocab <= 4096:
         meta["bigram_entropy"] = bigram_entropy(out, meta)
+    meta["tokenizer"] = copy_tokenizer(enc.name, out)         # so that the corpus stands alone
     write_json(out / "progress.json", meta)
     os.replace(out / "progress.json", out / "meta.json")
 

@@ -37,8 +37,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import (Corpus, Parser, check_weights, eval_windows, load_checkpoint, prepare, run,
-                  save_checkpoint, train_windows)
+from data import (Corpus, Parser, check_weights, copy_tokenizer, eval_windows, load_checkpoint,
+                  prepare, run, same_tokenizer, save_checkpoint, train_windows)
 from model import GPT, ModelConfig, UserError, check, setting
 
 @dataclass
@@ -101,8 +101,10 @@ def train(c: TrainConfig, resume: bool = False) -> None:
     ckpt = out / "ckpt.pt"
     flops = raw.flops_per_token()
     peak = peak_flops(here.device, here.dtype) * here.world
+    tokenizer = corpus.tokenizer
     if here.rank == 0:
         open_out_dir(out, done)
+        tokenizer = copy_tokenizer(tokenizer, out)       # so that the checkpoint stands alone
         print(opening_line(c, raw, here, done))
     started = time.time()
     waited = 0.0                                 # seconds for batches
@@ -145,7 +147,7 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             last = stopping or step == c.max_steps
             if last or due(step, c.save_interval, c.max_steps):
                 saving.result()                          # raises the error of a full disk
-                saved = snapshot(c, step, corpus.tokenizer, raw, optimizer, here.rank)
+                saved = snapshot(c, step, tokenizer, raw, optimizer, here.rank)
                 if here.rank == 0:
                     saving = saver.submit(save_checkpoint, ckpt, saved, c.keep_checkpoints)
             if last or saving.done():
@@ -421,7 +423,7 @@ def shard(model: GPT, dtype: torch.dtype, compiled: bool) -> None:
 def start_from_checkpoint(c: TrainConfig, model: GPT, tokenizer: str) -> None:
     """The weights of init_from, which must have been trained on the same tokens."""
     saved = load_checkpoint(c.init_from)
-    check(saved["tokenizer"] == tokenizer,
+    check(same_tokenizer(saved["tokenizer"], tokenizer),
           f"{c.init_from} was trained on {saved['tokenizer']!r} tokens "
           f"and {c.data} has {tokenizer!r}")
     load_weights(model, saved, c.init_from)
@@ -454,10 +456,12 @@ def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, tokeni
 def check_resumable(c: TrainConfig, tokenizer: str, saved: dict[str, Any], path: Path,
                     rank: int) -> None:
     """Say which settings are others than before; UserError for those that must not change."""
-    ours = asdict(c) | {"tokenizer": tokenizer}
-    theirs = saved["settings"] | {"tokenizer": saved["tokenizer"]}
-    fixed = {f.name for f in fields(ModelConfig)} | {"seed", "tokens_per_step", "tokenizer"}
-    for name, value in ours.items():
+    check(same_tokenizer(tokenizer, saved["tokenizer"]),
+          f"{path} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has {tokenizer!r}: "
+          "give another --data, or another --out_dir")
+    theirs = saved["settings"]
+    fixed = {f.name for f in fields(ModelConfig)} | {"seed", "tokens_per_step"}
+    for name, value in asdict(c).items():
         if name not in theirs or theirs[name] == value:
             continue
         check(name not in fixed,
@@ -725,6 +729,11 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     if unknown:
         kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
+    check(not (args.plan and args.resume), "--plan and --resume: one at a time")
+    for name, usual in (("gpus", 8), ("mfu", 0.4)):
+        check(args.plan or getattr(args, name) is None, f"--{name} goes with --plan")
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
     values: dict[str, Any] = {}
     for path in args.configs:
         values |= read_config(Path(path))
@@ -747,8 +756,8 @@ def make_parser() -> Parser:
     add("--resume", action="store_true",
         help="go on from out_dir's newest whole checkpoint, if any")
     add("--plan", action="store_true", help="print parameters, FLOPs, memory and hours, and stop")
-    add("--gpus", type=int, default=8, help="of --plan (default 8)")
-    add("--mfu", type=float, default=0.4, help="of --plan: share of the peak FLOP/s (default 0.4)")
+    add("--gpus", type=int, help="of --plan (default 8)")
+    add("--mfu", type=float, help="of --plan: share of the peak FLOP/s (default 0.4)")
     for f in fields(TrainConfig):
         default = {None: "auto", "": "''"}.get(f.default, str(f.default))
         meaning, allowed = f.metadata["help"], f.metadata["allowed"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_mistake, checkpoint_of, make_model
+from helpers import assert_mistake, checkpoint_of, make_model, run_script
 from test_interchange import VARIANTS, make_checkpoint, make_folder, rewrite
 
 import data as D
@@ -371,3 +371,30 @@ def test_a_folder_whose_tokenizer_is_missing_is_one_line_for_who_needs_it(tmp_pa
     (path / "tokenizer.model").unlink()
     rewrite(path, {"tokenizer": "some company's"})
     assert_mistake(run_main(probe, path, "--sample", "a"), "tokenizer.json is missing", "--tokenizer")
+
+
+def test_a_run_does_not_need_the_folder_that_its_tokenizer_came_from(tmp_path):
+    """The corpus and the checkpoint keep a copy: --resume, --init_from, --sample and --export go on without it."""
+    folder = write_tokenizer(tmp_path / "model", config={"eos_token_id": 2})
+    (tmp_path / "texts").mkdir()
+    for i in range(6):
+        (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(random.Random(i).choices("ab", k=200)))
+
+    def script(*args):
+        done = run_script(*args, cwd=tmp_path)
+        assert done.status == 0, done.err
+        return done.out
+    script("data.py", "texts", "--tokenizer", "model", "--out", "words", "--val_fraction", 0.5)
+    settings = ["--data=words", "--n_layer=1", "--n_embd=8", "--n_head=1", "--block_size=8", "--tokens_per_step=16",
+                "--eval_tokens=16", "--device=cpu", "--compile=false"]
+    script("train.py", *settings, "--out_dir=run", "--max_steps=2")
+    ids = D.get_tokenizer(str(folder)).encode_ordinary("a b b")
+    shutil.rmtree(folder)
+    script("train.py", *settings, "--out_dir=run", "--max_steps=3", "--resume")
+    script("train.py", "--init_from=run/ckpt.pt", "--data=words", "--out_dir=on", "--max_steps=1",
+           "--tokens_per_step=16", "--eval_tokens=16", "--device=cpu", "--compile=false")
+    assert script("probe.py", "run/ckpt.pt", "--sample", "a b", "--new_tokens", 2).startswith("a b")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere/run")
+    script("probe.py", "elsewhere/run/ckpt.pt", "--export", "hf")
+    assert D.get_tokenizer(str(tmp_path / "hf")).encode_ordinary("a b b") == ids
