@@ -1134,8 +1134,10 @@ def check_whole(folder: Path, name: str | Path) -> None:
     check(not adapter,
           f"{name} has an adapter, {adapter}, which nothing here applies: merge it into its model "
           "first (peft: model.merge_and_unload(), then save_pretrained)")
-    hint = f", but holds {checkpoints}: give that" if checkpoints else ": correct the path"
-    check((folder / "config.json").is_file(), f"{name} has no config.json, it is no model{hint}")
+    check(not checkpoints or found("*.safetensors") != "",
+          f"{name} is no model, but holds {checkpoints}: give that")
+    check((folder / "config.json").is_file(),
+          f"{name} has no config.json, it is no model: correct the path")
     old = found("pytorch_model*.bin")
     has = f"its weights in {old}: " if old else "no model.safetensors: get it again, or "
     target = name if folder == Path(name) else "converted"

@@ -213,8 +213,7 @@ def train_command(job: Job, args: Any, resume: bool) -> list[str]:
     if torch.cuda.device_count() > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
     command += [str(ROOT / "train.py"), *training(job, args)]
-    if resume:
-        command.append("--resume")
+    command.append("--resume" if resume else "--overwrite")
     return command
 
 def probe_command(job: Job, args: Any, T: int, experiments: Sequence[str],

@@ -6,29 +6,40 @@
 
 A config is a Python file of assignments to the settings below; `base = "other.py"` in it starts
 from a neighbour. The command line overrides it. Writes out_dir/log.jsonl (one object per step) and
-out_dir/ckpt.pt, the one before as ckpt.1.pt; SIGTERM saves and stops. Several nodes need an out_dir
-that all of them see. Every setting, with its default:
+out_dir/ckpt.pt, the one before as ckpt.1.pt; config.json says what was run, lock keeps a second run
+out. Ctrl-C, SIGTERM and SIGHUP save and stop. Several nodes need an out_dir that all of them see.
+Every setting, with its default:
 """
 from __future__ import annotations
 
 import contextlib
 import decimal
 import difflib
+import errno
 import json
 import math
 import os
+import platform
 import runpy
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+
+try:
+    import fcntl
+except ImportError:                              # Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -38,7 +49,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import (Corpus, Parser, check_weights, copy_tokenizer, eval_windows, load_checkpoint,
-                  prepare, run, same_tokenizer, save_checkpoint, train_windows)
+                  prepare, run, same_tokenizer, save_checkpoint, train_windows, write_json)
 from model import GPT, ModelConfig, UserError, check, setting
 
 @dataclass
@@ -79,23 +90,40 @@ class TrainConfig(ModelConfig):
 PYTHON_CORPUS = Path("data/python")      # is prepared on first use, as bytes
 
 # ---- the run -------------------------------------------------------------------------------------
-def train(c: TrainConfig, resume: bool = False) -> None:
-    """Train to max_steps; see the module's docstring for what is written."""
+def train(c: TrainConfig, resume: bool = False, overwrite: bool = False,
+          configs: Sequence[str] = ()) -> None:
+    """Train to max_steps; see the module's docstring for what is written.
+
+    overwrite: an earlier run in out_dir is put aside. configs: the files that c was read from.
+    """
     here = set_up(c)
-    per_step, size = batch_shape(c, here.world)
+    batch_shape(c, here.world)                   # refuses now what does not divide
     if here.rank == 0:
         prepare_python_corpus(c)
     resume = agree_to_resume(resume, here)       # the others wait here while rank 0 prepares
     corpus = open_corpus(c)
     c = replace(c, vocab_size=vocabulary(c, corpus))
+    out = Path(c.out_dir)
+    with only_writer(out, here):
+        if here.rank == 0 and not resume:
+            check_free(out, overwrite)
+        take_steps(c, corpus, here, resume, overwrite, configs)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
+def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, overwrite: bool,
+               configs: Sequence[str]) -> None:
+    """All of `train` that computes, in an out_dir that is this run's own."""
+    per_step, size = batch_shape(c, here.world)
     raw, model = build(c, here)
     optimizer = make_optimizer(raw, c)
     done = 0                                     # steps that an earlier run has taken
     if resume:
-        done = restore(c, raw, optimizer, corpus.tokenizer, here)
+        done = restore(c, raw, optimizer, corpus, here)
     if c.init_from and done == 0:
         start_from_checkpoint(c, raw, corpus.tokenizer)
+        if here.world > 1:
+            dist.barrier()                       # rank 0 may put it aside now: all have read it
 
     out = Path(c.out_dir)
     ckpt = out / "ckpt.pt"
@@ -103,14 +131,14 @@ def train(c: TrainConfig, resume: bool = False) -> None:
     peak = peak_flops(here.device, here.dtype) * here.world
     tokenizer = corpus.tokenizer
     if here.rank == 0:
-        open_out_dir(out, done)
+        open_out_dir(out, done, overwrite and not resume, describe(c, here, configs))
         tokenizer = copy_tokenizer(tokenizer, out)       # so that the checkpoint stands alone
         print(opening_line(c, raw, here, done))
     started = time.time()
     waited = 0.0                                 # seconds for batches
     saving_took = 0.0                            # and for checkpoints
-    stopping = False
-    with catch_sigterm() as caught, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver:
+    stopped_by = ""                              # the name of a signal
+    with catch_signals() as caught, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver:
         # While a step computes, the next one's batches are read and the last checkpoint is written.
         read = partial(read_batches, corpus, c, per_step, size, here)
         upcoming = loader.submit(read, done)
@@ -127,9 +155,11 @@ def train(c: TrainConfig, resume: bool = False) -> None:
             stats = due(step, c.stats_interval, c.max_steps)
             means = gradients(model, batches, here.dtype, stats)
             means["grad_norm"] = clip_gradients(raw, c.grad_clip)
-            means["sigterms"] = torch.tensor(float(len(caught)), device=here.device)
+            means["signals"] = torch.tensor([float(s in caught) for s in SIGNALS],
+                                            device=here.device)
             means = average_over_ranks(means, here.world)
-            stopping = means.pop("sigterms") > 0         # one rank's SIGTERM stops them all
+            counts = means.pop("signals")                # one rank's signal stops them all
+            stopped_by = next((s.name for s, n in zip(SIGNALS, counts) if n > 0), "")
             record = {"step": step, "tokens": step * c.tokens_per_step, "lr": lr, **means}
             check_finite(record, c)
             optimizer.step()
@@ -144,27 +174,26 @@ def train(c: TrainConfig, resume: bool = False) -> None:
                 report(record, out, c, mfu, left)
 
             begun = time.time()
-            last = stopping or step == c.max_steps
+            last = stopped_by != "" or step == c.max_steps
             if last or due(step, c.save_interval, c.max_steps):
                 saving.result()                          # raises the error of a full disk
                 saved = snapshot(c, step, tokenizer, raw, optimizer, here.rank)
+                saved["corpus"] = checksum(corpus)
                 if here.rank == 0:
                     saving = saver.submit(save_checkpoint, ckpt, saved, c.keep_checkpoints)
             if last or saving.done():
                 saving.result()
             saving_took += time.time() - begun
-            if stopping:
+            if stopped_by:
                 break
     if here.rank == 0:
-        if stopping:
-            print(f"stopped by SIGTERM after step {step}; {ckpt} is saved, "
-                  "--resume goes on from there")
+        if stopped_by:
+            print(f"stopped by {stopped_by} after step {step}; {ckpt} is saved; this goes on from "
+                  f"there:  {resuming_command()}")
         elif done >= c.max_steps:
             print(f"{out} has all its steps already: --max_steps=... to go on")
         else:
             print(closing_lines(ckpt, corpus, time.time() - started, waited, saving_took))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 # ---- one step ------------------------------------------------------------------------------------
 def due(step: int, interval: int, max_steps: int) -> bool:
@@ -324,15 +353,29 @@ def agree_to_resume(asked: bool, here: Process) -> bool:
     wish = torch.tensor(float(asked or restarts() > 0), device=here.device)
     return average_over_ranks({"resume": wish}, here.world)["resume"] > 0
 
+# What saves and stops; Windows has no SIGHUP.
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if name in signal.Signals.__members__]
+
 @contextlib.contextmanager
-def catch_sigterm() -> Iterator[list[int]]:
-    """Inside, SIGTERM does not end the process: it appears in the list."""
+def catch_signals() -> Iterator[list[int]]:
+    """Inside, SIGNALS do not end the process: they appear in the list. A second Ctrl-C does."""
     caught: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)        # the system's: no wait for a step's end
+
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    for s, handler in before.items():
+        if handler != signal.SIG_IGN:            # nohup has a run go on when its terminal closes
+            signal.signal(s, catch)
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
     """Sequences per step over all ranks, and sequences per forward pass of one rank."""
@@ -429,7 +472,7 @@ def start_from_checkpoint(c: TrainConfig, model: GPT, tokenizer: str) -> None:
     load_weights(model, saved, c.init_from)
 
 @torch.no_grad()
-def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: str,
+def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, corpus: Corpus,
             here: Process) -> int:
     """Weights and optimizer from out_dir's newest whole checkpoint; returns its step, 0 without."""
     found = [newest_checkpoint(Path(c.out_dir)) if here.rank == 0 else None]
@@ -441,7 +484,7 @@ def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, tokeni
     saved = load_checkpoint(path)
     check("optimizer" in saved and "step" in saved,
           f"{path} holds no optimizer to resume with: use --init_from={path}")
-    check_resumable(c, tokenizer, saved, path, here.rank)
+    check_resumable(c, corpus, saved, path, here.rank)
     load_weights(model, saved, path)
     for name, p in model.named_parameters():
         state = {}
@@ -453,13 +496,19 @@ def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, tokeni
         optimizer.state[p] = state
     return saved["step"]
 
-def check_resumable(c: TrainConfig, tokenizer: str, saved: dict[str, Any], path: Path,
+def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path: Path,
                     rank: int) -> None:
     """Say which settings are others than before; UserError for those that must not change."""
+    tokenizer = corpus.tokenizer
     check(same_tokenizer(tokenizer, saved["tokenizer"]),
           f"{path} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has {tokenizer!r}: "
           "give another --data, or another --out_dir")
     theirs = saved["settings"]
+    ours = checksum(corpus)
+    moved = theirs.get("data") != c.data         # is said below
+    check(moved or saved.get("corpus", ours) == ours,    # older checkpoints have none
+          f"{c.data} has changed since {path} was trained on it (checksums of its meta.json): "
+          "put the old corpus back, or start over in another --out_dir")
     fixed = {f.name for f in fields(ModelConfig)} | {"seed", "tokens_per_step"}
     for name, value in asdict(c).items():
         if name not in theirs or theirs[name] == value:
@@ -470,6 +519,12 @@ def check_resumable(c: TrainConfig, tokenizer: str, saved: dict[str, Any], path:
         if rank == 0:
             print(f"resuming with {name}={value} instead of {theirs[name]}")
 
+def checksum(corpus: Corpus) -> int:
+    """One number for those of all shards, as meta.json has them."""
+    shards = [shard.get("crc32") for split in ("train", "val")
+              for shard in corpus.meta[split]["shards"]]
+    return zlib.crc32(json.dumps(shards).encode())
+
 def load_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
     """Put a checkpoint's weights into a model, sharded or not; UserError where they do not fit."""
     check_weights(model, saved, path)
@@ -477,7 +532,10 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
         put(p, saved["model"][name])
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint of a run, None without one; damaged ones are named and passed over."""
+    """The newest checkpoint of a run, None without one; damaged ones are named and passed over.
+
+    UserError where one cannot be read: it may well be whole.
+    """
     names = [out / "ckpt.pt", *sorted(out.glob("ckpt.[0-9].pt"))]
     found = [path for path in names if path.exists()]
     for i, path in enumerate(found):
@@ -492,12 +550,19 @@ def newest_checkpoint(out: Path) -> Path | None:
     return None
 
 def is_whole(path: Path) -> bool:
-    """Can a checkpoint be read to its end? It is a zip file with checksums."""
+    """Does a checkpoint hold what was written? It is a zip file with checksums."""
     try:
-        load_checkpoint(path)
+        # First, since where the disk fails, torch's memory map would end the process.
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:                            # a flipped bit can make a zip file fail in any way
+            sound = archive.testzip() is None
+        load_checkpoint(path)
+        return sound
+    except Exception as e:                       # a flipped bit can make a zip file fail in any way
+        cause = e if isinstance(e, OSError) else e.__context__       # zipfile hides some
+        # EINVAL is damage: it was followed to a place before the file's beginning.
+        unreadable = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)
+        check(not unreadable, f"cannot read {path} ({cause}): mend that and --resume again; "
+                              "nothing was changed")
         return False
 
 def snapshot(c: TrainConfig, step: int, tokenizer: str, model: GPT,
@@ -534,19 +599,127 @@ def put(p: Tensor, values: Tensor) -> Tensor:
     return p.copy_(values)
 
 # ---- out_dir, and what is shown ------------------------------------------------------------------
-def open_out_dir(out: Path, done: int) -> None:
-    """Make out_dir; its log stays up to step `done`. At 0, files of an earlier run become *.old."""
+@contextlib.contextmanager
+def only_writer(out: Path, here: Process) -> Iterator[None]:
+    """Inside, no other run writes to out_dir: rank 0 holds a lock, which ends with its process."""
+    if here.rank > 0:
+        yield
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "lock", "a+")
+    except OSError as e:
+        raise UserError(f"cannot write to out_dir={out} ({e}): choose another --out_dir") from e
+    with file:
+        take_lock(file, out)
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+def take_lock(file: IO[str], out: Path) -> None:
+    """Lock the file and write into it who has it; UserError if another run does."""
+    if fcntl is None:
+        print(f"no file locks on this system: nothing keeps a second run out of {out}")
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        file.seek(0)
+        holder = file.read().strip() or "another run"
+        raise UserError(f"{holder} writes to {out}: wait for it, stop it, "
+                        "or give another --out_dir") from e
+    except OSError as e:
+        print(f"no file locks on its disk ({e}): nothing keeps a second run out of {out}")
+        return
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}")
+    file.flush()
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """UserError if a fresh start would be on top of an earlier run."""
+    check(overwrite or not any(out.glob("ckpt*.pt")),
+          f"{out} holds a checkpoint: --resume goes on from it, another --out_dir leaves it alone, "
+          "--overwrite puts it aside as *.old, in place of any *.old there")
+
+def open_out_dir(out: Path, done: int, overwrite: bool, config: dict[str, Any]) -> None:
+    """Write config.json; the log stays up to step `done`. At 0, an earlier run becomes *.old."""
+    try:
         if done > 0:
-            cut_log(out / "log.jsonl", done)
+            go_on_with_log(out / "log.jsonl", done)
         else:
-            for path in (*out.glob("log.jsonl"), *sorted(out.glob("ckpt*.pt"))):
-                os.replace(path, f"{path}.old")
-                print(f"{path} of an earlier run is now {path.name}.old")
-    except (OSError, ValueError, LookupError, TypeError) as e:
+            for path in (*out.glob("log.jsonl"), *out.glob("config.json"),
+                         *sorted(out.glob("ckpt*.pt"))):
+                old = put_aside(path, "old", overwrite)
+                print(f"{path} of an earlier run is now {old.name}")
+        write_json(out / "config.json", config)
+    except OSError as e:
         raise UserError(f"cannot write to out_dir={out} or read its log.jsonl ({e}): "
                         "choose another --out_dir") from e
+
+def put_aside(path: Path, ending: str, overwrite: bool = False) -> Path:
+    """Rename to path.ending, or path.ending2, ... if that is there and must stay."""
+    aside = Path(f"{path}.{ending}")
+    n = 1
+    while aside.exists() and not overwrite:
+        n += 1
+        aside = Path(f"{path}.{ending}{n}")
+    os.replace(path, aside)
+    return aside
+
+def describe(c: TrainConfig, here: Process, configs: Sequence[str]) -> dict[str, Any]:
+    """What a colleague needs to repeat the run."""
+    device = str(here.device)
+    if here.device.type == "cuda":
+        device = torch.cuda.get_device_name(here.device)
+    return {"settings": asdict(c), "command": [sys.executable, *sys.argv], "folder": os.getcwd(),
+            "configs": [os.path.relpath(path) for path in configs],      # from that folder
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit(),
+            "host": platform.node(), "device": device, "world_size": here.world}
+
+def commit() -> str | None:
+    """The git commit of this file, with -dirty if files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True,
+                              text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+def check_same_config(out: Path, configs: Sequence[str]) -> None:
+    """UserError if the out_dir that a config's name leads to is a run of its namesake elsewhere."""
+    try:
+        told = list(json.loads((out / "config.json").read_text())["configs"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return                                   # an older run has none
+    theirs, ours = ((str(paths[-1]) if paths else "no config")
+                    for paths in (told, [os.path.relpath(path) for path in configs]))
+    check(theirs == ours, f"{out} is a run of {theirs}, not of {ours}: give another --out_dir "
+                          f"(--out_dir={out} goes on with it all the same)")
+
+def resuming_command() -> str:
+    """What goes on with this run. Of several nodes, each needs its own rendezvous options."""
+    command = [Path(sys.executable).name]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // ranks
+        where = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", "--rdzv-endpoint=..."]
+        command = ["torchrun", *where, f"--nproc-per-node={ranks}"]
+    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    return shlex.join([*command, *words, "--resume"])
+
+def go_on_with_log(path: Path, done: int) -> None:
+    """Keep a log up to step `done`; without one, or with one that is damaged, begin anew."""
+    wrong = "is not there"
+    if path.exists():
+        try:
+            wrong = "" if path.stat().st_size > 0 else "is empty"
+            cut_log(path, done)
+        except (ValueError, LookupError, TypeError):
+            wrong = f"is damaged, and now {put_aside(path, 'damaged').name}"
+    if wrong:
+        print(f"{path} {wrong}: a new one begins after step {done}")
 
 def cut_log(path: Path, done: int) -> None:
     """Drop the lines of steps after `done`, and a last one that was cut off as it was written."""
@@ -724,12 +897,13 @@ def pass_memory(c: TrainConfig, size: int, sharded: bool) -> int:
 
 # ---- settings: defaults < config files < command line --------------------------------------------
 def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
-    """The settings of a command line, and its switches: resume, plan, gpus, mfu."""
+    """The settings of a command line, and its switches: resume, overwrite, plan, gpus, mfu."""
     args, unknown = make_parser().parse_known_intermixed_args(argv)
     if unknown:
         kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
-    check(not (args.plan and args.resume), "--plan and --resume: one at a time")
+    given = [name for name in ("plan", "resume", "overwrite") if getattr(args, name)]
+    check(len(given) < 2, " and ".join(f"--{name}" for name in given) + ": one at a time")
     for name, usual in (("gpus", 8), ("mfu", 0.4)):
         check(args.plan or getattr(args, name) is None, f"--{name} goes with --plan")
         if getattr(args, name) is None:
@@ -744,6 +918,8 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     if not values.get("out_dir"):
         name = Path(args.configs[-1]).stem if args.configs else "run"
         values["out_dir"] = f"out/{name}"
+    if args.resume and args.out_dir is None:
+        check_same_config(Path(values["out_dir"]), args.configs)
     if values.get("init_from"):
         add_architecture(values, values["init_from"])
     return TrainConfig(**values), args
@@ -755,6 +931,8 @@ def make_parser() -> Parser:
     add("configs", nargs="*", metavar="CONFIG.py", help="files of settings, applied in order")
     add("--resume", action="store_true",
         help="go on from out_dir's newest whole checkpoint, if any")
+    add("--overwrite", action="store_true",
+        help="start over where out_dir holds a checkpoint; its files become *.old")
     add("--plan", action="store_true", help="print parameters, FLOPs, memory and hours, and stop")
     add("--gpus", type=int, help="of --plan (default 8)")
     add("--mfu", type=float, help="of --plan: share of the peak FLOP/s (default 0.4)")
@@ -833,7 +1011,7 @@ def main() -> None:
         print(plan(c, args.gpus, args.mfu))
         return
     try:
-        train(c, args.resume)
+        train(c, args.resume, args.overwrite, args.configs)
     except Exception as e:
         # A rank that is gone shows as a closed connection in whatever the others did.
         lost = isinstance(e, dist.DistError) or "gloo/transport" in str(e)

@@ -220,6 +220,8 @@ def test_a_folder_that_is_no_model_says_what_it_holds(tmp_path):
     assert "no config.json" in refusal(tmp_path)
     make_checkpoint(tmp_path / "ckpt.pt")
     assert "holds ckpt.pt: give that" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")                    # which a run's folder has, too
+    assert "holds ckpt.pt: give that" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/tmp/other.safetensors", "sub/other.safetensors"])

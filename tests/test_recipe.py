@@ -420,7 +420,7 @@ def run_by_hand(command, stdout, **_):
             "variance": [1.0], "run": {"experiments": ["variance"]}}))
         (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
     else:
-        c = load_settings([x for x in command[2:] if x != "--resume"])[0]
+        c = load_settings([x for x in command[2:] if x not in ("--resume", "--overwrite")])[0]
         step = c.max_steps - ("context_1024" in str(out))
         torch.save({"model": {}, "settings": asdict(c), "step": step, "tokenizer": "bytes"}, out / "ckpt.pt")
     return Ended(0)
@@ -443,6 +443,8 @@ def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
     half = left("context_1024")
     assert half["train"][-1] == "--resume" and "probe" in half            # goes on from where it was
     assert left("context_256") == {}
+    args.settings = [*args.settings, "--weight_decay=0.3"]
+    assert left("context_1024")["train"][-1] == "--overwrite"             # another run: the first is put aside
 
 
 @pytest.mark.parametrize("T", [256, 2048, 8192])

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import PEAK as PEAK_OF_A_PROCESS
 from helpers import ROOT, run_python
 from test_train import BENCH, MOE, TINY, flops_by_hand, read_log, without_rates
 
@@ -293,7 +294,8 @@ def test_a_run_killed_while_it_writes_its_checkpoints_loses_none_of_those_before
     assert load_checkpoint(out / "ckpt.pt")["step"] < 40
     end(launch(out, "--resume"))
     assert_same_end(out, whole)
-    assert {path.name for path in out.iterdir()} == {"log.jsonl", "log.jsonl.old", "ckpt.pt", "ckpt.1.pt"}
+    assert {path.name for path in out.iterdir()} == {"log.jsonl", "log.jsonl.old", "ckpt.pt", "ckpt.1.pt", "lock",
+                                                    "config.json", "config.json.old"}
 
 
 def test_with_nothing_to_resume_a_run_starts_afresh_and_says_so_and_one_that_is_done_changes_nothing(
@@ -305,7 +307,9 @@ def test_with_nothing_to_resume_a_run_starts_afresh_and_says_so_and_one_that_is_
     before = {path: path.read_bytes() for path in out.iterdir()}
     said, _ = end(launch(out, "--resume"))
     assert f"{out} has all its steps already" in said
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    after = {path: path.read_bytes() for path in out.iterdir()}
+    assert before.pop(out / "config.json") and after.pop(out / "config.json")    # says how it was started
+    assert after == before
 
 
 def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(launch, whole_of_all_experts, tmp_path):
@@ -500,7 +504,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_one_line(launch, short, tmp_path, r
 
 
 def test_a_disk_too_full_for_the_log_is_one_line_and_leaves_whole_lines(launch, tmp_path):
-    _, err = end(launch(tmp_path / "out", save_interval=0, preexec_fn=at_most(3_000)), status=2)
+    _, err = end(launch(tmp_path / "out", save_interval=0, preexec_fn=at_most(5_000)), status=2)
     line, = err.splitlines()
     assert line.startswith(f"error: cannot write {tmp_path / 'out' / 'log.jsonl'}")
 
@@ -706,12 +710,12 @@ def test_a_plan_is_of_as_many_sequences_as_a_rank_has_in_a_pass(batch_size, gpus
 
 
 def test_planning_a_model_of_seven_billion_parameters_allocates_nothing(tmp_path):
-    script = f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; train.main(); " \
-             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train\n{PEAK_OF_A_PROCESS}\n"
+              "before = peak(); train.main(); print(peak() - before)")
     done = run_python("-c", script, *PAPER_MOE, "--plan", "--gpus=8", "--data=any", cwd=tmp_path)
     assert done.status == 0, done.err
-    *lines, kilobytes = done.out.splitlines()
-    assert int(kilobytes) < 1e6 and list(tmp_path.iterdir()) == []
+    *lines, grown = done.out.splitlines()
+    assert int(grown) < 2e8 and list(tmp_path.iterdir()) == []       # the weights alone would be 27.7 GB
     d, L, E, h, V = 2048, 16, 64, 1024, 50304                        # counted by hand; norms are noise
     expert, rest = 3 * d * h, L * (4 * d * d + E * d) + 2 * V * d
     norms = (2 * L + 1) * d

@@ -46,7 +46,7 @@ def begin(corpus, tmp_path):
     """begin(**settings) trains a tiny model and returns its out_dir."""
     def run(**kwargs):
         c = TrainConfig(**(TINY | {"data": str(corpus), "out_dir": str(tmp_path / "out")} | kwargs))
-        train.train(c)
+        train.train(c, overwrite=True)                   # some run twice
         return Path(c.out_dir)
     return run
 
@@ -501,7 +501,8 @@ def test_intervals_of_zero_are_off_but_the_end_writes_a_checkpoint(begin):
     always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
     assert [record.keys() for record in read_log(out)] == [always] * 3
     assert load_checkpoint(out / "ckpt.pt")["step"] == 3
-    assert {path.name for path in out.iterdir()} == {"log.jsonl", "ckpt.pt"}             # no half-written leftovers
+    files = {path.name for path in out.iterdir()}                                # no half-written leftovers
+    assert files == {"log.jsonl", "ckpt.pt", "config.json", "lock"}
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(begin, tmp_path, monkeypatch):
