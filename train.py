@@ -1,6 +1,6 @@
 """Train a model of the paper, on a laptop or on every GPU there is.
 
-    torchrun train.py configs/gqa_deep.py                   # five minutes on two cores, no download
+    torchrun train.py configs/gqa_deep.py                   # two to five minutes on two cores
     torchrun --nproc-per-node=8 train.py configs/paper/moe_1b.py --parallel=fsdp --resume
     python train.py configs/paper/moe_1b.py --plan --gpus=8      # parameters, memory, hours; no GPU
 
