@@ -20,9 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-
-LOGITS_AT_ONCE = 2**26      # the loss holds at most this many logits at a time: 256 MB in float32
 
 class UserError(Exception):
     """A mistake of the user's, printed without a traceback: it names the culprit and the remedy."""
@@ -110,6 +109,12 @@ def check(ok: bool, message: str) -> None:
 def wide(x: Tensor) -> Tensor:
     """x in float32 or better: no loss or statistic is taken in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: its own, or autocast's, where that does not see to it."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 # ---- the blocks ------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
@@ -250,6 +255,31 @@ def grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 grouped_mm.register_autograd(grouped_mm_backward, setup_context=grouped_mm_setup)
 
+def expert_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm`; in bfloat16 torch's own, which costs less per call and which inductor sees."""
+    if x.dtype == torch.bfloat16:
+        return F.grouped_mm(x, w, offs=ends)
+    return grouped_mm(x, w, ends)
+
+class Gather(torch.autograd.Function):
+    """x[source], where every row of x goes to the same number of places, row i // n to place[i].
+
+    So the gradient is gathered too. That of indexing would be added up by atomics: slow on a GPU,
+    and in another order each time.
+    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.shape = x.shape
+        return x.index_select(0, source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        place, = ctx.saved_tensors
+        N, d = ctx.shape
+        return grad.index_select(0, place).view(N, -1, d).sum(1), None, None
+
 class Router(NamedTuple):
     """What the router of one MoE layer did with a micro-batch."""
     lb_loss: Tensor     # (), 1 when perfectly balanced
@@ -281,14 +311,13 @@ class MoE(nn.Module):
         order = expert.flatten().argsort(stable=True)                     # (N k,), slots by expert
         count = F.one_hot(expert, E).sum((0, 1))                          # (E,)
         ends = count.cumsum(0).to(torch.int32)
-        dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):           # which does not know grouped_mm
-            dtype = torch.get_autocast_dtype(x.device.type)
-        rows = x.to(dtype).index_select(0, order // self.top_k)           # (N k, d)
+        place = order.argsort()                                           # (N k,), where a slot went
+        dtype = product_dtype(x)
+        rows = Gather.apply(x.to(dtype), order // self.top_k, place)      # (N k, d)
         gate, up, down = (w.to(dtype) for w in (self.gate, self.up, self.down))
-        hidden = F.silu(grouped_mm(rows, gate, ends)) * grouped_mm(rows, up, ends)  # (N k, h)
-        rows = grouped_mm(hidden, down, ends)                             # (N k, d)
-        y = rows.index_select(0, order.argsort())                         # in the tokens' order
+        hidden = F.silu(expert_mm(rows, gate, ends)) * expert_mm(rows, up, ends)    # (N k, h)
+        rows = expert_mm(hidden, down, ends)                              # (N k, d)
+        y = Gather.apply(rows, place, order)                              # in the tokens' order
         y = y.view(-1, self.top_k, shape[-1])                             # (N, k, d)
         y = (y * weight.unsqueeze(-1).to(dtype)).sum(1)                   # (N, d)
         if self.shared is not None:
@@ -365,7 +394,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         check(config.vocab_size > 0, "vocab_size=0: the model needs the size of its vocabulary")
-        self.config, self.recompute = config, False
+        self.config = config
+        self.recompute = False          # activations of blocks in the backward pass
+        self.logits_at_once = 0         # in the loss; 0: what suits the device
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         rope = RoPE(config)
         layers = range(1, config.n_layer + 1)
@@ -431,7 +462,7 @@ class GPT(nn.Module):
                             torch.stack([r.load for r in routers]))
         loss = None
         if targets is not None:
-            loss = cross_entropy(self.head, x, targets)
+            loss = cross_entropy(self.head, x, targets, self.logits_at_once)
             if router:
                 aux = c.lb_loss_weight * router.lb_loss.mean()
                 aux = aux + c.z_loss_weight * router.z_loss.mean()
@@ -477,21 +508,61 @@ class GPT(nn.Module):
         forward = 2 * matrices + sum(block.attn.flops_per_token(T) for block in self.blocks)
         return 3 * forward if backward else forward
 
-def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
+def logits_at_once(device: torch.device) -> int:
+    """How many logits a loss has at a time, unless it is told.
+
+    On a CPU 32 MB of float32: what is larger, malloc takes from the system anew each time. On a GPU
+    1 GB, so that its products are large.
+    """
+    return 2**23 if device.type == "cpu" else 2**28
+
+class CrossEntropy(torch.autograd.Function):
+    """-log p summed over the targets (N,) in nats, of the logits x W^T, x (N, d), W (V, d).
+
+    `rows` logits at a time, and with them their gradient, softmax minus one-hot, and what it makes
+    of those of x and W: no logits are kept, or computed again in the backward pass.
+    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, targets: Tensor, rows: int) -> Tensor:
+        dtype = product_dtype(x)
+        grad_x, grad_W = torch.empty_like(x), torch.zeros_like(W)
+        w = W.to(dtype)                                                   # (V, d)
+        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for x, targets, grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
+            x = x.to(dtype)                                               # (rows, d)
+            log_p = wide(x @ w.T).log_softmax(-1)                         # (rows, V)
+            row = torch.arange(len(x), device=x.device)
+            total = total - log_p[row, targets].sum()
+            slope = log_p.exp_()
+            slope[row, targets] -= 1
+            slope = slope.to(dtype)
+            grad.copy_(slope @ w)
+            if dtype == grad_W.dtype:
+                grad_W.addmm_(slope.T, x)
+            else:
+                grad_W += slope.T @ x
+        ctx.save_for_backward(grad_x, grad_W)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_x, grad_W = ctx.saved_tensors
+        return grad * grad_x, grad * grad_W, None, None
+
+def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0) -> Tensor:
     """Mean cross-entropy of head(x) in nats, x (B, T, d).
 
-    A chunk of logits at a time, computed again in the backward pass: never all of (B, T, V).
+    at_once: how many logits exist at a time, by default what suits the device.
     """
-    def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(wide(head(x)), targets, reduction="sum")
-
-    rows = max(1, LOGITS_AT_ONCE // head.out_features)
-    xs = x.flatten(0, 1).split(rows)
-    ts = targets.flatten().split(rows)
-    if len(xs) == 1:
-        total = chunk_loss(xs[0], ts[0])
+    rows = max(1, (at_once or logits_at_once(x.device)) // head.out_features)
+    x = x.flatten(0, 1)
+    targets = targets.flatten()
+    if torch.is_grad_enabled():
+        total = CrossEntropy.apply(x, head.weight, targets, rows)
     else:
-        total = sum(checkpoint(chunk_loss, x, t, use_reentrant=False) for x, t in zip(xs, ts))
+        total = sum(F.cross_entropy(wide(head(x)), targets, reduction="sum")
+                    for x, targets in zip(x.split(rows), targets.split(rows)))
     return total / targets.numel()
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from data import (METRICS, Corpus, Parser, Task, copy_tokenizer, documents, export, get_tokenizer,
                   load_model, read_tasks, run, same_tokenizer, save_checkpoint, write_json)
-from model import (GPT, LOGITS_AT_ONCE, Block, Detail, UserError, check, cross_entropy, generate,
+from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
                    token_variance, wide)
 
 TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
@@ -963,7 +963,7 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
         x = packed_streams(model, batch, device)
         asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
         requests = torch.tensor(asked, dtype=torch.long, device=device).view(-1, 4)
-        for part in requests.split(max(1, LOGITS_AT_ONCE // model.config.vocab_size)):
+        for part in requests.split(max(1, logits_at_once(device) // model.config.vocab_size)):
             b, place, token, i = part.T
             nats = F.cross_entropy(wide(model.head(model.norm(x[b, place]))), token, reduction="none")
             out.index_add_(0, i.cpu(), -nats.double().cpu())

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import runpy
 import shlex
 import signal
@@ -44,13 +45,14 @@ except ImportError:                              # Windows
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import (Corpus, Parser, check_weights, copy_tokenizer, eval_windows, load_checkpoint,
                   prepare, run, same_tokenizer, save_checkpoint, train_windows, write_json)
-from model import GPT, ModelConfig, UserError, check, setting
+from model import GPT, ModelConfig, UserError, check, logits_at_once, setting
 
 @dataclass
 class TrainConfig(ModelConfig):
@@ -181,6 +183,7 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
                 saved["corpus"] = checksum(corpus)
                 if here.rank == 0:
                     saving = saver.submit(save_checkpoint, ckpt, saved, c.keep_checkpoints)
+                del saved                                # once written, its memory is free again
             if last or saving.done():
                 saving.result()
             saving_took += time.time() - begun
@@ -428,39 +431,48 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
     sharded = here.world > 1 and c.parallel == "fsdp"
     raw = bare(c)                                # what fits no single GPU is never whole on one
     raw.recompute = c.recompute
+    if compiled and here.world > 1:
+        compile_blocks(raw)
     if sharded:
-        shard(raw, here.dtype, compiled)
+        shard(raw, here)
     raw.to_empty(device=here.device)
     torch.manual_seed(c.seed)
     raw.init_weights(put)
+    if here.world == 1:
+        return raw, torch.compile(raw, dynamic=False) if compiled else raw
     if sharded:
         return raw, raw
-    model = torch.compile(raw, dynamic=False) if compiled else raw
-    if here.world > 1:
-        ids = [here.device.index] if here.device.type == "cuda" else None
-        model = DDP(model, device_ids=ids, gradient_as_bucket_view=True,
+    ids = [here.device.index] if here.device.type == "cuda" else None
+    return raw, DDP(raw, device_ids=ids, gradient_as_bucket_view=True,
                     forward_sync_buffers=False)  # the only buffers are RoPE's tables
-    return raw, model
 
 def bare(c: ModelConfig) -> GPT:
     """The model without storage."""
     with torch.device("meta"):
         return GPT(c)
 
-def shard(model: GPT, dtype: torch.dtype, compiled: bool) -> None:
+def compile_blocks(model: GPT) -> None:
+    """torch.compile, a block at a time: one graph serves them all, and between two of them the
+    ranks exchange gradients (DDP) or fetch weights (FSDP2).
+
+    Of a whole model DDP would make a graph for each 25 MB of gradients.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 4 * len(model.blocks) + 8    # lns: each block is a graph
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+def shard(model: GPT, here: Process) -> None:
     """FSDP2: each rank holds a part of every weight, and a block's are whole while it computes.
 
-    Blocks compute in `dtype`. Embedding, norm and head stay float32, as the stream does.
+    Blocks compute in here.dtype. Embedding, norm and head stay float32, as the stream does.
     """
-    n_layer = len(model.blocks)
-    torch._dynamo.config.recompile_limit = 4 * n_layer + 8      # norm=lns: each block is a graph
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+    mesh = init_device_mesh(here.device.type, (here.world,))    # else it would take the GPUs it sees
+    policy = MixedPrecisionPolicy(param_dtype=here.dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.blocks:
-        if compiled:
-            block.compile(dynamic=False)         # FSDP2's own work stays outside of the graphs
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def start_from_checkpoint(c: TrainConfig, model: GPT, tokenizer: str) -> None:
@@ -773,14 +785,19 @@ def closing_lines(ckpt: Path, corpus: Corpus, seconds: float, waited: float,
     return f"{line}\nwhich layers does it use?  python probe.py {ckpt}"
 
 # ---- how fast it could be ------------------------------------------------------------------------
-# FLOP/s of dense bfloat16 products, from the data sheets
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "4090": 165e12}
+# FLOP/s of dense bfloat16 products that are summed in float32, from the makers' data sheets; of two
+# names that are in a card's the first counts
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
+        "B200": 2250e12, "A100": 312e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12,
+        "RTX A6000": 155e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
+        "MI300X": 1307e12}
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure MFU against: the data sheet's, if it is above, else a matrix product's."""
     if device.type == "cuda" and dtype == torch.bfloat16:
+        card = torch.cuda.get_device_name(device)
         for name, peak in PEAK.items():
-            if name in torch.cuda.get_device_name(device):
+            if re.search(rf"\b{name}\b", card) and "Laptop" not in card:
                 return peak
     return gemm_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
 
@@ -833,6 +850,8 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
             numbers = "".join(f"{bytes / 1e9:10.2f}" for bytes in (*needed, sum(needed)))
             verdict = "fits 80 GB" if sum(needed) < 80e9 else "does not fit 80 GB"
             lines.append(f"{name:22}{numbers}  {verdict}")
+    lines += ["", f"host memory  {12 * n['total'] / 1e9:,.1f} GB of rank 0 while it saves a checkpoint: "
+                  "weights and AdamW's two moments"]
     return "\n".join(lines)
 
 def parameters_by_part(model: GPT) -> dict[str, int]:
@@ -881,6 +900,8 @@ def pass_memory(c: TrainConfig, size: int, sharded: bool) -> int:
     with FakeTensorMode():
         model = GPT(c)
         model.recompute = c.recompute
+        planned = torch.device("cpu" if c.device == "cpu" else "cuda")
+        model.logits_at_once = logits_at_once(planned)
         idx = torch.zeros(size, c.block_size).long()
         if sharded and dtype == torch.bfloat16:
             for p in model.blocks.parameters():  # as FSDP2 gathers them: autocast makes no copies

@@ -386,15 +386,14 @@ SMALL = dict(vocab_size=11, block_size=6, n_layer=2, n_head=4, n_kv_head=2, n_em
     dict(), dict(norm="lns"), dict(norm="peri"), dict(tie_embeddings=True),
     dict(n_experts=4, expert_hidden=8, shared_hidden=8, lb_loss_weight=0.0, z_loss_weight=0.0),
     dict(n_experts=4, expert_hidden=8, norm_topk_prob=True, lb_loss_weight=0.0, z_loss_weight=0.0)], ids=str)
-def test_gradient_of_every_parameter_equals_finite_differences(extra, monkeypatch):
+def test_gradient_of_every_parameter_equals_finite_differences(extra):
     """Without the auxiliary losses, whose gradient is by design not that of the loss's value: see the next test.
 
     Each parameter moves along a random direction, as in gradcheck's fast mode, which takes minutes to say what failed.
     """
     settings, step = SMALL | extra, 3e-6
     model, idx, targets = make_model(**settings), tokens(settings, T=6), tokens(settings, T=6, seed=2)
-    for at_once in (M.LOGITS_AT_ONCE, 50):                                   # the second is through recomputed chunks
-        monkeypatch.setattr(M, "LOGITS_AT_ONCE", at_once)
+    for model.logits_at_once in (0, 50):                                     # the second is in chunks
         gradient = gradients(model, model(idx, targets)[1])
         for (name, p), g in zip(model.named_parameters(), gradient):
             direction, losses = torch.randn_like(p), []
@@ -436,20 +435,59 @@ def test_loss_is_the_cross_entropy_and_its_gradient_includes_the_auxiliary_losse
     assert (want[router] - without[router]).abs().max() > 1e-3, "the auxiliary losses matter in this test"
 
 
+class Names(TorchDispatchMode):
+    """Records the names of all operations."""
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_go_to_experts_and_back_without_atomic_sums(dtype):
+    """Atomics add in another order each time; a gathered gradient is the same in every run, also on a GPU."""
+    moe = make_model(torch.float32, **SPARSE).blocks[0].ffn
+    x = torch.randn(2, 7, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y, _ = moe(x)
+    with Names() as seen:
+        y.sum().backward()
+    assert seen.names & {"index_select", "index"} and not seen.names & {"index_add", "index_add_", "index_put", "scatter_add"}
+    assert ("_grouped_mm" in seen.names) == (dtype == torch.bfloat16), "in bfloat16 inductor is to see it"
+
+
+def test_a_gathered_gradient_is_that_of_indexing():
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(10)
+    place = order.argsort()
+    assert torch.autograd.gradcheck(lambda x: M.Gather.apply(x, order // 2, place), x)
+    y, want = M.Gather.apply(x, order // 2, place), x[order // 2]
+    assert torch.equal(y, want)
+    weight = torch.randn(10, 3, dtype=torch.float64)
+    got, true = (torch.autograd.grad((out * weight).sum(), x)[0] for out in (y, want))
+    torch.testing.assert_close(got, true, rtol=0, atol=1e-15)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the loss in chunks
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 61 * 7, 61 * 23, 61 * 24])
 @pytest.mark.parametrize("settings", [DENSE, SPARSE, dict(DENSE, tie_embeddings=True)], ids=["dense", "moe", "tied"])
-def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once, monkeypatch):
+def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once):
     model = make_model(**settings, lb_loss_weight=0.0, z_loss_weight=0.0)
     idx, targets = tokens(settings), tokens(settings, seed=2)
     plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
-    monkeypatch.setattr(M, "LOGITS_AT_ONCE", at_once)
+    model.logits_at_once = at_once
     logits, loss = model(idx, targets, return_logits=False)
     assert logits is None
     assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
+    with torch.no_grad():
+        assert model(idx, targets, return_logits=False)[1].item() == pytest.approx(plain.item(), abs=1e-12)
     for got, want in zip(gradients(model, loss), gradients(model, plain)):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -465,30 +503,83 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_complete_logits_never_exist_when_the_loss_runs_in_chunks(monkeypatch):
+def test_complete_logits_never_exist_when_the_loss_runs_in_chunks():
     settings = dict(DENSE, vocab_size=200, n_embd=8, n_head=2)       # B T V = 24 * 200, the head itself is only 8 * 200
     model, idx = make_model(torch.float32, **settings), tokens(settings)
     with Largest() as seen:
         model(idx, idx)[1].backward()
     assert seen.numel == 24 * 200, "as one piece they do exist: the recorder sees them"
-    monkeypatch.setattr(M, "LOGITS_AT_ONCE", 5 * 200)
+    model.logits_at_once = 5 * 200
     with Largest() as seen:
         model(idx, idx, return_logits=False)[1].backward()
     assert seen.numel == 8 * 200, "the largest is the head's own gradient, above a chunk of 5 rows"
 
 
-def test_no_chunk_of_logits_is_kept_for_the_backward_pass(monkeypatch):
+class Products(TorchDispatchMode):
+    """Counts the matrix products that have a vocabulary of 200 among their sizes, forward and backward."""
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
+            a, b = args[-2:]
+            if 200 in (*a.shape, *b.shape):
+                self.flops += 2 * a.size(0) * a.size(1) * b.size(1)
+        return out
+
+
+@pytest.mark.parametrize("at_once", [0, 5 * 200])
+def test_the_loss_takes_three_products_and_without_gradients_one(at_once):
+    settings = dict(DENSE, vocab_size=200)
+    model, idx = make_model(torch.float32, **settings), tokens(settings)
+    model.logits_at_once = at_once
+    one = 2 * idx.numel() * settings["n_embd"] * 200
+    with Products() as seen:
+        model(idx, idx, return_logits=False)[1].backward()
+    assert seen.flops == 3 * one
+    with torch.no_grad(), Products() as seen:
+        model(idx, idx, return_logits=False)
+    assert seen.flops == one
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
     settings = dict(DENSE, vocab_size=200)
     model, idx, kept = make_model(torch.float32, **settings), tokens(settings), []
 
-    def widths_kept() -> bool:
+    def logits_kept(loss_of) -> bool:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-            model(idx, idx, return_logits=False)
-        return any(200 in shape for shape in kept)
-    assert widths_kept(), "as one piece they are: the recorder sees them"
-    monkeypatch.setattr(M, "LOGITS_AT_ONCE", 5 * 200)
-    assert not widths_kept() and kept
+            loss_of()
+        return any(shape[-1:] == (200,) for shape in kept)
+    assert logits_kept(lambda: F.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten())), "the recorder sees them"
+    assert not logits_kept(lambda: model(idx, idx, return_logits=False)) and kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_one(dtype):
+    """Nearer, if anything: the gradient of the matrix is added up in float32 and not in bfloat16."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(32, 200, bias=False)
+    x, targets = torch.randn(2, 40, 32), torch.randint(200, (2, 40))
+
+    def slopes(loss_of, autocast: bool):
+        x_, W = x.clone().requires_grad_(), head.weight.detach().clone().requires_grad_()
+        if not autocast:
+            x_, W = x.double().requires_grad_(), head.weight.detach().double().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=autocast and dtype == torch.bfloat16):
+            loss = loss_of(x_, W)
+        return loss, *torch.autograd.grad(loss, (x_, W))
+
+    def plain(x, W):
+        return F.cross_entropy((x @ W.T).flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), targets.flatten())
+
+    def ours(x, W):
+        return M.CrossEntropy.apply(x.flatten(0, 1), W, targets.flatten(), 7) / targets.numel()
+
+    truth = slopes(plain, autocast=False)
+    for got, usual, want in zip(slopes(ours, True), slopes(plain, True), truth):
+        error, usual_error = (got - want).abs().max(), (usual - want).abs().max()
+        assert error <= 1.2 * usual_error + 1e-7
 
 
 def test_logits_come_back_without_targets_whatever_return_logits_says():
@@ -561,13 +652,18 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
 
     settings = DENSE | extra
     model, idx = make_model(torch.float32, **settings), tokens(settings, T=8)
-    told = {torch.ops.depth.grouped_mm: product, torch.ops.depth.grouped_mm_weight: product}
+    def added(_: tuple, a: tuple, b: tuple, **__) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    told = {torch.ops.depth.grouped_mm: product, torch.ops.depth.grouped_mm_weight: product,
+            torch.ops.aten.addmm_: added}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=told) as forward:
         loss = model(idx, idx, return_logits=False)[1]           # or the head runs twice
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=told) as backward:
         loss.backward()
-    assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(forward.get_total_flops(), rel=0.01)
     both = forward.get_total_flops() + backward.get_total_flops()
+    early = 2 * 2 * idx.numel() * settings["n_embd"] * settings["vocab_size"]      # the loss takes its gradients at once
+    assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(forward.get_total_flops() - early, rel=0.01)
     assert model.flops_per_token(8) * idx.numel() == pytest.approx(both, rel=0.01)
     assert model.flops_per_token() == model.flops_per_token(12), "the default is a full context"
 

@@ -578,7 +578,7 @@ def test_a_damaged_corpus_is_one_line(launch, corpus, tmp_path, what, ranks, nam
 # name -> settings, the compiler's backend (without code generation, which would take most of a minute), and how many
 # graphs there are after steps 1 and 2 (the first with statistics), after the validation that follows, after later steps
 COMPILED = {
-    "ddp": (MOE | {"parallel": "ddp"}, "aot_eager", [1, 2, 3, 3, 3, 3]),
+    "ddp": (MOE | {"parallel": "ddp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),
     "fsdp": (MOE | {"parallel": "fsdp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),       # a block at a time, all blocks alike
     "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 12}, "eager", [12, 12, 24, 24, 24, 24]),     # no two
 }

@@ -181,9 +181,9 @@ def test_loglikelihoods_equal_those_of_one_token_at_a_time(kind, dtype, toleranc
     pairs, exact = make_pairs(), model_of(kind)
     want = [one_token_at_a_time(exact, *pair) for pair in pairs]
     model = model_of(kind, dtype)
-    for tokens_at_once, logits_at_once in ((4096, 2**26), (60, 7 * V), (1, 1)):         # one batch, some, a row each
+    for tokens_at_once, at_once in ((4096, 2**26), (60, 7 * V), (1, 1)):         # one batch, some, a row each
         monkeypatch.setattr(probe, "TOKENS_AT_ONCE", tokens_at_once)
-        monkeypatch.setattr(probe, "LOGITS_AT_ONCE", logits_at_once)
+        monkeypatch.setattr(probe, "logits_at_once", lambda device: at_once)
         got, cut = loglikelihoods(model, pairs)
         assert got == pytest.approx(want, abs=tolerance, rel=tolerance)
         assert cut == sum(len(a) + len(b) > LIMIT + 1 for a, b in pairs) == 10

@@ -4,6 +4,7 @@
     python -m pytest -q tests/test_train.py -k "compile"       # the slow ones
 """
 import ast
+import gc
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import weakref
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +135,33 @@ def spy_on_steps(monkeypatch, look):
         return optimizer
     monkeypatch.setattr(train, "make_optimizer", make_and_watch)
     return seen
+
+
+def test_two_checkpoints_are_never_in_memory_at_once(begin, monkeypatch):
+    """Of a large model each takes 12 bytes per parameter of the host's memory."""
+    alive, taken, snapshot = [], [], train.snapshot
+
+    def watched(*args):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in taken))
+        saved = snapshot(*args)
+        taken.extend(weakref.ref(w) for w in saved["model"].values())
+        return saved
+    monkeypatch.setattr(train, "snapshot", watched)
+    begin(**TINY | dict(max_steps=4, save_interval=1))
+    assert alive == [0, 0, 0, 0] and len(taken) > 4
+
+
+@pytest.mark.parametrize("card, tera", [
+    ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
+    ("AMD Instinct MI300X", 1307), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None)])
+def test_the_peak_of_a_card_is_its_data_sheets_and_of_others_measured(card, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(train, "gemm_rate", lambda *_: 1.0)
+    cuda = torch.device("cuda", 0)
+    assert train.peak_flops(cuda, torch.bfloat16) == (tera * 1e12 if tera else 1.0)
+    assert train.peak_flops(cuda, torch.float32) == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
