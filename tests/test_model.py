@@ -455,7 +455,8 @@ def test_tokens_go_to_experts_and_back_without_atomic_sums(dtype):
         y, _ = moe(x)
     with Names() as seen:
         y.sum().backward()
-    assert seen.names & {"index_select", "index"} and not seen.names & {"index_add", "index_add_", "index_put", "scatter_add"}
+    assert "index_select" in seen.names
+    assert not seen.names & {"index_add", "index_add_", "index_put", "scatter_add"}
     assert ("_grouped_mm" in seen.names) == (dtype == torch.bfloat16), "in bfloat16 inductor is to see it"
 
 
@@ -571,7 +572,7 @@ def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_one(dtype):
         return loss, *torch.autograd.grad(loss, (x_, W))
 
     def plain(x, W):
-        return F.cross_entropy((x @ W.T).flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32)), targets.flatten())
+        return F.cross_entropy(M.wide(x @ W.T).flatten(0, 1), targets.flatten())
 
     def ours(x, W):
         return M.CrossEntropy.apply(x.flatten(0, 1), W, targets.flatten(), 7) / targets.numel()
@@ -662,8 +663,9 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=told) as backward:
         loss.backward()
     both = forward.get_total_flops() + backward.get_total_flops()
-    early = 2 * 2 * idx.numel() * settings["n_embd"] * settings["vocab_size"]      # the loss takes its gradients at once
-    assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(forward.get_total_flops() - early, rel=0.01)
+    gradients = 2 * 2 * idx.numel() * settings["n_embd"] * settings["vocab_size"]      # which the loss takes at once
+    only_forward = forward.get_total_flops() - gradients
+    assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(only_forward, rel=0.01)
     assert model.flops_per_token(8) * idx.numel() == pytest.approx(both, rel=0.01)
     assert model.flops_per_token() == model.flops_per_token(12), "the default is a full context"
 

@@ -155,7 +155,8 @@ def test_two_checkpoints_are_never_in_memory_at_once(begin, monkeypatch):
 @pytest.mark.parametrize("card, tera", [
     ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
     ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
-    ("AMD Instinct MI300X", 1307), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None)])
+    ("AMD Instinct MI300X", 1307), ("NVIDIA A10G", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None)])
 def test_the_peak_of_a_card_is_its_data_sheets_and_of_others_measured(card, tera, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     monkeypatch.setattr(train, "gemm_rate", lambda *_: 1.0)
