@@ -1429,6 +1429,14 @@ def need(package: str, purpose: str) -> Any:
     except ImportError as e:
         raise UserError(f"{purpose} needs {package}: pip install {package.split('.')[0]}") from e
 
+def choose_device(asked: str) -> torch.device:
+    """Where to compute; auto: the accelerator that torch sees, else the CPU. UserError for one that
+    it does not see."""
+    seen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    check(asked in ("auto", "cpu", seen.type),
+          f"--device={asked}: torch sees none here, use --device={seen.type}")
+    return torch.device("cpu") if asked == "cpu" else seen
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C is status
     130."""
