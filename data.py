@@ -60,6 +60,7 @@ DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: one
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has to do so much again
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
+CLASS_BOS = {"LlamaTokenizer": "<s>", "GPT2Tokenizer": EOT, "GPTNeoXTokenizer": EOT}   # transformers'
 METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
@@ -720,6 +721,9 @@ def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
     inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
     inner.add_special_tokens([token for token in special if token not in there])
+    default = CLASS_BOS.get(str(said.get("tokenizer_class")).removesuffix("Fast"), "")
+    if "bos_token" not in said and inner.token_to_id(default) is not None:
+        roles["bos_token"] = default
     return {role: inner.token_to_id(token) for role, token in roles.items()}
 
 def read_json(file: Path) -> dict[str, Any]:
