@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import (METRICS, Corpus, Parser, Task, copy_tokenizer, documents, export, get_tokenizer,
-                  load_model, read_tasks, run, same_tokenizer, save_checkpoint, write_json)
+from data import (METRICS, Corpus, Parser, Task, choose_device, copy_tokenizer, documents, export,
+                  get_tokenizer, load_model, read_tasks, run, same_tokenizer, save_checkpoint,
+                  write_json)
 from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
                    token_variance, wide)
 
@@ -93,6 +94,7 @@ class Run:
     where: str = ""
     micro_batch: str = ""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    totals: list[Tensor] = field(default_factory=list)       # what `sums` has handed out
 
     def __post_init__(self) -> None:
         self.n, self.d = len(self.blocks), self.model.config.n_embd
@@ -102,13 +104,19 @@ class Run:
         self.predictions = B * (T - 1)                        # and so many losses
         self.dense = not self.model.config.n_experts
 
+    def sums(self, *shape: int) -> Tensor:
+        """Zeros to add to, micro-batch by micro-batch: float64 on the CPU."""
+        self.totals.append(torch.zeros(shape, dtype=torch.float64))
+        return self.totals[-1]
+
     def tick(self) -> None:
         """Say where the measurement is; what takes long calls it now and then."""
         self.progress(f"{self.where}, {self.micro_batch}")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the seconds of what is done inside to `name`."""
+        """Count the seconds of what is done inside to `name`; a GPU's, where its results are waited
+        for."""
         self.where = name
         self.tick()
         begun = time.perf_counter()
@@ -133,23 +141,28 @@ class Experiment(NamedTuple):
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
-def zeros(*shape: int) -> Tensor:
-    """Sums over tokens are float64 on the CPU."""
-    return torch.zeros(shape, dtype=torch.float64)
+# Sums over the tokens of one micro-batch stay on its device: asking a GPU for each number would keep
+# it waiting. `exact` takes them to the CPU together, where `Run.sums` adds them up in float64.
 
-def exact(x: Any) -> Tensor:
-    """Numbers, tensors and lists of them in float64 on the CPU."""
-    if isinstance(x, list) and x:
-        return torch.stack([exact(y) for y in x])
-    return torch.as_tensor(x, dtype=torch.float64, device="cpu")
+def exact(x: Tensor | list[Tensor]) -> Tensor:
+    """A tensor, or several of one shape stacked, in float64 on the CPU: once per micro-batch and sum,
+    not per intervention."""
+    if isinstance(x, list):
+        x = torch.stack(x) if x else torch.zeros(0)
+    return x.cpu().double()
 
-def nll(model: GPT, x: Tensor, idx: Tensor, layers: Sequence[Layer] = ()) -> float:
-    """Sum over the B (T - 1) predictions of -log p in nats when the stream x (B, T, d) goes on
+def finest(device: torch.device) -> torch.dtype:
+    """float64, on a device that has it: Apple's GPUs have not."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+
+def nll(model: GPT, x: Tensor, idx: Tensor, layers: Sequence[Layer] = ()) -> Tensor:
+    """Sum over the B (T - 1) predictions of -log p in nats, (), when the stream x (B, T, d) goes on
     through the layers."""
     for layer in layers:
         x = layer(x)
     targets = idx[:, 1:]
-    return cross_entropy(model.head, model.norm(x[:, :-1]), targets).item() * targets.numel()
+    mean = cross_entropy(model.head, model.norm(x[:, :-1]), targets)
+    return mean.to(finest(x.device)) * targets.numel()
 
 def streams_of(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     """The stream x (B, T, d) and what it becomes after each of the layers."""
@@ -166,7 +179,7 @@ def variance(run: Run) -> Questions:
 
     The mean over tokens of the unbiased variance over the d features.
     """
-    streams, attn, ffn = zeros(run.n + 1), zeros(run.n), zeros(run.n)
+    streams, attn, ffn = run.sums(run.n + 1), run.sums(run.n), run.sums(run.n)
     while p := (yield):
         tokens = p.idx.numel()
         streams += exact([token_variance(x) for x in p.h]) * tokens
@@ -194,26 +207,29 @@ def causal(run: Run) -> Questions:
     block s: a ratio of means, not a mean of ratios. How the paper aggregates is not known;
     causal_mean is the mean over all s < l.
     """
-    changed, update = zeros(run.n, run.n), zeros(run.n)
+    changed, update = run.sums(run.n, run.n), run.sums(run.n)
     while p := (yield):
-        update += update_norms(p.h)
+        update += exact(update_norms(p.h))
+        rows = []
         for s in range(run.n):
             g = yield "without", s
-            changed[s] += causal_row(p.h, g, s)
+            rows.append(causal_row(p.h, g, s))
+        changed += exact(rows)
     C = changed / update.clamp_min(1e-300)
     return {"causal": C, "causal_mean": C.sum() / max(1, run.n * (run.n - 1) // 2)}
 
-def update_norms(streams: Sequence[Tensor]) -> Tensor:
-    """Norm of each step from one stream to the next, summed over tokens: (n,)."""
+def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
+    """Norm of each step from one stream to the next, summed over tokens: n tensors ()."""
     steps = [wide(y - x) for x, y in pairwise(streams)]
-    return exact([torch.linalg.vector_norm(step, dim=-1).sum() for step in steps])
+    return [torch.linalg.vector_norm(step, dim=-1).sum() for step in steps]
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> Tensor:
     """The numerators of C[s, l] for the blocks l, 0 up to s: (n,). h, g: the streams with and
     without block s."""
     missing = [x - y for x, y in zip(h[s + 1:], g[s + 1:])]      # whose steps are the updates' changes
-    row = zeros(len(h) - 1)
-    row[s + 1:s + len(missing)] = update_norms(missing)
+    row = wide(h[0].new_zeros(len(h) - 1))
+    for l, norm in enumerate(update_norms(missing), s + 1):
+        row[l] = norm
     return row
 
 def later_means(C: Sequence[Sequence[float]]) -> list[float]:
@@ -233,14 +249,17 @@ def permutation(run: Run) -> Questions:
     every_pair = list(combinations(range(run.n), 2))
     drawn = np.random.default_rng(run.seed).permutation(len(every_pair))[:run.pairs or None]
     chosen = [every_pair[k] for k in drawn]
-    loss, swapped_losses = 0.0, zeros(len(chosen))
+    loss, swapped_losses = run.sums(), run.sums(len(chosen))
     while p := (yield):
         loss += p.loss
-        for k, (i, j) in enumerate(chosen):
+        losses = []
+        for i, j in chosen:
             run.tick()
-            swapped_losses[k] += nll(run.model, p.h[i], p.idx, swapped(run.blocks, i, j)[i:])
+            losses.append(nll(run.model, p.h[i], p.idx, swapped(run.blocks, i, j)[i:]))
+        swapped_losses += exact(losses)
     change = (swapped_losses / loss - 1).abs()
-    P = zeros(run.n, run.n).fill_(math.nan).fill_diagonal_(0.0)          # nan: not sampled
+    P = torch.full((run.n, run.n), math.nan, dtype=torch.float64)        # nan: not sampled
+    P.fill_diagonal_(0.0)
     for (i, j), x in zip(chosen, change):
         P[i, j] = P[j, i] = x
     out = {"permutation": P, "permutation_mean": change.sum() / max(1, len(chosen)),
@@ -277,8 +296,8 @@ def usefulness(run: Run) -> Questions:
     Fitted and judged on all tokens, as in the paper; held out: fitted on the first half, judged on
     the second.
     """
-    loss, mapped = 0.0, zeros(run.n)
-    heldout_loss, heldout_mapped = 0.0, zeros(run.n)
+    loss, mapped = run.sums(), run.sums(run.n)
+    heldout_loss, heldout_mapped = run.sums(), run.sums(run.n)
     while p := (yield):
         loss += p.loss
         mapped += losses_with_maps(run, p, run.maps)
@@ -296,7 +315,7 @@ def losses_with_maps(run: Run, p: Pass, maps: Sequence[Map]) -> Tensor:
     for l, (W, b) in enumerate(maps):
         run.tick()
         x = p.h[l]
-        losses.append(nll(run.model, x @ W.to(x) + b.to(x), p.idx, run.blocks[l + 1:]))
+        losses.append(nll(run.model, x @ W + b, p.idx, run.blocks[l + 1:]))
     return exact(losses)
 
 def usefulness_scores(ratio: Tensor, fitted_on: int, d: int) -> dict[str, Any]:
@@ -308,6 +327,11 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
     """All that the regression of y on (x, 1) needs, summed over tokens: (d + 1, d + 1 + d), float64."""
     x = F.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)                # (B T, d + 1): 1 for the bias
     return torch.cat((x.T @ x, x.T @ y.flatten(0, 1).double()), dim=1)
+
+def add_moments(sums: Sequence[Tensor], streams: Sequence[Tensor]) -> None:
+    """Add the moments of each step from one stream to the next to its sum, on the CPU."""
+    for total, (x, y) in zip(sums, pairwise(streams), strict=True):
+        total += moments(x, y).cpu()
 
 def affine_map(moments: Tensor) -> Map:
     """The least-squares W (d, d) and b (d,) of y = x W + b from summed `moments`.
@@ -352,30 +376,33 @@ def released(run: Run) -> Questions:
     record, so that the later g are read one place early.
     """
     n, last = run.n, run.n - 1
-    loss, mapped, update = 0.0, zeros(n), zeros(n)
-    changed, variances = zeros(n, n), zeros(n + 1)
-    J, J_recorded = [zeros() for _ in range(n)], zeros(run.d, run.d)
+    loss, mapped, update = run.sums(), run.sums(n), run.sums(n)
+    changed, variances = run.sums(n, n), run.sums(n + 1)
+    J, J_recorded = {}, run.sums(run.d, run.d)
     while p := (yield):
         h = recorded(run, p.h)                                                    # 2
         loss += p.loss
-        update += update_norms(h)
+        update += exact(update_norms(h))
         variances += exact([token_variance(x) for x in h]) * p.idx.numel()
         for l in range(n):
             J[l] = yield "jacobian", l
         if run.dense and p.few:
             def last_block(x: Tensor) -> Tensor:
                 return run.model.norm(run.blocks[last](x))                        # 2
-            J_recorded += jacobian_sum(last_block, p.h[last][:p.few])
+            J_recorded += exact(jacobian_sum(last_block, p.h[last][:p.few]))
+        rows, losses = [], []
         for s in range(n):
             g = recorded(run, (yield "without", s))                               # 2
             if run.dense:
                 del g[s + 1]                   # 3; the last block has none: C[s, last] = 0
-            changed[s] += causal_row(h, g, s)
+            rows.append(causal_row(h, g, s))
             g.clear()                          # a list of its own: its streams must not outlive the question
             W, b = run.recorded_map if s == last else run.maps[s]                 # 2
             x = h[s]
-            x = x @ W.T.to(x) + b.to(x)                                           # 1
-            mapped[s] += nll(run.model, x, p.idx, run.blocks[s + 1:])
+            x = x @ W.T + b                                                       # 1
+            losses.append(nll(run.model, x, p.idx, run.blocks[s + 1:]))
+        changed += exact(rows)
+        mapped += exact(losses)
         h.clear()                              # nor these the micro-batch
     if run.dense:
         J[last] = J_recorded
@@ -411,29 +438,32 @@ def removal(run: Run) -> Questions:
     Block influence is 1 - cosine of a block's input and output, mean over tokens (ShortGPT, arXiv
     2403.03853).
     """
-    losses = {str(length): zeros(run.n - length + 1) for length in sorted(set(run.remove))}
+    losses = {str(length): run.sums(run.n - length + 1) for length in sorted(set(run.remove))}
     if run.sublayers:
-        losses |= {"attn": zeros(run.n), "ffn": zeros(run.n)}
-    influence = zeros(run.n)
+        losses |= {"attn": run.sums(run.n), "ffn": run.sums(run.n)}
+    influence = run.sums(run.n)
     while p := (yield):
         cosines = [F.cosine_similarity(wide(x), wide(y), dim=-1) for x, y in pairwise(p.h)]
         influence += exact([(1 - cosine).sum() for cosine in cosines])
+        found = {what: [] for what in losses}
         for s in range(run.n):
             if 1 in run.remove:
                 g = yield "without", s
-                losses["1"][s] += nll(run.model, g[run.n], p.idx)
+                found["1"].append(nll(run.model, g[run.n], p.idx))
         for length in set(run.remove) - {1}:
             for s in range(run.n - length + 1):
                 run.tick()
-                losses[str(length)][s] += nll(run.model, p.h[s], p.idx, run.blocks[s + length:])
+                found[str(length)].append(nll(run.model, p.h[s], p.idx, run.blocks[s + length:]))
         if run.sublayers:
-            for l, (only_ffn, only_attn) in enumerate(sublayers_alone(run, p)):
-                losses["attn"][l] += only_ffn
-                losses["ffn"][l] += only_attn
+            for only_ffn, only_attn in sublayers_alone(run, p):
+                found["attn"].append(only_ffn)
+                found["ffn"].append(only_attn)
+        for what in losses:
+            losses[what] += exact(found[what])
     return {"removal": {what: total / run.predictions for what, total in losses.items()},
             "block_influence": influence / run.positions}
 
-def sublayers_alone(run: Run, p: Pass) -> Iterator[tuple[float, float]]:
+def sublayers_alone(run: Run, p: Pass) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each block -log p summed over the predictions without its attention, and without its FFN."""
     for l, (block, x, did) in enumerate(zip(run.blocks, p.h, p.details)):
         run.tick()
@@ -462,7 +492,7 @@ def jacobian(run: Run) -> Questions:
     J_l = d h_{l+1} / d h_l, summed over output positions, averaged over sequences and input
     positions.
     """
-    J = [zeros() for _ in range(run.n)]
+    J = {}
     while (yield):
         for l in range(run.n):
             J[l] = yield "jacobian", l
@@ -477,17 +507,17 @@ def jacobian_sum(f: Layer, x: Tensor) -> Tensor:
         y = wide(f(x)).sum((0, 1))                                        # (d,)
         for y_a in y:       # a backward pass each: batching them gains nothing, they are bound by FLOPs
             gradient, = torch.autograd.grad(y_a, x, retain_graph=True)
-            rows.append(gradient.sum((0, 1), dtype=torch.float64))
-    return exact(rows)
+            rows.append(gradient.sum((0, 1), dtype=finest(x.device)))
+    return torch.stack(rows)
 
-def jacobian_scores(run: Run, sums: Sequence[Tensor]) -> dict[str, list[float]]:
-    """The scores of the blocks' Jacobians (d, d), which were summed over the sample's sequences and
-    positions."""
+def jacobian_scores(run: Run, sums: dict[int, Tensor]) -> dict[str, list[float]]:
+    """The scores of the blocks' Jacobians (d, d), by block, which were summed over the sample's
+    sequences and positions."""
     positions = min(run.jacobian_samples, len(run.tokens)) * run.tokens.size(1)
     scores: dict[str, list[float]] = defaultdict(list)
     norm = torch.linalg.matrix_norm
-    for J in sums:
-        J = J / positions
+    for l in range(run.n):
+        J = sums[l] / positions
         d, diagonal = len(J), J.diagonal()
         off_diagonal = J - diagonal.diag()
         scores["deviation"].append(norm(J - torch.eye(d)).item() / d)
@@ -509,9 +539,9 @@ EXPERIMENTS["jacobian"] = Experiment(
 # ---- what the streams say, and what blocks add ---------------------------------------------------
 def lens(run: Run) -> Questions:
     """Read the answer off every stream, as if the model ended there.  (after arXiv 2505.13898)"""
-    sums = zeros(run.n + 1, 3)
+    sums = run.sums(run.n + 1, 3)
     while p := (yield):
-        sums += lens_sums(run.model, p.h, p.idx)
+        sums += exact(lens_sums(run.model, p.h, p.idx))
     kl, loss, overlap = sums.T
     return {"lens": {"kl": kl / run.positions, "loss": loss / run.predictions,
                      "top5_overlap": overlap / run.positions}}
@@ -521,7 +551,7 @@ def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
     log-likelihood, and the share of the model's 5 likeliest tokens that are among the stream's 5
     likeliest."""
     k = min(5, model.config.vocab_size)
-    sums = zeros(len(streams), 3)
+    sums = torch.zeros(len(streams), 3, dtype=finest(idx.device), device=idx.device)
     for i, targets in enumerate(idx[:, 1:, None]):                        # one sequence's logits, (T, V)
         own = wide(model.head(model.norm(streams[-1][i]))).log_softmax(-1)
         top = own.topk(k).indices
@@ -530,7 +560,7 @@ def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
             kl = (own.exp() * (own - q)).sum()
             loss = -q[:-1].gather(1, targets).sum()
             shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum()
-            sums[l] += exact([kl, loss, shared.double() / k])
+            sums[l] += torch.stack([kl, loss, shared.to(kl.dtype) / k])
     return sums
 
 EXPERIMENTS["lens"] = Experiment(
@@ -544,7 +574,7 @@ EXPERIMENTS["lens"] = Experiment(
 def contribution(run: Run) -> Questions:
     """How large is what attention and FFN add, and does it point where the stream points?  (after
     arXiv 2505.13898)"""
-    sums = zeros(run.n, 4)
+    sums = run.sums(run.n, 4)
     while p := (yield):
         sums += exact([contribution_sums(x, did) for x, did in zip(p.h, p.details)])
     names = ("attn_ratio", "ffn_ratio", "attn_cosine", "ffn_cosine")
@@ -555,10 +585,10 @@ def contribution_sums(x: Tensor, did: Detail) -> Tensor:
     (4,), over tokens."""
     before_ffn = wide(x + did.attn)
     x, attn, ffn = wide(x), wide(did.attn), wide(did.ffn)
-    return exact([(attn.norm(dim=-1) / x.norm(dim=-1)).sum(),
-                  (ffn.norm(dim=-1) / before_ffn.norm(dim=-1)).sum(),
-                  F.cosine_similarity(x, attn, dim=-1).sum(),
-                  F.cosine_similarity(before_ffn, ffn, dim=-1).sum()])
+    return torch.stack([(attn.norm(dim=-1) / x.norm(dim=-1)).sum(),
+                        (ffn.norm(dim=-1) / before_ffn.norm(dim=-1)).sum(),
+                        F.cosine_similarity(x, attn, dim=-1).sum(),
+                        F.cosine_similarity(before_ffn, ffn, dim=-1).sum()])
 
 EXPERIMENTS["contribution"] = Experiment(
     contribution,
@@ -576,7 +606,7 @@ def sparsity(run: Run) -> Questions:
     effectively attends to (perplexity / visible keys).
     """
     c = run.model.config
-    attention, load = zeros(run.n, 3), zeros(run.n, c.n_experts)
+    attention, load = run.sums(run.n, 3), run.sums(run.n, c.n_experts)
     while p := (yield):
         attention += exact(p.attention)
         if c.n_experts:
@@ -599,11 +629,11 @@ def weight_sparsity(run: Run) -> dict[str, dict[str, list[float]]]:
         for name, w in block.named_parameters():
             if w.dim() > 1:
                 kind = weights[name.removesuffix(".weight")]
-                w = w.double().abs()
-                near_zero = w < run.below * run.model.config.init_std
-                root = math.sqrt(w.numel())
-                ratio = (w.sum() / w.norm().clamp_min(1e-300)).item()        # from 1 to root
-                kind["below"].append(near_zero.double().mean().item())
+                w = w.to(finest(w.device)).abs()
+                near_zero = (w < run.below * run.model.config.init_std).to(w.dtype)
+                total, norm, below = exact([w.sum(), w.norm(), near_zero.mean()]).tolist()
+                root, ratio = math.sqrt(w.numel()), total / max(norm, 1e-300)    # from 1 to root
+                kind["below"].append(below)
                 kind["hoyer"].append((root - ratio) / (root - 1))
     return dict(weights)
 
@@ -650,7 +680,7 @@ def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
     check(len(calls) > 0,
           "sparsity: this attention does not go through torch's scaled_dot_product_attention, so its "
           "probabilities are not seen: leave sparsity out of --only")
-    sums = zeros(3)
+    sums = []
     for args, kwargs in calls:
         for p, visible in attention_probabilities(*args, **kwargs):      # one sequence at a time
             p = p[:, 1:]                                                  # (n_head, T - 1, keys)
@@ -659,8 +689,8 @@ def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
             needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
             relative = entropy / keys.log().clamp_min(1e-30)              # of one key: 0
             values = (relative, needed / keys, entropy.exp() / keys)
-            sums += exact([value.mean(0).sum() for value in values]) / len(calls)
-    return sums
+            sums.append(torch.stack([value.mean(0).sum() for value in values]))
+    return torch.stack(sums).to(finest(sums[0].device)).sum(0) / len(calls)
 
 EXPERIMENTS["sparsity"] = Experiment(
     sparsity,
@@ -693,7 +723,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
         next(experiment)                           # up to where it waits for a micro-batch
     fit = any(EXPERIMENTS[name].fits for name in names)
     watch = any(EXPERIMENTS[name].watches for name in names)
-    loss = 0.0
+    loss = run.sums()
     for p in passes(run, fit, watch):
         loss += p.loss
         asked = {}                                 # of each experiment its question; None: it is done
@@ -711,7 +741,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
                 answer.clear()                     # experiments may keep the list, not its streams
         p.h.clear()
         p.details.clear()
-    result = {"loss": loss / run.predictions}
+    result = {"loss": plain(loss / run.predictions)}
     for name, experiment in running.items():
         part = plain(result_of(name, experiment))
         taken = part.keys() & {"seconds", *result}
@@ -759,7 +789,7 @@ def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
             else:
                 h, details, attention = first
                 first = None
-            loss = nll(run.model, h[run.n], idx)
+            loss = nll(run.model, h[run.n], idx).item()
         few = min(max(run.jacobian_samples - start, 0), len(idx))
         yield Pass(idx, h, details, loss, start >= run.half, few, number, attention)
 
@@ -779,23 +809,33 @@ def forward(run: Run, idx: Tensor, watch: bool) -> Forward:
     return streams, details, attention
 
 def fit_maps(run: Run, bounds: Sequence[tuple[int, int]], watch: bool) -> Forward:
-    """Fit the affine maps of the run, the last micro-batch first; returns the first one's pass."""
-    nothing = torch.zeros(run.d + 1, 2 * run.d + 1, dtype=torch.float64, device=run.tokens.device)
+    """Fit the affine maps of the run, the last micro-batch first; returns the first one's pass.
+
+    The sums lie on the CPU, 2 n + 1 of them: 17.5 GB for d = 4096 and n = 32. Least squares need
+    float64: where the device has none, the CPU multiplies as well.
+    """
+    weight = run.model.embed.weight
+    device = weight.device if finest(weight.device) == torch.float64 else torch.device("cpu")
+    nothing = torch.zeros(run.d + 1, 2 * run.d + 1, dtype=torch.float64)
     first_half = [nothing.clone() for _ in range(run.n)]
     second_half = [nothing.clone() for _ in range(run.n)]
     to_recorded = nothing.clone()
+
+    def solved(moments: Tensor) -> Map:
+        W, b = affine_map(moments.to(device))
+        return W.to(weight.dtype).to(weight.device), b.to(weight.dtype).to(weight.device)
+
     for number, (start, end) in reversed(list(enumerate(bounds))):
         run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
         with run.stage("affine maps"):
             h = details = attention = None         # of the one before: not both at once
             h, details, attention = forward(run, run.tokens[start:end], watch and number == 0)
             half = second_half if start >= run.half else first_half
-            for l in range(run.n):
-                half[l] += moments(h[l], h[l + 1])
-            to_recorded += moments(h[run.n - 1], recorded(run, h)[-1])
-    run.half_maps = [affine_map(first) for first in first_half]
-    run.maps = [affine_map(first + second) for first, second in zip(first_half, second_half)]
-    run.recorded_map = affine_map(to_recorded)
+            add_moments(half, [x.to(device) for x in h])
+            add_moments([to_recorded], [x.to(device) for x in recorded(run, h)[-2:]])
+    run.half_maps = [solved(first) for first in first_half]
+    run.maps = [solved(first + second) for first, second in zip(first_half, second_half)]
+    run.recorded_map = solved(to_recorded)
     return h, details, attention
 
 def without(run: Run, p: Pass, s: int) -> list[Tensor]:
@@ -806,10 +846,10 @@ def jacobian_so_far(run: Run, p: Pass, l: int) -> Tensor:
     """The Jacobian of block l, summed over the sample up to this micro-batch: (d, d), kept once for
     all who ask."""
     if l not in run.jacobians:
-        run.jacobians[l] = zeros(run.d, run.d)
+        run.jacobians[l] = run.sums(run.d, run.d)
     if p.few and (p.number, l) not in run.counted:           # asked for twice, it still counts once
         run.counted.add((p.number, l))
-        run.jacobians[l] += jacobian_sum(run.blocks[l], p.h[l][:p.few])
+        run.jacobians[l] += exact(jacobian_sum(run.blocks[l], p.h[l][:p.few]))
     return run.jacobians[l]
 
 SHARED = {"jacobian": jacobian_so_far, "without": without}       # in the order in which to ask
@@ -962,11 +1002,14 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
         progress(f"tasks, {left} questions to go")
         x = packed_streams(model, batch, device)
         asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
-        requests = torch.tensor(asked, dtype=torch.long, device=device).view(-1, 4)
-        for part in requests.split(max(1, logits_at_once(device) // model.config.vocab_size)):
-            b, place, token, i = part.T
-            nats = F.cross_entropy(wide(model.head(model.norm(x[b, place]))), token, reduction="none")
-            out.index_add_(0, i.cpu(), -nats.double().cpu())
+        requests = torch.tensor(asked, dtype=torch.long).view(-1, 4)
+        nats = []
+        rows = max(1, logits_at_once(device) // model.config.vocab_size)
+        for part in requests[:, :3].to(device).split(rows):
+            b, place, token = part.T
+            logits = wide(model.head(model.norm(x[b, place])))
+            nats.append(F.cross_entropy(logits, token, reduction="none"))
+        out.index_add_(0, requests[:, 3], -exact(torch.cat(nats)))
     cut = sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
     scored = dict(zip(different, out.tolist()))
     return [scored[key] for key in keys], cut
@@ -1363,7 +1406,8 @@ def read_arguments() -> tuple[Any, str]:
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
     add("--only", default=",".join(EXPERIMENTS),
-        help="experiments, or tasks for --tasks alone (default: %(default)s)")
+        help="experiments, or tasks for --tasks alone; usefulness and released fit affine maps, which "
+             "takes 32 n_layer n_embd^2 bytes of the CPU's memory (default: %(default)s)")
     add("--data", help="prepared corpus, its validation split is used, or a text (default: the run's; "
                        "of a model without one Python's documentation)")
     add("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
@@ -1385,7 +1429,7 @@ def read_arguments() -> tuple[Any, str]:
     add("--temperature", type=float, default=0.8, help="of --sample; 0: always the likeliest (default 0.8)")
     add("--top_k", type=int, default=50, help="of --sample: draw among the likeliest k (default 50)")
     add("--export", metavar="DIR", help="write a Hugging Face folder")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     args = parser.parse_args()
     unset = object()                              # once more, to tell what is given from defaults
@@ -1423,8 +1467,9 @@ def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[s
 
 def main() -> None:
     args, does = read_arguments()
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
+    device = choose_device(args.device)
+    check(device.type != "mps" or args.dtype != "float64",
+          "--dtype=float64: Apple's GPUs have none, use --device=cpu")
     several = len(args.checkpoints) > 1
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
     check(not (several and args.save), "--save goes with one checkpoint")

@@ -378,7 +378,7 @@ def test_the_seconds_are_those_of_the_stages():
 
 def shrinking(run):
     """How much smaller is the last stream without a block? And the Jacobian's trace, to ask for both."""
-    whole, norms, J = 0.0, probe.zeros(run.n), [None] * run.n
+    whole, norms, J = run.sums(), run.sums(run.n), [None] * run.n
     while p := (yield):
         whole += p.h[run.n].norm(dim=-1).sum().item()
         for l in range(run.n):

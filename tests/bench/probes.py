@@ -30,7 +30,7 @@ def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], r
 
 
 @torch.no_grad()
-def naive_causal(model: GPT, tokens: Tensor) -> list[float]:
+def naive_causal(model: GPT, tokens: Tensor) -> list[Tensor]:
     """The causal numerators, and the loss without each block, which is returned: summed, in nats."""
     blocks = list(model.blocks)
     h = streams_of(blocks, model.embed(tokens))
@@ -44,7 +44,7 @@ def naive_causal(model: GPT, tokens: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def naive_permutation(model: GPT, tokens: Tensor) -> list[float]:
+def naive_permutation(model: GPT, tokens: Tensor) -> list[Tensor]:
     """The loss with each pair of blocks swapped: summed, in nats."""
     pairs = combinations(range(len(model.blocks)), 2)
     return [nll(model, model.embed(tokens), tokens, swapped(list(model.blocks), i, j)) for i, j in pairs]
