@@ -12,6 +12,7 @@ Every setting, with its default:
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import decimal
 import difflib
@@ -899,6 +900,7 @@ def pass_memory(c: TrainConfig, size: int, sharded: bool) -> int:
 def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     """The settings of a command line, and its switches: resume, overwrite, plan, gpus, mfu."""
     args, unknown = make_parser().parse_known_intermixed_args(argv)
+    args.configs = [os.path.expanduser(path) for path in args.configs]
     if unknown:
         kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
@@ -915,6 +917,9 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
         given = getattr(args, f.name)
         if given is not None:
             values[f.name] = typed(f.name, given, "command line")
+    for name in ("data", "out_dir", "init_from"):
+        if name in values:
+            values[name] = os.path.expanduser(values[name])
     if not values.get("out_dir"):
         name = Path(args.configs[-1]).stem if args.configs else "run"
         values["out_dir"] = f"out/{name}"
@@ -947,23 +952,43 @@ def make_parser() -> Parser:
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`.
 
-    Names that begin with _ are its own.
+    What it imports or defines to compute them, and names that begin with _, are its own.
     """
     if not path.is_file():
         there = " ".join(sorted(str(config) for config in path.parent.glob("*.py")))
         raise UserError(f"no config {path}; there are: {there}")
+    check(path.suffix == ".py", f"{path}: a config is a Python file, NAME.py, of assignments "
+                                "such as n_layer = 16")
     try:
+        check_assignments(path)
         assigned = runpy.run_path(str(path))
+    except UserError:
+        raise
     except (Exception, SystemExit) as e:         # whatever the file raises is a mistake in the file
         first_line = str(e).partition("\n")[0]
         raise UserError(f"{path}: {type(e).__name__}: {first_line}") from e
-    values = {name: value for name, value in assigned.items()
-              if not name.startswith("_") and not isinstance(value, ModuleType)}
+    values = {name: value for name, value in assigned.items() if not is_own(name, value)}
     base = values.pop("base", "")
     check(isinstance(base, str) and depth < 10,
           f"{path}: base={base!r} must name another config, and not in a circle")
-    inherited = read_config(path.parent / base, depth + 1) if base else {}
+    place = path.parent / os.path.expanduser(base)
+    inherited = read_config(place, depth + 1) if base else {}
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
+
+def check_assignments(path: Path) -> None:
+    """UserError for `name: value` in a config, which Python takes and which assigns nothing."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            name, value = ast.unparse(node.target), ast.unparse(node.annotation)
+            raise UserError(f"{path}, line {node.lineno}: `{name}: {value}` assigns nothing: "
+                            f"write {name} = {value}")
+
+def is_own(name: str, value: Any) -> bool:
+    """Is a name in a config no setting, but a tool to compute them: a module, a function, a _name?"""
+    of_future = type(value).__module__ == "__future__"
+    tool = callable(value) or isinstance(value, ModuleType) or of_future
+    meant = {"base", *(f.name for f in fields(TrainConfig))}
+    return name.startswith("_") or (tool and name not in meant)
 
 def kind_of(name: str, where: str) -> str:
     """The type of a setting, as TrainConfig says it. UserError, with the closest name, if none."""
@@ -971,6 +996,8 @@ def kind_of(name: str, where: str) -> str:
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]!r}?" if close else "."
+        if where != "command line":
+            hint += f" A name of the file's own begins with _, as _{name}."
         raise UserError(f"{where}: no setting {name!r}{hint} All of them: python train.py --help")
     return kinds[name]
 

@@ -260,6 +260,52 @@ def test_whatever_is_wrong_in_a_config_is_one_line_that_names_a_file(tmp_path, t
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text, assigned", [
+    ("max_steps: 3", "max_steps = 3"), ("if True:\n    n_layer: sixteen", "n_layer = sixteen"),
+    ("max_stepz: 3", "max_stepz = 3"),
+])
+def test_an_annotation_in_a_config_is_refused_with_the_assignment_that_was_meant(tmp_path, text, assigned):
+    with pytest.raises(UserError, match=f"c.py, line [12]: .* write {assigned}$"):
+        load_settings([write(tmp_path / "c.py", text)])
+
+
+@pytest.mark.parametrize("name, text", [("c.yaml", "n_layer: 3"), ("c.yml", "n_layer: 3"), ("c.json", '{"n_layer": 3}'),
+                                        ("c.toml", "n_layer = 3")])
+def test_a_config_of_another_format_is_refused(tmp_path, name, text):
+    with pytest.raises(UserError, match=f"{name}: a config is a Python file, NAME.py, .* n_layer = 16"):
+        load_settings([write(tmp_path / name, text)])
+
+
+@pytest.mark.parametrize("text", [
+    "import math\nmax_steps = int(math.sqrt(49))", "from math import sqrt\nmax_steps = int(sqrt(49))",
+    "def steps():\n    return 7\nmax_steps = steps()", "class Sizes:\n    steps = 7\nmax_steps = Sizes.steps",
+    "from __future__ import annotations\nmax_steps: int = 7", "from pathlib import Path\n_seven = 7\nmax_steps = _seven",
+], ids=lambda text: text.split("\n")[0])
+def test_a_config_may_import_and_define_what_computes_its_settings(tmp_path, text):
+    default = vars(load_settings(["--out_dir=x"])[0])
+    assert vars(load_settings([write(tmp_path / "c.py", text), "--out_dir=x"])[0]) == default | {"max_steps": 7}
+
+
+@pytest.mark.parametrize("text, name", [("import math as seed", "seed"), ("from os import path as data", "data"),
+                                        ("def base():\n    pass", "base"), ("from math import pi", "_pi"),
+                                        ("for i in range(3):\n    n_layer = i + 1", "_i")])
+def test_what_a_config_imports_is_refused_where_it_might_be_meant_as_a_setting(tmp_path, text, name):
+    with pytest.raises(UserError, match=rf"c.py: .*\b{name}\b"):
+        load_settings([write(tmp_path / "c.py", text)])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, begin):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    saved = begin() / "ckpt.pt"
+    write(tmp_path / "root.py", "data = '~/d'\ninit_from = '~/out/ckpt.pt'")
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs" / "c.py", "base = '~/root.py'")
+    c, args = load_settings(["~/configs/c.py", "--out_dir=~/o"])
+    assert (c.data, c.out_dir, c.init_from) == (str(tmp_path / "d"), str(tmp_path / "o"), str(saved))
+    assert args.configs == [str(tmp_path / "configs" / "c.py")]
+
+
 def test_a_config_leaves_the_globals_of_train_alone(tmp_path):
     # nanoGPT's configurator is an exec over globals: there, `learning_rate = 1` would replace the schedule's function.
     before = dict(vars(train))
