@@ -351,6 +351,7 @@ def cli(run_main):
 def scores(cli, checkpoint, *tasks, out=None):
     """The "tasks" of the probe.json that `--only tasks` writes."""
     out = out or checkpoint.parent / "out"
+    (out / "probe.json").unlink(missing_ok=True)                             # of other tasks
     status, said, err = cli(checkpoint, "--only", "tasks", "--out", out, "--tasks", *tasks)
     assert status == 0, err
     return json.loads((out / "probe.json").read_text())["tasks"]
