@@ -1045,7 +1045,7 @@ def measured(r: Result) -> list[Experiment]:
     return [experiment for name, experiment in EXPERIMENTS.items() if name in r]
 
 Columns = list[tuple[str, Sequence[float], str]]     # of each: name, the value of each block, meaning
-COLUMNS_AT_ONCE = 11                                 # of 10 characters: with the blocks' numbers 115
+COLUMNS_AT_ONCE = 10                                 # of 10 characters: with the blocks' numbers 105
 
 def block_table(r: Result, n: int) -> str:
     """One line per block, in as many tables as keep them short, and what their columns mean.
@@ -1258,10 +1258,10 @@ def heat(results: dict[str, Result], matrix_of: Callable[[Result], Sequence[Sequ
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
 USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
-                   "device dtype",
-        "drop": "save data samples length tokens seed device dtype",
-        "sample": "new_tokens temperature top_k seed device dtype",
-        "export": "",
+                   "device dtype tokenizer",
+        "drop": "save data samples length tokens seed device dtype tokenizer",
+        "sample": "new_tokens temperature top_k seed device dtype tokenizer",
+        "export": "tokenizer",
         "figures": "out"}
 
 def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, str]:
@@ -1354,6 +1354,10 @@ def sample(args: Any, model: GPT, saved: dict[str, Any]) -> None:
                     enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
     print(enc.decode(text[0].tolist()))
 
+# A short run at a tenth of train.py's peak learning rate, which would unlearn more than was lost:
+# measured, see README.
+HEALING = "--learning_rate=3e-4 --warmup_steps=20 --max_steps=200"
+
 def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> None:
     """--drop: choose the blocks, say what it costs, save the rest."""
     n, auto = len(model.blocks), args.drop.startswith("auto:")
@@ -1379,8 +1383,8 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
     pruned = probe(smaller, tokens, [])["loss"]
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; "
           f"loss {whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n"
-          f"train it on:  python train.py --init_from={target} --out_dir=out/pruned "
-          f"--data={saved['settings'].get('data', 'CORPUS')}")
+          f"train it on:  python train.py --init_from={target} --out_dir=out/healed "
+          f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
@@ -1563,7 +1567,7 @@ def read_arguments() -> tuple[Any, str]:
     check(len(asked) <= 1, f"--{' and --'.join(asked)}: one at a time")
     does = asked[0] if asked else "measure"
     for name in vars(args):
-        used = name in (does, "checkpoints", "tokenizer", *USES[does].split())
+        used = name in (does, "checkpoints", *USES[does].split())
         if not used and getattr(given, name) is not unset:
             owners = [other for other in USES if name in (other, *USES[other].split())]
             wanted = " or ".join("measuring" if other == "measure" else f"--{other}" for other in owners)
