@@ -20,7 +20,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 import time
@@ -1313,9 +1312,10 @@ def corpus_windows(folder: str, tokenizer: str, T: int) -> Windows:
           "give another --data")
     return corpus.n_windows("val", T), lambda i: corpus.read("val", i * T, T)
 
-def make_progress() -> Callable[[str], None]:
+def make_progress(first_share: float = 1.0) -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every
-    half minute. How long a measurement takes in all is said after its first micro-batch."""
+    half minute. After the first micro-batch, which holds first_share of a measurement's sequences,
+    it says how long all of them take; later ones take rather less, see `Pass.few`."""
     begun, last = time.perf_counter(), -math.inf
     live = sys.stderr.isatty()
     first, in_all = begun, ""                      # first: when the first micro-batch began
@@ -1324,13 +1324,13 @@ def make_progress() -> Callable[[str], None]:
         nonlocal last, first, in_all
         now = time.perf_counter()
         due = now - begun > 3 and now - last > (0.2 if live else 30)
-        at = re.fullmatch(r"streams, micro-batch ([12])/(\d+)", line)      # one begins; see `passes`
-        if at and at[1] == "1":
+        if line.startswith("streams, micro-batch 1/"):       # it begins; what is fitted was before
             first = now
-        elif at:
-            seconds = first - begun + int(at[2]) * (now - first)
-            in_all = f", about {seconds / 60:.1f} min in all"
-            due = seconds > 10
+        elif line.startswith("streams, micro-batch 2/"):
+            seconds = first - begun + (now - first) / first_share
+            if seconds > 10:
+                in_all = f", about {seconds / 60:.1f} min in all"
+                due = True
         if due:
             last = now
             line = f"{line}, {now - begun:.0f} s{in_all}"
@@ -1374,6 +1374,9 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
     check(target.resolve() != path.resolve(),
           f"--save {target} is the checkpoint itself: choose another name")
     make_folder(target.parent, "--save")
+    tmp = target.with_name(f"{target.name}.tmp")
+    tmp.touch()                                    # what cannot be written shows before the work
+    tmp.unlink()
     tokens, _ = read_tokens(args, model, saved)
     drop = cheapest_drops(model, tokens, drop[0], make_progress()) if auto else sorted(set(drop))
     whole = probe(model, tokens, [])["loss"]
@@ -1412,7 +1415,8 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     result: Result = {"run": ran}
     drawn = ""
     if only:
-        result |= probe(model, tokens, only, seed=args.seed, progress=make_progress(), **options)
+        progress = make_progress(first_share(only, *tokens.shape))
+        result |= probe(model, tokens, only, seed=args.seed, progress=progress, **options)
         print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
         print(block_table(result, len(model.blocks)), "", score_table({label: result}), sep="\n")
         for line in remarks(result, str(path)):
@@ -1425,6 +1429,13 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     for line in filter(None, [f"{out / 'probe.json'} written", drawn, verdict(result)]):
         print(line)
     return result
+
+def first_share(only: Sequence[str], B: int, T: int) -> float:
+    """The share of the B sequences that the first micro-batch of `passes` takes."""
+    size = min(B, max(1, TOKENS_AT_ONCE // T))
+    if any(EXPERIMENTS[name].fits for name in only if name in EXPERIMENTS):
+        size = min(size, max(1, B // 2))
+    return size / max(1, B)
 
 def checksum(model: GPT, saved: dict[str, Any]) -> int:
     """One number for a model: its settings, and its weights as the checkpoint has them."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import probe
+import train
 from data import load_model, save_checkpoint
 from helpers import ROOT, assert_mistake, checkpoint_of, loss_by_hand, make_model, make_tokens, run_python, run_script
 from probe import EXPERIMENTS, without_blocks
@@ -453,7 +452,7 @@ def test_figures_are_drawn_again_without_the_model(names, cli, workplace, monkey
     pytest.importorskip("matplotlib")
     checkpoints = [f"{name}/ckpt.pt" for name in names]
     assert cli(*checkpoints, "--samples", 4, "--only", "permutation,usefulness,lens", "--pairs", 3).status == 0
-    drawn = {path: path.read_bytes() for path in workplace.glob("*/*.png")}
+    drawn = {path: path.read_bytes() for path in workplace.glob("**/*.png")}
     assert len(drawn) == 3 * (1 if len(names) == 1 else 3)           # the comparison's
     for path in (*drawn, *checkpoints):
         (workplace / path).unlink()
@@ -462,7 +461,7 @@ def test_figures_are_drawn_again_without_the_model(names, cli, workplace, monkey
     monkeypatch.setattr(probe, "probe", lambda *args, **kwargs: pytest.fail("it was measured"))
     status, out, err = cli(*checkpoints, "--figures")
     assert (status, err) == (0, "") and f"figures in {names[0]}" in out
-    assert {path: path.read_bytes() for path in workplace.glob("*/*.png")} == drawn
+    assert {path: path.read_bytes() for path in workplace.glob("**/*.png")} == drawn
 
 
 def test_figures_of_nothing_are_a_mistake_of_the_user(cli, workplace, no_matplotlib, monkeypatch):
@@ -474,7 +473,7 @@ def test_figures_of_nothing_are_a_mistake_of_the_user(cli, workplace, no_matplot
 def test_after_the_first_micro_batch_it_is_said_how_long_all_take(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
-    progress = probe.make_progress()
+    progress = probe.make_progress(0.2)
     for seconds, line in [(1, "affine maps, micro-batch 5/5"), (20, "streams, micro-batch 1/5"),
                           (1, "causal, micro-batch 1/5"), (19, "streams, micro-batch 2/5"),
                           (31, "streams, micro-batch 3/5")]:
@@ -485,12 +484,29 @@ def test_after_the_first_micro_batch_it_is_said_how_long_all_take(monkeypatch, c
                      "streams, micro-batch 3/5, 72 s, about 2.0 min in all"]      # 21 s and 5 times 20 s
 
 
-def test_the_estimate_sees_the_lines_of_a_real_measurement(cli, workplace, monkeypatch, no_matplotlib):
-    ticks = itertools.count(0, 5.0)                                  # every look at the clock takes 5 s
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 32)
-    status, _, err = cli("dense/ckpt.pt", "--only", "causal", "--samples", 6)
-    assert status == 0 and re.search(r"streams, micro-batch 2/3, \d+ s, about \d+\.\d min in all", err)
+@pytest.mark.parametrize("only, sequences, share", [("causal", [2, 2, 2, 1], 2 / 7),
+                                                    ("usefulness", [2, 1, 1, 2, 1], 2 / 7),
+                                                    ("released", [3, 4], 3 / 7), ("causal", [7], 1.0)])
+def test_the_estimate_sees_the_lines_of_a_real_measurement(only, sequences, share, cli, workplace, monkeypatch,
+                                                          no_matplotlib):
+    """A clock on which a micro-batch takes a minute for each of its sequences."""
+    now = [0.0]
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    at_once = 7 if len(sequences) < 3 else 2
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", at_once * 16)
+    honest = probe.Pass
+
+    def slow(idx, *args):
+        now[0] += 60.0 * len(idx)
+        return honest(idx, *args)
+    monkeypatch.setattr(probe, "Pass", slow)
+    status, _, err = cli("dense/ckpt.pt", "--only", only, "--samples", 7)
+    n = len(sequences)
+    assert status == 0 and probe.first_share([only], 7, 16) == share
+    if n > 1:
+        assert f"streams, micro-batch 2/{n}, {60 * sequences[0]} s, about 7.0 min in all" in err
+    else:
+        assert "in all" not in err
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(run_main, monkeypatch):
@@ -547,6 +563,11 @@ def test_drop_writes_a_checkpoint_that_probe_and_train_take(cli, workplace, corp
 
     assert cli("pruned.pt", "--only", "variance", "--samples", 10**6)[::2] == (0, NO_FIGURES)
     assert strict_json(workplace / "pruned/probe.json")["loss"] == pytest.approx(less, rel=1e-5)
+
+    command = out.split("train it on:  ")[1].split()
+    c, _ = train.load_settings(command[2:])
+    assert command[:2] == ["python", "train.py"] and (c.init_from, c.data) == ("pruned.pt", str(corpus))
+    assert c.learning_rate < train.TrainConfig.learning_rate / 5 and c.warmup_steps < c.max_steps / 5
 
     done = run_script("train.py", "--init_from=pruned.pt", "--max_steps=2", "--out_dir=healed", f"--data={corpus}",
                       "--tokens_per_step=64", "--eval_tokens=320", "--device=cpu", "--compile=false")
