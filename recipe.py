@@ -193,19 +193,20 @@ def commands(job: Job, args: Any) -> dict[str, list[str]]:
         todo["train"] = train_command(job, args, resume=not another)
     else:
         with contextlib.suppress(*DAMAGED):
-            probed = read_probe(job.out / "ckpt.pt", job.out)["run"]
+            told = read_probe(job.out / "ckpt.pt", job.out)["run"]
+            if "weights" in told:                # else it is too old for probe.py to add to
+                probed = told
 
-    experiments, tasks = probed.get("experiments", []), probed.get("tasks", [])
     wanted = args.only.split(",")
-    if not (set(wanted) <= set(experiments) and set(args.tasks) <= set(tasks)):
-        # probe.json is written whole: what it holds already is measured again.
-        experiments, tasks = union(experiments, wanted), union(tasks, args.tasks)
+    experiments = [name for name in wanted if name not in probed.get("experiments", [])]
+    tasks = probed.get("tasks", [])
+    if set(args.tasks) <= set(tasks):
+        tasks = []                               # nothing new
+    else:
+        tasks = list(dict.fromkeys([*tasks, *args.tasks]))     # probe.py scores all or none
+    if experiments or tasks:
         todo["probe"] = probe_command(job, args, c.block_size, experiments, tasks)
     return todo
-
-def union(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """Those of a, and those of b that are not in a, in order."""
-    return list(dict.fromkeys([*a, *b]))
 
 def train_command(job: Job, args: Any, resume: bool) -> list[str]:
     """The command that trains: on every GPU, if there are several."""
@@ -223,8 +224,9 @@ def probe_command(job: Job, args: Any, T: int, experiments: Sequence[str],
     if args.scale == "laptop":
         samples = max(2, 8192 // T)         # 8,192 tokens whatever T is: 64 sequences of 128
     only = ",".join([*experiments, "tasks"] if tasks else experiments)
-    command = [sys.executable, str(ROOT / "probe.py"), str(job.out / "ckpt.pt"),
-               f"--samples={samples}", f"--only={only}"]
+    command = [sys.executable, str(ROOT / "probe.py"), str(job.out / "ckpt.pt"), f"--only={only}"]
+    if experiments:
+        command.append(f"--samples={samples}")
     if tasks:
         command += ["--tasks", *tasks]
     return command

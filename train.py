@@ -12,6 +12,7 @@ Every setting, with its default:
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import decimal
 import difflib
@@ -23,6 +24,7 @@ import platform
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +103,7 @@ def train(c: TrainConfig, resume: bool = False, overwrite: bool = False,
     """
     here = set_up(c)
     batch_shape(c, here.world)                   # refuses now what does not divide
+    check_compiler(c, here)
     if here.rank == 0:
         prepare_python_corpus(c)
     resume = agree_to_resume(resume, here)       # the others wait here while rank 0 prepares
@@ -131,13 +134,17 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
     out = Path(c.out_dir)
     ckpt = out / "ckpt.pt"
     flops = raw.flops_per_token()
-    peak = peak_flops(here.device, here.dtype) * here.world
+    peak = peak_of_all(here)
     tokenizer = corpus.tokenizer
     if here.rank == 0:
         open_out_dir(out, done, overwrite and not resume, describe(c, here, configs))
         tokenizer = copy_tokenizer(tokenizer, out)       # so that the checkpoint stands alone
-        print(opening_line(c, raw, here, done))
-    started = time.time()
+        print(opening_line(c, raw, here, done), flush=True)
+    if c.init_from and done == 0 and c.eval_interval:
+        loss = evaluate(model, corpus, c, size, here)
+        if here.rank == 0:
+            print(f"before the first step: val_loss {loss:.4f}, of {c.init_from}", flush=True)
+    started = time.perf_counter()
     waited = 0.0                                 # seconds for batches
     saving_took = 0.0                            # and for checkpoints
     stopped_by = ""                              # the name of a signal
@@ -147,10 +154,10 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
         upcoming = loader.submit(read, done)
         saving = saver.submit(lambda: None)      # nothing yet
         for step in range(done + 1, c.max_steps + 1):
-            begun = time.time()
+            begun = time.perf_counter()
             batches = [to_device(batch, here.device) for batch in upcoming.result()]
             upcoming = loader.submit(read, step)
-            waited += time.time() - begun
+            waited += time.perf_counter() - begun
 
             lr = learning_rate(step - 1, c)
             for group in optimizer.param_groups:
@@ -168,15 +175,15 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
             optimizer.step()
             optimizer.zero_grad()
 
-            record["tokens_per_s"] = c.tokens_per_step / (time.time() - begun)
+            record["tokens_per_s"] = c.tokens_per_step / seconds_since(begun)
             if due(step, c.eval_interval, c.max_steps):
                 record["val_loss"] = evaluate(model, corpus, c, size, here)
             if here.rank == 0:
-                mfu = flops * record["tokens_per_s"] / peak
-                left = (time.time() - started) / (step - done) * (c.max_steps - step)
+                mfu = flops * record["tokens_per_s"] / peak if peak else None
+                left = seconds_since(started) / (step - done) * (c.max_steps - step)
                 report(record, out, c, mfu, left)
 
-            begun = time.time()
+            begun = time.perf_counter()
             last = stopped_by != "" or step == c.max_steps
             if last or due(step, c.save_interval, c.max_steps):
                 saving.result()                          # raises the error of a full disk
@@ -187,7 +194,7 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
                 del saved                                # once written, its memory is free again
             if last or saving.done():
                 saving.result()
-            saving_took += time.time() - begun
+            saving_took += time.perf_counter() - begun
             if stopped_by:
                 break
     if here.rank == 0:
@@ -197,12 +204,16 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
         elif done >= c.max_steps:
             print(f"{out} has all its steps already: --max_steps=... to go on")
         else:
-            print(closing_lines(ckpt, corpus, time.time() - started, waited, saving_took))
+            print(closing_lines(ckpt, corpus, seconds_since(started), waited, saving_took))
 
 # ---- one step ------------------------------------------------------------------------------------
 def due(step: int, interval: int, max_steps: int) -> bool:
     """Is it time for what comes every `interval` steps (0: never) and at the end?"""
     return interval > 0 and (step % interval == 0 or step == max_steps)
+
+def seconds_since(begun: float) -> float:
+    """Of time.perf_counter, which never runs backwards; above 0, so that one may divide by it."""
+    return max(time.perf_counter() - begun, 1e-9)
 
 def read_batches(corpus: Corpus, c: TrainConfig, per_step: int, size: int, here: Process,
                  step: int) -> list[tuple[Tensor, Tensor]]:
@@ -409,6 +420,19 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
           f"tokens_per_step={c.tokens_per_step} is no multiple of block_size={c.block_size} x "
           f"batch_size={size} x {ranks}: change one of them")
     return per_step, size
+
+def check_compiler(c: TrainConfig, here: Process) -> None:
+    """UserError if torch.compile is asked for on a CPU and would find no C++ compiler."""
+    if not c.compile or here.device.type != "cpu":
+        return
+    usual, package = {
+        "darwin": ("clang++", "xcode-select --install"),
+        "win32": ("cl", "install the Build Tools for Visual Studio"),
+    }.get(sys.platform, ("g++", "install g++, for example with: apt install build-essential"))
+    compiler = os.environ.get("CXX", usual)      # as torch looks for it
+    check(shutil.which(compiler) is not None,
+          f"compile=True needs a C++ compiler, and there is no {compiler}: {package}; "
+          "or leave --compile out")
 
 def prepare_python_corpus(c: TrainConfig) -> None:
     """Prepare the one corpus that needs no download, if the run is on it and it is not there yet."""
@@ -762,15 +786,17 @@ def cut_log(path: Path, done: int) -> None:
 
 def opening_line(c: TrainConfig, model: GPT, here: Process, done: int) -> str:
     n = model.count_parameters()
-    line = (f"{c.out_dir}: {n['total'] / 1e6:.2f}M parameters ({n['active'] / 1e6:.2f}M active), "
-            f"{c.n_layer} layers, {c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, "
+    line = (f"writes to {c.out_dir}: {n['total'] / 1e6:.2f}M parameters "
+            f"({n['active'] / 1e6:.2f}M active), {c.n_layer} layers, "
+            f"{c.max_steps * c.tokens_per_step / 1e6:.1f}M tokens of {c.data}, "
             f"{here.world} x {here.device.type}, {here.dtype}")
     if done > 0:
         line += f", from step {done}"
     return line
 
-def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: float) -> None:
-    """A line of log.jsonl, and one to be seen: mfu is a share, left are seconds.
+def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float | None,
+           left: float) -> None:
+    """A line of log.jsonl, and one to be seen: mfu is a share, None on a CPU; left are seconds.
 
     Lines with a validation or statistics stay, and the last one; others only show on a terminal.
     """
@@ -781,7 +807,10 @@ def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float, left: 
         raise UserError(f"cannot write {out / 'log.jsonl'} ({e.strerror}): "
                         "mend that and --resume") from e
     line = (f"step {record['step']}/{c.max_steps}  loss {record['loss']:.4f}  "
-            f"{record['tokens_per_s']:,.0f} tokens/s  MFU {mfu:.0%}  {left / 60:.1f} min left")
+            f"{record['tokens_per_s']:,.0f} tokens/s  ")
+    if mfu is not None:
+        line += f"MFU {mfu:.0%}  "
+    line += f"{left / 60:.1f} min left"
     if "val_loss" in record:
         line += f"  val_loss {record['val_loss']:.4f}"
     stays = "val_loss" in record or "variance" in record or record["step"] == c.max_steps
@@ -810,6 +839,12 @@ PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
         "B200": 2250e12, "A100": 312e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12,
         "RTX A6000": 155e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
         "MI300X": 1307e12}
+
+def peak_of_all(here: Process) -> float | None:
+    """FLOP/s of all ranks to measure MFU against; None on a CPU: what else runs there changes it."""
+    if here.device.type == "cpu":
+        return None
+    return peak_flops(here.device, here.dtype) * here.world
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s to measure MFU against: the data sheet's, if it is above, else a matrix product's."""
@@ -939,6 +974,7 @@ def pass_memory(c: TrainConfig, size: int, sharded: bool) -> int:
 def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     """The settings of a command line, and its switches: resume, overwrite, plan, gpus, mfu."""
     args, unknown = make_parser().parse_known_intermixed_args(argv)
+    args.configs = [os.path.expanduser(path) for path in args.configs]
     if unknown:
         kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
@@ -955,6 +991,9 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
         given = getattr(args, f.name)
         if given is not None:
             values[f.name] = typed(f.name, given, "command line")
+    for name in ("data", "out_dir", "init_from"):
+        if name in values:
+            values[name] = os.path.expanduser(values[name])
     if not values.get("out_dir"):
         name = Path(args.configs[-1]).stem if args.configs else "run"
         values["out_dir"] = f"out/{name}"
@@ -987,23 +1026,43 @@ def make_parser() -> Parser:
 def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`.
 
-    Names that begin with _ are its own.
+    What it imports or defines to compute them, and names that begin with _, are its own.
     """
     if not path.is_file():
         there = " ".join(sorted(str(config) for config in path.parent.glob("*.py")))
         raise UserError(f"no config {path}; there are: {there}")
+    check(path.suffix == ".py", f"{path}: a config is a Python file, NAME.py, of assignments "
+                                "such as n_layer = 16")
     try:
+        check_assignments(path)
         assigned = runpy.run_path(str(path))
+    except UserError:
+        raise
     except (Exception, SystemExit) as e:         # whatever the file raises is a mistake in the file
         first_line = str(e).partition("\n")[0]
         raise UserError(f"{path}: {type(e).__name__}: {first_line}") from e
-    values = {name: value for name, value in assigned.items()
-              if not name.startswith("_") and not isinstance(value, ModuleType)}
+    values = {name: value for name, value in assigned.items() if not is_own(name, value)}
     base = values.pop("base", "")
     check(isinstance(base, str) and depth < 10,
           f"{path}: base={base!r} must name another config, and not in a circle")
-    inherited = read_config(path.parent / base, depth + 1) if base else {}
+    place = path.parent / os.path.expanduser(base)
+    inherited = read_config(place, depth + 1) if base else {}
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
+
+def check_assignments(path: Path) -> None:
+    """UserError for `name: value` in a config, which Python takes and which assigns nothing."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.AnnAssign) and node.value is None:
+            name, value = ast.unparse(node.target), ast.unparse(node.annotation)
+            raise UserError(f"{path}, line {node.lineno}: `{name}: {value}` assigns nothing: "
+                            f"write {name} = {value}")
+
+def is_own(name: str, value: Any) -> bool:
+    """Is a name in a config no setting, but a tool to compute them: a module, a function, a _name?"""
+    of_future = type(value).__module__ == "__future__"
+    tool = callable(value) or isinstance(value, ModuleType) or of_future
+    meant = {"base", *(f.name for f in fields(TrainConfig))}
+    return name.startswith("_") or (tool and name not in meant)
 
 def kind_of(name: str, where: str) -> str:
     """The type of a setting, as TrainConfig says it. UserError, with the closest name, if none."""
@@ -1011,6 +1070,8 @@ def kind_of(name: str, where: str) -> str:
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]!r}?" if close else "."
+        if where != "command line":
+            hint += f" A name of the file's own begins with _, as _{name}."
         raise UserError(f"{where}: no setting {name!r}{hint} All of them: python train.py --help")
     return kinds[name]
 

@@ -7,9 +7,11 @@ Elsewhere: the numbers (test_experiments.py), how they are measured (test_measur
 """
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import probe
+import train
 from data import load_model, save_checkpoint
 from helpers import ROOT, assert_mistake, checkpoint_of, loss_by_hand, make_model, make_tokens, run_python, run_script
 from probe import EXPERIMENTS, without_blocks
@@ -89,6 +92,9 @@ def cli(workplace, run_main):
     return functools.partial(run_main, probe)
 
 
+NO_FIGURES = "no figures without matplotlib: pip install matplotlib\n"
+
+
 @pytest.fixture
 def no_matplotlib(monkeypatch):
     """Figures take most of the time of a tiny probe."""
@@ -153,7 +159,9 @@ def test_probe_json_holds_every_promised_key(kind, cli, workplace, corpus):
     assert all(shape(x) == one for w in r["sparsity"]["weights"].values() for x in w.values())
     assert set(r["removal"]) == set(want["removal"]) and ("experts" in r["sparsity"]) == (kind == "moe")
     assert all(x >= 0 for x in r["seconds"].values())
+    assert all(isinstance(r["run"].pop(name), int) for name in ("weights", "checksum"))
     assert {k: v for k, v in r["run"].items() if k != "settings"} == {
+        "remove": [1, 2], "pairs": 0, "below": 0.1, "jacobian_samples": None,
         "checkpoint": f"{kind}/ckpt.pt", "tokens": f"{corpus} (validation)", "samples": 7, "length": 16, "seed": 0,
         "experiments": list(EXPERIMENTS), "dtype": "float32", "device": "cuda" if torch.cuda.is_available() else "cpu"}
     assert r["run"]["settings"]["n_layer"] == 4 and r["run"]["settings"]["n_experts"] == (12 if kind == "moe" else 0)
@@ -167,7 +175,7 @@ def test_probe_json_holds_every_promised_key(kind, cli, workplace, corpus):
     assert f"blocks {drop}," in line and f"x{ratio:.3f}" in line
     assert f"python probe.py {kind}/ckpt.pt --drop {drop} --save" in line
     assert "loose fit" in out and str(workplace) not in err
-    rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()]
+    rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()][:n]
     header = next(line.split() for line in out.splitlines() if line.startswith("block "))
     assert [int(row[0]) for row in rows] == list(range(n))
     assert [float(row[header.index("affine")]) for row in rows] == pytest.approx(r["usefulness"]["ratio"], rel=1e-3)
@@ -176,11 +184,11 @@ def test_probe_json_holds_every_promised_key(kind, cli, workplace, corpus):
 
 def test_the_tables_that_are_printed_are_those_of_the_result(cli, workplace, corpus, no_matplotlib):
     code, out, err = cli("dense/ckpt.pt", "--samples", 5)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, NO_FIGURES)
     r = strict_json(workplace / "dense/probe.json")
     assert probe.block_table(r, 4) in out and probe.score_table({"dense": r}) in out
     assert out.splitlines()[1] == f"dense/ckpt.pt on 5 x 16 tokens of {corpus} (validation)"
-    assert out.splitlines()[-1] == "dense/probe.json written, no figures: pip install matplotlib"
+    assert out.splitlines()[-2:] == ["dense/probe.json written", probe.verdict(r)] and probe.verdict(r)
 
 
 @pytest.mark.parametrize("n, lengths", [(1, {"1"}), (2, {"1"}), (3, {"1", "2"}), (4, {"1", "2"}), (5, {"1", "2", "4"})])
@@ -189,8 +197,8 @@ def test_runs_of_1_2_4_blocks_and_so_on_are_removed_unless_others_are_asked_for(
     save_checkpoint(workplace / "x.pt", checkpoint_of(make_model(torch.float32, **CLI | {"n_layer": n})))
     np.save("mine.npy", make_tokens(2, 8).numpy())
     for flags, want in ([], lengths), (["--remove", n], {str(n)}):
-        assert cli("x.pt", "--only", "removal", "--tokens", "mine.npy", *flags).status == 0
-        assert set(strict_json(workplace / "x/probe.json")["removal"]) == want | {"attn", "ffn"}
+        assert cli("x.pt", "--only", "removal", "--tokens", "mine.npy", "--out", f"x{len(flags)}", *flags).status == 0
+        assert set(strict_json(workplace / f"x{len(flags)}/probe.json")["removal"]) == want | {"attn", "ffn"}
 
 
 def test_the_sequences_are_windows_of_the_validation_split(cli, workplace, corpus, no_matplotlib):
@@ -216,8 +224,8 @@ def test_the_sequences_may_be_windows_of_a_text(cli, workplace, no_matplotlib):
 def test_the_seed_chooses_the_sequences(cli, workplace, no_matplotlib):
     losses = []
     for seed in (0, 0, 1):
-        cli("dense/ckpt.pt", "--only", "variance", "--samples", 5, "--seed", seed)
-        losses.append(strict_json(workplace / "dense/probe.json")["loss"])
+        cli("dense/ckpt.pt", "--only", "variance", "--samples", 5, "--seed", seed, "--out", f"seed{seed}")
+        losses.append(strict_json(workplace / f"seed{seed}/probe.json")["loss"])
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -225,7 +233,7 @@ def test_tokens_from_a_file_are_probed_as_they_are(cli, workplace, no_matplotlib
     tokens = make_tokens(5, 11, 250)
     np.save("mine.npy", tokens.numpy().astype(np.uint16))
     code, out, err = cli("dense/ckpt.pt", "--only", "causal,lens", "--tokens", "mine.npy", "--out", "elsewhere/deep")
-    assert (code, err) == (0, "") and not (workplace / "dense/probe.json").exists()
+    assert (code, err) == (0, NO_FIGURES) and not (workplace / "dense/probe.json").exists()
     got = strict_json(workplace / "elsewhere/deep/probe.json")
     assert set(got) == {"loss", "seconds", "run", "lens", "causal", "causal_mean"}
     assert got["run"]["tokens"] == "mine.npy" and got["run"]["experiments"] == ["causal", "lens"]
@@ -245,8 +253,8 @@ def test_tokens_from_a_file_are_probed_as_they_are(cli, workplace, no_matplotlib
 def test_the_options_of_a_measurement_arrive_there(flags, experiment, changed, cli, workplace, no_matplotlib):
     results = []
     for more in ([], flags):
-        assert cli("dense/ckpt.pt", "--only", experiment, "--samples", 6, *more).status == 0
-        results.append(strict_json(workplace / "dense/probe.json"))
+        assert cli("dense/ckpt.pt", "--only", experiment, "--samples", 6, "--out", f"x{len(more)}", *more).status == 0
+        results.append(strict_json(workplace / f"x{len(more)}/probe.json"))
     assert results[0][experiment] != results[1][experiment] and changed(results[1])
 
 
@@ -279,7 +287,7 @@ def test_sampled_pairs_are_null_in_probe_json(cli, workplace):
 
 def test_a_missing_matplotlib_is_one_line_and_no_crash(cli, workplace, no_matplotlib):
     code, out, err = cli("dense/ckpt.pt", "--only", "variance", "--samples", 4)
-    assert (code, err) == (0, "") and out.count("pip install matplotlib") == 1
+    assert (code, err) == (0, NO_FIGURES) and "figures" not in out
     assert (workplace / "dense/probe.json").exists() and not list(workplace.glob("dense/*.png"))
 
 
@@ -298,8 +306,10 @@ def test_a_bfloat16_checkpoint_is_probed_in_float32(cli, workplace, no_matplotli
     save_checkpoint(workplace / "upcast/ckpt.pt", {**saved, "model": {k: w.float() for k, w in saved["model"].items()}})
     results = {}
     for name, *dtype in (("half",), ("upcast",), ("half", "--dtype", "bfloat16")):
-        assert cli(f"{name}/ckpt.pt", "--only", "variance,causal,usefulness", "--samples", 6, *dtype)[::2] == (0, "")
-        results[" ".join((name, *dtype))] = strict_json(workplace / name / "probe.json")
+        place = name + "".join(dtype)
+        assert cli(f"{name}/ckpt.pt", "--only", "variance,causal,usefulness", "--samples", 6, "--out", place,
+                   *dtype)[::2] == (0, NO_FIGURES)
+        results[place] = strict_json(workplace / place / "probe.json")
     got, want, rough = results.values()
     assert got["run"]["dtype"] == "float32" and rough["run"]["dtype"] == "bfloat16"
     for key in ("loss", "variance", "causal", "usefulness"):
@@ -316,7 +326,7 @@ def test_checkpoints_of_one_folder_do_not_overwrite_each_other_s_results(cli, wo
     assert {path: len(load_model(path)[0].blocks) for path in layers} == layers
     for calls in ([[path] for path in layers], [list(layers)]):
         for call in calls:
-            assert cli(*call, "--only", "variance", "--samples", 4)[::2] == (0, "")
+            assert cli(*call, "--only", "variance", "--samples", 4)[::2] == (0, NO_FIGURES)
         results = [strict_json(workplace / home / "probe.json") for home in homes]
         assert [len(r["variance"]) - 1 for r in results] == list(layers.values())
         assert [r["run"]["checkpoint"] for r in results] == list(layers)
@@ -330,25 +340,213 @@ def test_checkpoints_of_one_folder_do_not_overwrite_each_other_s_results(cli, wo
 def test_checkpoints_of_one_name_in_two_folders_are_told_apart(cli, workplace, no_matplotlib):
     save_checkpoint(workplace / "b/dense/ckpt.pt", load_model("moe/ckpt.pt")[1])
     code, out, err = cli("dense/ckpt.pt", "b/dense/ckpt.pt", "--only", "variance", "--samples", 4, "--out", "both")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, NO_FIGURES)
     losses = {}
     for label, path in (("dense", "dense/ckpt.pt"), ("b_dense_ckpt.pt", "b/dense/ckpt.pt")):
         r = strict_json(workplace / "both" / label / "probe.json")
         assert r["run"]["checkpoint"] == path
         losses[label] = r["loss"]
     assert len(set(losses.values())) == 2
-    assert [line.split()[:2] for line in out.splitlines()[-3:-1]] == [[k, f"{x:.4f}"] for k, x in losses.items()]
+    assert [line.split()[:2] for line in out.splitlines()[-2:]] == [[k, f"{x:.4f}"] for k, x in losses.items()]
 
 
 def test_progress_is_told_after_some_seconds_and_then_every_half_minute(monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(probe.time, "time", lambda: now[0])
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
     progress = probe.make_progress()
     for seconds in (1, 1.5, 2, 1, 10, 18, 3, 31):
         now[0] += seconds
         progress(f"stage {now[0]:.1f}")
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["stage 1004.5, 4 s", "stage 1036.5, 36 s", "stage 1067.5, 68 s"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# probe.json, measured bit by bit
+
+
+def probed(workplace) -> dict[str, Any]:
+    return strict_json(workplace / "dense/probe.json")
+
+
+def without_run(r: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in r.items() if key not in ("run", "seconds")}
+
+
+def test_what_is_measured_later_joins_what_probe_json_holds(cli, workplace, no_matplotlib):
+    take = functools.partial(cli, "dense/ckpt.pt", "--samples", 6)
+    assert take("--only", "variance,removal", "--out", "at_once").status == 0
+    at_once = strict_json(workplace / "at_once/probe.json")
+    for only in ("removal", "variance"):
+        assert take("--only", only).status == 0
+    r = probed(workplace)
+    assert without_run(r) == without_run(at_once) and set(r["seconds"]) == set(at_once["seconds"])
+    assert r["run"] == at_once["run"] | {"experiments": ["removal", "variance"]}
+    removal = r["seconds"]["removal"]
+    assert take("--only", "variance").status == 0                    # once more: nothing is lost, nothing there twice
+    assert without_run(probed(workplace)) == without_run(r) and probed(workplace)["run"] == r["run"]
+    assert probed(workplace)["seconds"]["removal"] == removal
+    assert not list(workplace.glob("dense/*.old"))
+
+
+OTHERWISE = {"--samples": (5, "samples 6, not 5"), "--length": (8, "length 16, not 8"), "--seed": (1, "seed 0, not 1"),
+             "--data": ("fox.txt", "not fox.txt"), "--dtype": ("float64", "dtype float32, not float64"),
+             "--remove": (1, "remove [1, 2], not [1]"), "--tokens": ("mine.npy", "not mine.npy")}
+
+
+@pytest.mark.parametrize("flag", OTHERWISE)
+def test_what_was_measured_otherwise_is_refused_before_the_work_and_stays(flag, cli, workplace, monkeypatch,
+                                                                         no_matplotlib):
+    (workplace / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 5)
+    np.save("mine.npy", make_tokens(5, 11, 250).numpy())
+    samples = [] if flag == "--tokens" else ["--samples", 6]
+    assert cli("dense/ckpt.pt", "--only", "removal", "--samples", 6).status == 0
+    before = (workplace / "dense/probe.json").read_bytes()
+    value, said = OTHERWISE[flag]
+    args = [*samples, "--only", "removal,lens" if flag == "--remove" else "lens", flag, value]
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "probe", lambda *args, **kwargs: pytest.fail("it was measured"))
+        status, out, err = cli("dense/ckpt.pt", *args)
+    assert_mistake((status, out, err.removeprefix(NO_FIGURES)), "dense/probe.json", said, "--out DIR")
+    assert (workplace / "dense/probe.json").read_bytes() == before
+    assert cli("dense/ckpt.pt", *args, "--out", "elsewhere").status == 0
+
+
+def test_other_tokens_under_the_same_name_are_refused(cli, workplace, no_matplotlib):
+    for seed in (0, 1):
+        np.save("mine.npy", make_tokens(5, 11, 250, seed).numpy())
+        status, out, err = cli("dense/ckpt.pt", "--only", "variance", "--tokens", "mine.npy")
+    assert_mistake((status, out, err.removeprefix(NO_FIGURES)), "checksum", "--out DIR")
+
+
+@pytest.mark.parametrize("stale", ["retrained", "cut", "a list", "of an earlier version", "another context"])
+def test_a_stale_probe_json_is_replaced_and_put_aside(stale, cli, workplace, no_matplotlib):
+    take = functools.partial(cli, "dense/ckpt.pt", "--only", "variance")
+    assert take("--samples", 6).status == 0
+    file, (_, saved) = workplace / "dense/probe.json", load_model("dense/ckpt.pt")
+    if stale == "retrained":
+        weights = {name: w.clone() for name, w in saved["model"].items()}
+        weights["blocks.1.attn.proj.weight"][0, 0] += 1e-3
+        save_checkpoint(workplace / "dense/ckpt.pt", saved | {"model": weights})
+    elif stale == "another context":
+        save_checkpoint(workplace / "dense/ckpt.pt", saved | {"settings": saved["settings"] | {"rope_theta": 500.0}})
+    else:
+        r = probed(workplace)
+        del r["run"]["weights"]
+        file.write_text({"cut": "{", "a list": "[1]"}.get(stale, json.dumps(r)))
+    before = file.read_bytes()
+    status, out, _ = take("--samples", 5)
+    assert status == 0 and out.count("dense/probe.json is ") == 1 and "it becomes probe.json.old" in out
+    assert (workplace / "dense/probe.json.old").read_bytes() == before and probed(workplace)["run"]["samples"] == 5
+
+
+def test_a_checkpoint_that_was_only_saved_again_keeps_its_measurements(cli, workplace, no_matplotlib):
+    assert cli("dense/ckpt.pt", "--only", "variance", "--samples", 6).status == 0
+    save_checkpoint(workplace / "dense/ckpt.pt", load_model("dense/ckpt.pt")[1])
+    assert cli("dense/ckpt.pt", "--only", "lens", "--samples", 6).status == 0
+    assert probed(workplace)["run"]["experiments"] == ["variance", "lens"]
+
+
+@pytest.mark.parametrize("names", [["dense"], ["dense", "moe"]], ids=["one", "two"])
+def test_figures_are_drawn_again_without_the_model(names, cli, workplace, monkeypatch):
+    pytest.importorskip("matplotlib")
+    checkpoints = [f"{name}/ckpt.pt" for name in names]
+    assert cli(*checkpoints, "--samples", 4, "--only", "permutation,usefulness,lens", "--pairs", 3).status == 0
+    drawn = {path: path.read_bytes() for path in workplace.glob("**/*.png")}
+    assert len(drawn) == 3 * (1 if len(names) == 1 else 3)           # the comparison's
+    for path in (*drawn, *checkpoints):
+        (workplace / path).unlink()
+    for name in names:
+        (workplace / name / "ckpt.pt").write_text("no model")
+    monkeypatch.setattr(probe, "probe", lambda *args, **kwargs: pytest.fail("it was measured"))
+    status, out, err = cli(*checkpoints, "--figures")
+    assert (status, err) == (0, "") and f"figures in {names[0]}" in out
+    assert {path: path.read_bytes() for path in workplace.glob("**/*.png")} == drawn
+
+
+def test_figures_of_nothing_are_a_mistake_of_the_user(cli, workplace, no_matplotlib, monkeypatch):
+    assert_mistake(cli("dense/ckpt.pt", "--figures"), "pip install matplotlib")
+    monkeypatch.setitem(sys.modules, "matplotlib", sys)              # anything
+    assert_mistake(cli("dense/ckpt.pt", "--figures"), "dense/probe.json", "python probe.py dense/ckpt.pt")
+
+
+def test_after_the_first_micro_batch_it_is_said_how_long_all_take(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    progress = probe.make_progress(0.2)
+    for seconds, line in [(1, "affine maps, micro-batch 5/5"), (20, "streams, micro-batch 1/5"),
+                          (1, "causal, micro-batch 1/5"), (19, "streams, micro-batch 2/5"),
+                          (31, "streams, micro-batch 3/5")]:
+        now[0] += seconds
+        progress(line)
+    lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["streams, micro-batch 1/5, 21 s", "streams, micro-batch 2/5, 41 s, about 2.0 min in all",
+                     "streams, micro-batch 3/5, 72 s, about 2.0 min in all"]      # 21 s and 5 times 20 s
+
+
+@pytest.mark.parametrize("only, sequences, share", [("causal", [2, 2, 2, 1], 2 / 7),
+                                                    ("usefulness", [2, 1, 1, 2, 1], 2 / 7),
+                                                    ("released", [3, 4], 3 / 7), ("causal", [7], 1.0)])
+def test_the_estimate_sees_the_lines_of_a_real_measurement(only, sequences, share, cli, workplace, monkeypatch,
+                                                          no_matplotlib):
+    """A clock on which a micro-batch takes a minute for each of its sequences."""
+    now = [0.0]
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+    at_once = 7 if len(sequences) < 3 else 2
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", at_once * 16)
+    honest = probe.Pass
+
+    def slow(idx, *args):
+        now[0] += 60.0 * len(idx)
+        return honest(idx, *args)
+    monkeypatch.setattr(probe, "Pass", slow)
+    status, _, err = cli("dense/ckpt.pt", "--only", only, "--samples", 7)
+    n = len(sequences)
+    assert status == 0 and probe.first_share([only], 7, 16) == share
+    if n > 1:
+        assert f"streams, micro-batch 2/{n}, {60 * sequences[0]} s, about 7.0 min in all" in err
+    else:
+        assert "in all" not in err
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(run_main, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["probe.py", "~/a.pt", "b.pt", "--data=~/d", "--out=~/o", "--tokenizer=~/t",
+                                      "--tasks", "~/x", "y"])
+    args, _ = probe.read_arguments()
+    assert list(map(str, args.checkpoints)) == ["/home/me/a.pt", "b.pt"] and args.tasks == ["/home/me/x", "y"]
+    assert (args.data, args.out, args.tokenizer) == ("/home/me/d", "/home/me/o", "/home/me/t")
+    for name, more in (("tokens", []), ("save", ["--drop=1"]), ("export", [])):
+        monkeypatch.setattr(sys, "argv", ["probe.py", "a.pt", f"--{name}=~/f", *more])
+        assert getattr(probe.read_arguments()[0], name) == "/home/me/f"
+
+
+LONG = "x" * 300     # more than a file's name can have
+
+
+@pytest.mark.parametrize("args", [[f"{LONG}.pt"], ["dense/ckpt.pt", "--out", LONG], ["dense/ckpt.pt", "--data", LONG],
+                                  ["dense/ckpt.pt", "--drop", "1", "--save", f"{LONG}/x.pt"],
+                                  ["dense/ckpt.pt", "--drop", "1", "--save", f"{LONG}.pt"],
+                                  ["dense/ckpt.pt", "--tokens", LONG], ["dense/ckpt.pt", "--tasks", LONG],
+                                  ["dense/ckpt.pt", "--export", LONG], [LONG, "--figures"]],
+                         ids=lambda args: " ".join(args).replace(LONG, "long"))
+def test_a_name_that_is_too_long_is_one_line_before_the_work(args, cli, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(probe, "probe", lambda *args, **kwargs: pytest.fail("it was measured"))
+    assert_mistake(cli(*args), LONG)
+
+
+def test_a_folder_without_permission_is_one_line_before_the_work(cli, workplace, monkeypatch):
+    (workplace / "a file").write_text("where a folder is wanted")
+    monkeypatch.setattr(probe, "probe", lambda *args, **kwargs: pytest.fail("it was measured"))
+    for flags in (["--out", "a file/x"], ["--drop", "1", "--save", "a file/x/y.pt"]):
+        assert_mistake(cli("dense/ckpt.pt", *flags), "a file/x", flags[-2])
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(os, "stat", refuse)
+    assert_mistake(cli("dense/ckpt.pt"), "dense/ckpt.pt", "Permission denied")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,8 +561,13 @@ def test_drop_writes_a_checkpoint_that_probe_and_train_take(cli, workplace, corp
     whole, less = whole_loss(model, windows), whole_loss(pruned, windows)
     assert f"loss {whole:.4f} -> {less:.4f}" in out and f"x{math.exp(less - whole):.3f}" in out
 
-    assert cli("pruned.pt", "--only", "variance", "--samples", 10**6)[::2] == (0, "")
+    assert cli("pruned.pt", "--only", "variance", "--samples", 10**6)[::2] == (0, NO_FIGURES)
     assert strict_json(workplace / "pruned/probe.json")["loss"] == pytest.approx(less, rel=1e-5)
+
+    command = out.split("train it on:  ")[1].split()
+    c, _ = train.load_settings(command[2:])
+    assert command[:2] == ["python", "train.py"] and (c.init_from, c.data) == ("pruned.pt", str(corpus))
+    assert c.learning_rate < train.TrainConfig.learning_rate / 5 and c.warmup_steps < c.max_steps / 5
 
     done = run_script("train.py", "--init_from=pruned.pt", "--max_steps=2", "--out_dir=healed", f"--data={corpus}",
                       "--tokens_per_step=64", "--eval_tokens=320", "--device=cpu", "--compile=false")
@@ -485,7 +688,8 @@ def test_a_mistake_of_the_user_is_one_line_on_stderr(args, word, cli, workplace,
 
 # an option that the command makes no use of
 
-COMMANDS = {"measure": [], "drop": ["--drop", "1"], "sample": ["--sample", "def "], "export": ["--export", "hf"]}
+COMMANDS = {"measure": [], "drop": ["--drop", "1"], "sample": ["--sample", "def "], "export": ["--export", "hf"],
+            "figures": ["--figures"]}
 VALUES = {"only": "variance", "data": "fox.txt", "samples": "5", "length": "8", "tokens": "mine.npy", "seed": "3",
           "pairs": "2", "remove": "2", "jacobian_samples": "1", "below": "0.2", "tasks": "copa", "out": "here",
           "save": "smaller.pt", "new_tokens": "3", "temperature": "0.5", "top_k": "3", "device": "cpu",
@@ -495,7 +699,7 @@ TAKES = {"measure": OF_A_SAMPLE_OF_TEXT | {"only", "pairs", "remove", "jacobian_
                                            "device", "dtype", "tokenizer"},
          "drop": OF_A_SAMPLE_OF_TEXT | {"save", "device", "dtype", "tokenizer"},
          "sample": {"new_tokens", "temperature", "top_k", "seed", "device", "dtype", "tokenizer"},
-         "export": {"tokenizer"}}
+         "export": {"tokenizer"}, "figures": {"out"}}
 
 
 @pytest.mark.parametrize("option", VALUES)

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import assert_mistake
-from test_scale import (RUN, SLOW, assert_same_end, end, errors, launch, logged, no_measuring, read_log, truncate,
+from test_scale import (RUN, SLOW, assert_same_end, end, errors, launch, logged, read_log, truncate,
                         until, without_rates, workers)
 
 import train
@@ -28,7 +28,7 @@ from data import load_checkpoint
 from model import UserError
 from train import TrainConfig, load_settings
 
-__all__ = ["launch", "no_measuring"]              # fixtures
+__all__ = ["launch"]              # a fixture
 SHORT = RUN | dict(max_steps=12, save_interval=4)
 HANG = """
 honest, calls = train.gradients, []

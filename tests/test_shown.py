@@ -49,7 +49,7 @@ def columns_by_hand(kind: str) -> dict[str, list[float]]:
         "causal": [mean_or_nan([C[s][l] for l in range(s + 1, n)]) for s in range(n)],
         "permuted": [mean_or_nan([P[i][j] for j in range(n) if j != i]) for i in range(n)],
         "affine": r["usefulness"]["ratio"],
-        "heldout": r["usefulness_heldout"]["ratio"],
+        "unseen": r["usefulness_heldout"]["ratio"],
         "released": r["released"]["usefulness"]["ratio"],
         "removed": growths(r, r["removal"]["1"]),
         "influence": r["block_influence"],
@@ -62,7 +62,7 @@ def columns_by_hand(kind: str) -> dict[str, list[float]]:
 
 
 BY_EXPERIMENT = {"variance": ["variance", "growth"], "causal": ["causal"], "permutation": ["permuted"],
-                 "usefulness": ["affine", "heldout"], "released": ["released"], "removal": ["removed", "influence"],
+                 "usefulness": ["affine", "unseen"], "released": ["released"], "removal": ["removed", "influence"],
                  "jacobian": ["|J-I|/d"], "lens": ["lens KL"], "contribution": ["attn/x", "ffn/x"],
                  "sparsity": ["attn.H"]}
 
@@ -72,14 +72,24 @@ def cells(line: str, first: int, width: int) -> list[str]:
     return [line[:first].strip(), *(line[i:i + width].strip() for i in range(first, len(line), width))]
 
 
-def assert_shown(want: dict[str, list[float]], table: str, n: int) -> None:
-    """The columns of a table of blocks, and four digits of every number in it."""
-    header, *rows = [cells(line, 5, 10) for line in table.splitlines()[:n + 1]]
-    assert header == ["block", *want]
-    assert [row[0] for row in rows] == [str(l) for l in range(n)]
-    for k, (name, values) in enumerate(want.items(), 1):
-        shown = [float(row[k]) for row in rows]
-        assert shown == pytest.approx(values, rel=5.1e-4, abs=1e-14, nan_ok=True), name
+def tables_of_blocks(text: str, n: int) -> list[dict[str, list[str]]]:
+    """The columns of each table, top down."""
+    lines, tables = text.splitlines(), []
+    for start in [i for i, line in enumerate(lines) if line.startswith("block ")]:
+        header, *rows = [cells(line, 5, 10) for line in lines[start:start + n + 1]]
+        block, *columns = zip(header, *rows)
+        assert block == ("block", *map(str, range(n)))
+        tables.append({name: list(column) for name, *column in columns})
+    return tables
+
+
+def assert_shown(want: dict[str, list[float]], text: str, n: int) -> None:
+    """The columns of the tables of blocks, and four digits of every number in them; what is no number is a dash."""
+    shown = [column for table in tables_of_blocks(text, n) for column in table.items()]
+    assert [name for name, _ in shown] == list(want)
+    for name, column in shown:
+        values = [math.nan if cell == "-" else float(cell) for cell in column]
+        assert "nan" not in column and values == pytest.approx(want[name], rel=5.1e-4, abs=1e-14, nan_ok=True), name
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -89,12 +99,32 @@ def test_every_column_of_the_table_of_blocks_is_what_the_naive_scores_come_to(ki
     assert len({str(np.round(values, 3)) for values in want.values()}) == len(want) == 14    # no two are alike
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_tables_of_blocks_fit_120_columns_and_part_no_experiment(kind):
+    text = probe.block_table(measured(kind), DEPTH[kind])
+    tables = tables_of_blocks(text, DEPTH[kind])
+    assert max(map(len, text.splitlines())) <= 120 and [len(table) for table in tables] == [10, 4]
+    for columns in BY_EXPERIMENT.values():
+        assert any(set(columns) <= set(table) for table in tables)
+    below = text.split("\n\n")                                       # each says what its own columns mean
+    assert all(f"{name}: " in below[k] for k, table in enumerate(tables) for name in table)
+
+
+def test_a_column_says_one_thing_in_the_table_of_blocks_and_in_that_of_scores():
+    """A score of a column's name is of the column's quantity: the held-out ratios and the mean of their logarithms are
+    of two names."""
+    columns = {name for experiment in EXPERIMENTS.values() for name, _, _ in experiment.columns}
+    assert columns & set(probe.score_names()) == {"causal", "permuted", "influence", "|J-I|/d"}
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_alone_brings_its_own_columns(name):
     r = {key: value for key, value in measured("dense").items() if key in of_experiment(name)}
     want = {column: values for column, values in columns_by_hand("dense").items() if column in BY_EXPERIMENT[name]}
     table = probe.block_table(r, 5)
     assert_shown(want, table, 5)
+    if name == "causal":                                             # there is nothing after the last block
+        assert tables_of_blocks(table, 5)[0]["causal"][-1] == "-"
     meanings = " ".join(table.splitlines()[6:])
     assert all(f"{column}: " in meanings for column in want) and meanings.count(": ") == len(want)
 
@@ -241,6 +271,46 @@ def test_a_loose_fit_and_sampled_pairs_are_remarked():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the verdict
+
+
+def losing(factors: Sequence[float]) -> list[float]:
+    """The losses at which a perplexity of e is multiplied by these."""
+    return [1.0 + math.log(factor) for factor in factors]
+
+
+@pytest.mark.parametrize("result, want", [
+    ({"removal": {"1": losing([3.5, 1.25, 1.004, 9.0, 1.5, 1.02])}},
+     "Most is done by blocks 3, 0 and 4: losing one of them multiplies the perplexity by 9, 3.5 and 1.5. "
+     "Block 2 could go, for 1.004 times the perplexity."),
+    ({"removal": {"1": losing([3.0, 1.2, 1.05]), "2": losing([4.0, 1.4])}},
+     "Most is done by block 0: losing it multiplies the perplexity by 3. "
+     "Block 2 could go, for 1.05 times the perplexity."),
+    ({"removal": {"1": losing([3.0, 1.03, 1.01, 1.5, 2.0]), "2": losing([5, 1.05, 3, 6]), "4": losing([9.0, 1.08])}},
+     "Most is done by blocks 0 and 4: losing one of them multiplies the perplexity by 3 and 2. "
+     "Block 2 could go, for 1.01 times the perplexity; blocks 1 to 4 together for 1.08 times."),
+    ({"removal": {"1": losing([3.0, 1.2])}},
+     "Most is done by block 0: losing it multiplies the perplexity by 3. "
+     "None could go cheaply: block 1 costs least, 1.2 times the perplexity."),
+    ({"usefulness": {"ratio": losing([3.0, 1.05])}},                          # of a loss of 1: the losses themselves
+     "Most is done by block 0: an affine map instead of it multiplies the perplexity by 3. "
+     "Block 1 could be an affine map, for 1.05 times the perplexity."),
+    ({"removal": {"2": losing([1.0, 2.0]), "attn": losing([1.0, 2.0, 3.0])}}, ""),
+    ({"removal": {"1": losing([3.0])}}, ""), ({"variance": [1.0, 2.0, 3.0]}, ""),
+], ids=["blocks", "a dear run", "a cheap run", "all dear", "maps", "runs of two only", "one block", "nothing"])
+def test_the_verdict_names_the_blocks_that_do_most_and_what_could_go(result, want):
+    assert probe.verdict({"loss": 1.0} | result) == want
+
+
+def test_the_verdict_on_a_real_measurement_is_that_of_the_naive_losses():
+    r = naive_scores("dense")
+    ratios = growths(r, r["removal"]["1"])
+    said = probe.verdict(measured("dense"))
+    assert f" block{'s' if len(ratios) > 3 else ''} {int(np.argmax(ratios))}" in said and f"{max(ratios):.3g}" in said
+    assert f"lock {int(np.argmin(ratios))} co" in said and f"{min(ratios):.3g}" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # figures
 
 
@@ -378,7 +448,7 @@ def test_what_all_results_have_is_drawn_into_the_folder(results, names, tmp_path
     pytest.importorskip("matplotlib")
     of_kinds = {kind: {key: value for key, value in measured(kind).items() if keys is None or key in keys}
                 for kind, keys in results.items()}
-    assert probe.draw(of_kinds, tmp_path) == f"figures in {tmp_path}"
+    assert probe.draw(of_kinds, tmp_path) == (f"figures in {tmp_path}" if names else "")
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000

@@ -351,6 +351,7 @@ def cli(run_main):
 def scores(cli, checkpoint, *tasks, out=None):
     """The "tasks" of the probe.json that `--only tasks` writes."""
     out = out or checkpoint.parent / "out"
+    (out / "probe.json").unlink(missing_ok=True)                             # of other tasks
     status, said, err = cli(checkpoint, "--only", "tasks", "--out", out, "--tasks", *tasks)
     assert status == 0, err
     return json.loads((out / "probe.json").read_text())["tasks"]
@@ -415,8 +416,19 @@ def test_blanks_that_end_a_context_count_as_tokens_and_not_as_characters(tmp_pat
 def test_contexts_that_are_cut_are_counted(tmp_path, cli):
     task = write_task(tmp_path / "t", [("x" * 62, [" a", " aa", " aaa"], 0), ("x" * 90, [" a", " b"], 0)])
     got = scores(cli, unigram_model(tmp_path / "ckpt.pt"), task)["t"]
-    assert got["truncated"] == 1 + 2                # of 62 + 4, 90 + 2 and 90 + 2 tokens; block_size=64 scores 65
+    assert got["truncated"] == 2                    # one choice of 62 + 4 tokens, two of 90 + 2; 65 fit
     assert got["acc"] == 1
+    task = write_task(tmp_path / "t", [("x" * 62, [" a", " aa"], 0), ("x" * 90, [" a", " b"], 0)])
+    assert scores(cli, unigram_model(tmp_path / "ckpt.pt"), task)["t"]["truncated"] == 1
+
+
+def test_chance_is_right_once_in_as_many_choices_as_a_question_has(tmp_path, cli):
+    four, two = ("x", [" a", " b", " c", " d"], 0), ("x", [" a", " b"], 0)
+    write_task(tmp_path / "all" / "mixed", [four, two, two])
+    write_task(tmp_path / "all" / "pairs", [two])
+    got = scores(cli, unigram_model(tmp_path / "ckpt.pt"), tmp_path / "all")
+    assert got["mixed"]["chance"] == pytest.approx((1 / 4 + 1 / 2 + 1 / 2) / 3) and got["pairs"]["chance"] == 1 / 2
+    assert got["average"]["chance"] == pytest.approx((got["mixed"]["chance"] + 1 / 2) / 2)
 
 
 def test_choices_count_under_their_own_contexts(tmp_path, cli):
@@ -436,11 +448,30 @@ def test_tasks_alone_need_no_corpus_and_print_a_table(tmp_path, cli):
     status, out, _ = cli(checkpoint, "--only", "tasks", "--tasks", task)
     assert status == 0 and not list((tmp_path / "run").glob("*.png")) and "figures" not in out
     head, mine, average = map(str.split, out.strip().splitlines()[-4:-1])
-    assert head[:3] == ["acc", "acc_per_char", "acc_per_token"]
-    assert mine == ["mine", *"0.333 +- 0.211* 0.667 +- 0.211 0.500 +- 0.224 6 0".split()]
+    assert head[:5] == ["acc", "acc_per_char", "acc_per_token", "chance", "questions"]
+    assert mine == ["mine", *"0.333 +- 0.211* 0.667 +- 0.211 0.500 +- 0.224 0.500 6 0".split()]
     assert average[-3:] == ["0.333", "+-", "0.211*"]
     found = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert set(found) == {"tasks", "run"} and found["run"]["tasks"] == [str(task)] and found["run"]["experiments"] == []
+
+
+@pytest.mark.filterwarnings("ignore:Data has no positive values")            # in a figure: the stream is constant
+def test_tasks_and_experiments_that_are_measured_later_join_those_in_probe_json(tmp_path, cli):
+    checkpoint, one = unigram_model(tmp_path / "run" / "ckpt.pt"), write_task(tmp_path / "one", QUESTIONS)
+    two, tokens = write_task(tmp_path / "two", QUESTIONS[:2]), tmp_path / "tokens.npy"
+    probe.np.save(tokens, probe.np.full((2, 8), 97))
+    calls = [["tasks", "--tasks", one], ["variance", "--tokens", tokens], ["tasks", "--tasks", one, two],
+             ["lens", "--tokens", tokens]]
+    held = []
+    for only, *args in calls:
+        assert cli(checkpoint, "--only", only, *args).status == 0
+        found = json.loads((tmp_path / "run" / "probe.json").read_text())
+        held.append(({*found} & {"variance", "lens"}, {*found["tasks"]}))
+    assert held == [(set(), {"one", "average"}), ({"variance"}, {"one", "average"}),
+                    ({"variance"}, {"one", "two", "average"}), ({"variance", "lens"}, {"one", "two", "average"})]
+    assert found["run"]["experiments"] == ["variance", "lens"] and found["run"]["tasks"] == [str(one), str(two)]
+    assert_mistake(cli(checkpoint, "--only", "tasks", "--tasks", two), str(one), "--out DIR")    # it would lose one
+    assert json.loads((tmp_path / "run" / "probe.json").read_text()) == found
 
 
 @pytest.mark.filterwarnings("ignore:Data has no positive values")            # in a figure: the stream is constant

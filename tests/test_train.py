@@ -4,6 +4,7 @@
     python -m pytest -q tests/test_train.py -k "compile"       # the slow ones
 """
 import ast
+import errno
 import gc
 import json
 import math
@@ -35,12 +36,6 @@ TINY = dict(block_size=32, n_layer=2, n_head=2, n_embd=16, ffn_hidden=40, tokens
 MOE = dict(n_experts=4, top_k=2, expert_hidden=16)
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 PAPER = {path.stem: path for path in (ROOT / "configs" / "paper").glob("*.py")}
-
-
-@pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
-    """The peak FLOP/s only scales the MFU on the terminal; measuring it would take most of the time of a tiny run."""
-    monkeypatch.setattr(train, "gemm_rate", lambda *_: 1e11)
 
 
 @pytest.fixture
@@ -290,6 +285,53 @@ def test_whatever_is_wrong_in_a_config_is_one_line_that_names_a_file(tmp_path, t
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("text, assigned", [
+    ("max_steps: 3", "max_steps = 3"), ("if True:\n    n_layer: sixteen", "n_layer = sixteen"),
+    ("max_stepz: 3", "max_stepz = 3"),
+])
+def test_an_annotation_in_a_config_is_refused_with_the_assignment_that_was_meant(tmp_path, text, assigned):
+    with pytest.raises(UserError, match=f"c.py, line [12]: .* write {assigned}$"):
+        load_settings([write(tmp_path / "c.py", text)])
+
+
+@pytest.mark.parametrize("name, text", [("c.yaml", "n_layer: 3"), ("c.yml", "n_layer: 3"), ("c.json", '{"n_layer": 3}'),
+                                        ("c.toml", "n_layer = 3")])
+def test_a_config_of_another_format_is_refused(tmp_path, name, text):
+    with pytest.raises(UserError, match=f"{name}: a config is a Python file, NAME.py, .* n_layer = 16"):
+        load_settings([write(tmp_path / name, text)])
+
+
+@pytest.mark.parametrize("text", [
+    "import math\nmax_steps = int(math.sqrt(49))", "from math import sqrt\nmax_steps = int(sqrt(49))",
+    "def steps():\n    return 7\nmax_steps = steps()", "class Sizes:\n    steps = 7\nmax_steps = Sizes.steps",
+    "from __future__ import annotations\nmax_steps: int = 7",
+    "from pathlib import Path\n_seven = 7\nmax_steps = _seven",
+], ids=lambda text: text.split("\n")[0])
+def test_a_config_may_import_and_define_what_computes_its_settings(tmp_path, text):
+    default = vars(load_settings(["--out_dir=x"])[0])
+    assert vars(load_settings([write(tmp_path / "c.py", text), "--out_dir=x"])[0]) == default | {"max_steps": 7}
+
+
+@pytest.mark.parametrize("text, name", [("import math as seed", "seed"), ("from os import path as data", "data"),
+                                        ("def base():\n    pass", "base"), ("from math import pi", "_pi"),
+                                        ("for i in range(3):\n    n_layer = i + 1", "_i")])
+def test_what_a_config_imports_is_refused_where_it_might_be_meant_as_a_setting(tmp_path, text, name):
+    with pytest.raises(UserError, match=rf"c.py: .*\b{name}\b"):
+        load_settings([write(tmp_path / "c.py", text)])
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, begin):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    saved = begin() / "ckpt.pt"
+    write(tmp_path / "root.py", "data = '~/d'\ninit_from = '~/out/ckpt.pt'")
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs" / "c.py", "base = '~/root.py'")
+    c, args = load_settings(["~/configs/c.py", "--out_dir=~/o"])
+    assert (c.data, c.out_dir, c.init_from) == (str(tmp_path / "d"), str(tmp_path / "o"), str(saved))
+    assert args.configs == [str(tmp_path / "configs" / "c.py")]
+
+
 def test_a_config_leaves_the_globals_of_train_alone(tmp_path):
     # nanoGPT's configurator is an exec over globals: there, `learning_rate = 1` would replace the schedule's function.
     before = dict(vars(train))
@@ -390,6 +432,31 @@ MISTAKES = {     # name -> (arguments, what the line must name)
     "gpus without a plan": (["--gpus=8"], "--gpus"), "mfu without a plan": (["--mfu=0.4"], "--mfu"),
     "a plan that resumes": (["--plan", "--resume"], "--resume"),
 }
+
+
+LONG = "x" * 300     # more than a file's name can have
+
+
+@pytest.mark.parametrize("args", [[f"{LONG}.py"], [f"--data={LONG}"], ["--data=CORPUS", f"--out_dir={LONG}"],
+                                  [f"--init_from={LONG}.pt"],
+                                  ["--resume", f"{LONG}.py"]], ids=lambda args: args[-1][:9])
+def test_a_name_that_is_too_long_is_one_line(args, corpus, run_main, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_mistake(run_main(train, "--device=cpu", *(arg.replace("CORPUS", str(corpus)) for arg in args)), LONG)
+
+
+@pytest.mark.parametrize("call", ["stat", "mkdir"])
+def test_a_folder_without_permission_is_one_line(call, corpus, run_main, tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    honest = getattr(os, call)
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(str(closed)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return honest(path, *args, **kwargs)
+    monkeypatch.setattr(os, call, refuse)
+    where = {"stat": [f"--data={closed}/x"], "mkdir": [f"--data={corpus}", f"--out_dir={closed}"]}[call]
+    assert_mistake(run_main(train, "--device=cpu", *where), str(closed), "Permission denied")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -819,6 +886,19 @@ def test_init_from_goes_on_with_the_architecture_and_the_weights_of_a_checkpoint
     assert record["loss"] == pytest.approx(want, rel=1e-5) and want < log[0]["loss"] - 2
 
 
+def test_init_from_says_the_validation_loss_before_the_first_step(trained, tmp_path, corpus, capsys):
+    out, told, log = trained
+    start = str(out / "ckpt.pt")
+    settings = told | dict(init_from=start, max_steps=2, vocab_size=VOCAB, out_dir=str(tmp_path / "a"))
+    train.train(TrainConfig(**settings))
+    said = capsys.readouterr().out
+    assert f"before the first step: val_loss {log[-1]['val_loss']:.4f}, of {start}\n" in said
+    assert said.index("before the first step") < said.index("step 2/2")
+    train.train(TrainConfig(**settings | {"max_steps": 3}), resume=True)          # it does not start from there again
+    train.train(TrainConfig(**settings | {"eval_interval": 0, "out_dir": str(tmp_path / "b")}))
+    assert "before the first step" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, value", [("n_layer", 3), ("n_embd", 32), ("rope_theta", 500.0), ("norm", "lns")])
 def test_a_setting_that_contradicts_the_checkpoint_is_refused_by_name(begin, name, value):
     path = begin(max_steps=1) / "ckpt.pt"
@@ -855,11 +935,56 @@ def flops_by_hand(d, L, T, kv, ffn):
 ], ids=["dense", "gqa_tied_recompute", "moe"])
 def test_the_mfu_is_the_flops_of_a_token_times_the_rate_over_the_peak(begin, monkeypatch, capsys, kind, flops):
     peak = 1e6                                                       # so low that the percentage has many digits
-    monkeypatch.setattr(train, "gemm_rate", lambda *_: peak)
+    monkeypatch.setattr(train, "peak_of_all", lambda here: peak)
     log = read_log(begin(max_steps=3, eval_interval=1, **kind))
     said = [float(percent) for percent in re.findall(r"MFU (\d+)%", capsys.readouterr().out)]
     assert said == [pytest.approx(100 * flops * record["tokens_per_s"] / peak, abs=0.51) for record in log]
     assert len(said) == 3 and min(said) > 1000
+
+
+def test_on_a_cpu_there_is_no_peak_and_no_mfu_and_nothing_is_measured(begin, monkeypatch, capsys):
+    monkeypatch.delattr(train, "gemm_rate")
+    out = begin(max_steps=2, eval_interval=1)
+    said = capsys.readouterr().out
+    assert re.findall(r"step (\d)/2  loss \d\.\d{4}  [\d,]+ tokens/s  \d\.\d min left", said) == ["1", "2"]
+    assert f"writes to {out}: " in said
+    gpu = train.Process(0, 4, torch.device("cuda", 0), torch.bfloat16)
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 7.0)
+    assert train.peak_of_all(gpu) == 28 and train.peak_of_all(gpu._replace(device=torch.device("cpu"))) is None
+
+
+@pytest.mark.parametrize("clock", ["stands still", "set back"])
+def test_a_clock_that_stands_still_or_is_set_back_stops_no_run(begin, monkeypatch, capsys, clock):
+    if clock == "stands still":
+        monkeypatch.setattr(train.time, "perf_counter", lambda: 5.0)
+    ticks = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(train.time, "time", lambda: float(next(ticks)))
+    log = read_log(begin(max_steps=2))
+    closing = capsys.readouterr().out.split("trained in")[1]
+    assert all(record["tokens_per_s"] > 0 for record in log) and closing.startswith(" 0.0 min, ")
+
+
+@pytest.mark.parametrize("platform, env, there, words", [
+    ("linux", None, [], ["no g++", "build-essential"]),
+    ("darwin", None, ["g++"], ["no clang++", "xcode-select --install"]),
+    ("win32", None, ["g++"], ["no cl:", "Visual Studio"]), ("linux", "icpx", ["g++"], ["no icpx"]),
+    ("linux", None, ["g++"], []), ("darwin", None, ["clang++"], []), ("linux", "icpx", ["icpx"], []),
+], ids=str)
+def test_compiling_needs_a_compiler_and_its_package_is_named(begin, tmp_path, monkeypatch, platform, env, there, words):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.delenv("CXX", raising=False)
+    if env:
+        monkeypatch.setenv("CXX", env)
+    cpu = train.Process(0, 1, torch.device("cpu"), torch.float32)
+    if not words:
+        return train.check_compiler(TrainConfig(compile=True), cpu)
+    with pytest.raises(UserError) as refused:
+        begin(compile=True)
+    assert all(word in str(refused.value) for word in words) and not (tmp_path / "out").exists()
+    for compile in (None, False):                                    # nobody asks for it
+        train.check_compiler(TrainConfig(compile=compile), cpu)
+    train.check_compiler(TrainConfig(compile=True), cpu._replace(device=torch.device("cuda")))
 
 
 def test_the_peak_is_the_data_sheets_in_bfloat16_on_a_gpu_it_knows_and_else_measured(monkeypatch):
