@@ -2,13 +2,17 @@
 
     python recipe.py run depth --seeds 2                 # train and probe a family; resumable
     python recipe.py run ladder --scale paper --dry-run  # what would run at the paper's size
-    python recipe.py report                              # tables and figures of what is on disk
+    python recipe.py report                              # tables and figures of results.jsonl
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
     python recipe.py diagnose out/gqa_deep               # does it use its depth? what would help?
 
 A member of a family is a file of configs/laptop/ or configs/paper/, perhaps with a setting changed,
 as in "gqa_16,norm=lns". Members with equal settings are one run. Settings of train.py at the end of
-`run` change all members.
+`run` or `report` change all members.
+
+What a run came to is a line of configs/SCALE/results.jsonl, which git keeps: a run whose line is
+there is done, also on a machine that has none of its files. With settings of your own the lines go
+to OUT/SCALE/results.jsonl instead; --results FILE is another file.
 """
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import signal
 import statistics
 import subprocess
@@ -99,9 +104,9 @@ def arguments(member: str, scale: str) -> list[str]:
     name, *changes = member.split(",")
     return [str(ROOT / "configs" / scale / f"{name}.py"), *(f"--{change}" for change in changes)]
 
-def config(member: str, scale: str) -> TrainConfig:
-    """The settings of a member; out_dir, which is none of its own, is the same for all."""
-    return load_settings([*arguments(member, scale), "--out_dir=any"])[0]
+def config(member: str, scale: str, settings: Sequence[str] = ()) -> TrainConfig:
+    """The settings of a member, with these of the command line; out_dir is the same for all."""
+    return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
 
 def label(family: str, member: str, scale: str) -> str:
     """What makes a member: its knob, and what the value stands for, as in "L 16 (paper: 32)"."""
@@ -145,7 +150,11 @@ def read_reported() -> tuple[list[str], Numbers]:
 PAPER_COLUMNS, PAPER = read_reported()
 
 # ---- running -------------------------------------------------------------------------------------
-MEASURED = ",".join(name for name in EXPERIMENTS if EXPERIMENTS[name].scores)      # by default
+# By default: all that has a score, and how sparse the model is.
+MEASURED = ",".join(name for name in EXPERIMENTS
+                    if EXPERIMENTS[name].scores or name == "sparsity")
+# Of `run all`: their runs are the longest, and nothing of the paper hangs on a small difference.
+MOST_SEEDS = {"ladder": 3, "norms": 3}
 
 class Job(NamedTuple):
     """A run of one member with one seed, and its folder."""
@@ -156,23 +165,29 @@ class Job(NamedTuple):
 Work = dict[Job, dict[str, list[str]]]        # of each job the commands it still needs, by stage
 
 def run_family(args: Any) -> None:
-    """Train and probe what is not on disk yet; a run that fails does not stop the others."""
+    """Train, probe and record what is not yet; a run that fails does not stop the others."""
     families = list(FAMILIES) if args.family == "all" else [args.family]
-    work = {job: commands(job, args) for job in jobs_of(families, args)}
+    rows, _ = read_rows(args.results)
+    work = {}
+    for job in jobs_of(families, args):
+        c = load_settings(training(job, args))[0]
+        work[job] = commands(job, args, find_row(rows, c, job.seed))
     if args.dry_run:
         print_costs(work, args)
         return
     failed = [str(job.out) for job in run_all(work, args)]
-    report(args.out, args.scale, families)
+    report(args, families)
     check(not failed, f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}; "
           "the same command tries again")
 
 def jobs_of(families: Sequence[str], args: Any) -> list[Job]:
-    """A job for each member and seed; members with equal settings share one."""
+    """A job for each member and seed, all of seed 0 first; those with equal settings share one."""
     folder = folders(args.out, args.scale)
     jobs: dict[Path, Job] = {}
     for seed in range(args.seeds):
         for family in families:
+            if len(families) > 1 and seed >= MOST_SEEDS.get(family, args.seeds):
+                continue
             for member in FAMILIES[family]:
                 out = folder[member] / f"seed_{seed}"
                 jobs.setdefault(out, Job(member, seed, out))
@@ -183,8 +198,12 @@ def training(job: Job, args: Any) -> list[str]:
     of_member = arguments(job.member, args.scale)
     return [*of_member, *args.settings, f"--seed={job.seed}", f"--out_dir={job.out}"]
 
-def commands(job: Job, args: Any) -> dict[str, list[str]]:
-    """The commands that a job still needs, by stage: train, probe."""
+def commands(job: Job, args: Any, row: Row | None = None) -> dict[str, list[str]]:
+    """The commands that a job still needs, by stage: train, probe, record, the last of which is
+    none. row: what is recorded of it."""
+    wanted, recorded = args.only.split(","), row or {"experiments": [], "tasks": []}
+    if row and set(wanted) <= set(row["experiments"]) and set(args.tasks) <= set(row["tasks"]):
+        return {}
     c = load_settings(training(job, args))[0]
     saved = read_checkpoint(job.out)
     another = bool(differing(c, saved.get("settings", {})))        # train.py puts that aside
@@ -195,13 +214,14 @@ def commands(job: Job, args: Any) -> dict[str, list[str]]:
         with contextlib.suppress(*DAMAGED):
             probed = read_probe(job.out / "ckpt.pt", job.out)["run"]
 
-    experiments, tasks = probed.get("experiments", []), probed.get("tasks", [])
-    wanted = args.only.split(",")
-    if not (set(wanted) <= set(experiments) and set(args.tasks) <= set(tasks)):
-        # probe.json is written whole: what it holds already is measured again.
-        experiments, tasks = union(experiments, wanted), union(tasks, args.tasks)
+    # probe.json and a row are written whole: what they hold already is measured again.
+    wanted = union(recorded["experiments"], wanted)
+    tasks = union(recorded["tasks"], args.tasks)
+    experiments, probed_tasks = probed.get("experiments", []), probed.get("tasks", [])
+    if not (set(wanted) <= set(experiments) and set(tasks) <= set(probed_tasks)):
+        experiments, tasks = union(experiments, wanted), union(probed_tasks, tasks)
         todo["probe"] = probe_command(job, args, c.block_size, experiments, tasks)
-    return todo
+    return todo | {"record": []}
 
 def union(a: Sequence[str], b: Sequence[str]) -> list[str]:
     """Those of a, and those of b that are not in a, in order."""
@@ -261,6 +281,8 @@ def run_all(work: Work, args: Any) -> list[Job]:
     def run_job(job: Job) -> bool:
         """Run a job's commands; did it come to its end?"""
         for stage, command in work[job].items():
+            if stage == "record":
+                return record(job, args)
             job.out.mkdir(parents=True, exist_ok=True)
             print(f"{job.out}: {stage}", flush=True)
             with open(job.out / f"{stage}.txt", "w") as said:
@@ -291,8 +313,6 @@ DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 # Settings that change how a run is computed and not what it is; the seed is in the folder's name.
 NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel", "recompute",
              "save_interval", "keep_checkpoints"}
-LOG_COLUMNS = ["val loss", "peak var."]      # of a table, from log.jsonl; the others are probe.py's
-
 def differing(c: TrainConfig, settings: dict[str, Any]) -> list[str]:
     """The settings in which a run that was trained with `settings` is another one than c."""
     return [name for name, value in asdict(c).items()
@@ -324,68 +344,204 @@ def variance_curve(log: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """From the lines of a log: steps, and the variance of the last layer then."""
     return [(line["step"], line["variance"][-1]) for line in log if "variance" in line]
 
-class Outcome(NamedTuple):
-    """What a run came to."""
-    scores: dict[str, float]                 # by column of a table
-    curve: list[tuple[int, float]]           # see `variance_curve`
+# ---- results.jsonl: what is kept of every run ----------------------------------------------------
+# A row is a dict: member, seed, settings (those that matter), corpus (its checksum), torch, python
+# and processor, experiments and tasks, scores (by column of a table), curve (see `variance_curve`,
+# thinned) and probe (what probe.json says of blocks).
+Row = dict[str, Any]
+CURVE_POINTS = 40
+# Columns of a table that are not probe.py's: see `own_scores`.
+OWN_COLUMNS = ["train loss", "val loss", "peak var.", "growth", "near zero", "eff. keys",
+               "key heads", "active FFN", "density"]
 
-Runs = dict[str, list[Outcome]]              # of each member, what its seeds came to
+def default_results(args: Any) -> Path:
+    """Where rows are; those of settings of one's own stay out of what git keeps."""
+    for member in folders(args.out, args.scale):
+        if differing(config(member, args.scale), asdict(config(member, args.scale, args.settings))):
+            return Path(args.out, args.scale, "results.jsonl")
+    return ROOT / "configs" / args.scale / "results.jsonl"
 
-def outcome(out: Path) -> Outcome | None:
-    """What the run in a folder came to; None where it is not finished."""
+def read_rows(path: Path) -> tuple[list[Row], list[int]]:
+    """The rows in a results.jsonl, if there is one; and the numbers of lines that are damaged, as
+    the last one is where a machine stopped."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            whole = all(row[name] for name in ("member", "settings", "experiments", "scores"))
+        except DAMAGED:
+            whole = False
+        if whole:
+            rows.append(row)
+        else:
+            damaged.append(number)
+    return rows, damaged
+
+def find_row(rows: Sequence[Row], c: TrainConfig, seed: int) -> Row | None:
+    """The newest row of a run with these settings and this seed."""
+    for row in reversed(rows):
+        if row["seed"] == seed and not differing(c, row["settings"]):
+            return row
+    return None
+
+def record(job: Job, args: Any) -> bool:
+    """Append the row of a finished run; could it be done?"""
+    path = args.results
     try:
-        log = read_log(out)
-        curve = variance_curve(log)
-        losses = [line["val_loss"] for line in log if "val_loss" in line]
-        found = {"val loss": losses[-1] if losses else math.nan,
-                 "peak var.": max((variance for _, variance in curve), default=math.nan)}
-        return Outcome(found | scores(read_probe(out / "ckpt.pt", out)), curve)
-    except DAMAGED:
-        return None
+        line = json.dumps(row_of(job, load_settings(training(job, args))[0])) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In one piece, since other jobs append too. A line that a crash has cut gets its end.
+        with open(path, "ab", buffering=0) as f:
+            cut = f.tell() > 0 and not path.read_bytes().endswith(b"\n")
+            f.write(("\n" * cut + line).encode())
+    except (UserError, *DAMAGED) as e:
+        print(f"{job.out}: cannot be recorded in {path} ({e})", flush=True)
+        return False
+    print(f"{job.out}: recorded in {path}", flush=True)
+    return True
 
-def strangers(c: TrainConfig, folder: Path) -> Iterator[str]:
-    """A line for every run in a member's folder that has other settings than the member's, c."""
-    for ckpt in sorted(folder.glob("seed_*/ckpt.pt")):
-        names = differing(c, read_checkpoint(ckpt.parent).get("settings", {}))
-        if names:
-            yield (f"{ckpt.parent} is a run with other settings than its config's: "
-                   f"{', '.join(names)}")
+def row_of(job: Job, c: TrainConfig) -> Row:
+    """What is kept of a finished run."""
+    log, r = read_log(job.out), read_probe(job.out / "ckpt.pt", job.out)
+    of_blocks = {name: x for name, x in r.items() if name not in ("run", "seconds")}
+    settings = {name: x for name, x in asdict(c).items() if name not in NO_MATTER}
+    curve = variance_curve(log)
+    thinned = sorted({round(k) for k in np.linspace(0, len(curve) - 1, CURVE_POINTS)})
+    return compact({
+        "member": job.member, "seed": job.seed, "settings": settings,
+        "corpus": read_checkpoint(job.out).get("corpus"), "torch": torch.__version__,
+        "python": platform.python_version(), "processor": processor(),
+        "experiments": r["run"]["experiments"], "tasks": r["run"].get("tasks", []),
+        "scores": own_scores(c, log, r) | scores(r),
+        "curve": [curve[k] for k in thinned] if curve else [],
+        "probe": without_matrices(of_blocks)})
+
+def processor() -> str:
+    """The name of what a run is computed on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
+               r: dict[str, Any]) -> dict[str, float]:
+    """Scores of a run beside probe.py's, by OWN_COLUMNS; what was not measured is left out.
+
+    growth: of ln variance per block, from the stream after the first to the last.
+    near zero: the share of a block's weights below the threshold of probe.py.
+    eff. keys: the share of the visible keys that a query effectively attends to.
+    key heads: distinct ones per query head. density: eff. keys x key heads.
+    active FFN: the share of the FFN's weights that a token meets.
+    """
+    losses = [line["loss"] for line in log[-100:] if "loss" in line]
+    validations = [line["val_loss"] for line in log if "val_loss" in line]
+    found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
+    if c.n_experts:
+        met = c.top_k * c.expert_hidden + c.shared_hidden
+        found["active FFN"] = met / (c.n_experts * c.expert_hidden + c.shared_hidden)
+    if losses:
+        found["train loss"] = statistics.mean(losses)                # of the last 100 steps
+    if validations:
+        found["val loss"] = validations[-1]
+    if variance_curve(log):
+        found["peak var."] = max(variance for _, variance in variance_curve(log))
+    if "variance" in r:
+        first, last = r["variance"][1], r["variance"][-1]
+        if first and last and c.n_layer > 1:
+            found["growth"] = math.log(last / first) / (c.n_layer - 1)
+    if "sparsity" in r:
+        found["near zero"] = near_zero(c, r)
+        found["eff. keys"] = statistics.mean(r["sparsity"]["attention"]["effective_keys"])
+        found["density"] = statistics.mean(r["sparsity"]["interaction_density"])
+    return found
+
+def near_zero(c: TrainConfig, r: dict[str, Any]) -> float:
+    """The share of the weights of all blocks that are near zero, from the shares by kind."""
+    count = total = 0.0
+    model = bare(replace(c, vocab_size=vocabulary(c)))
+    for name, w in model.blocks[0].named_parameters():
+        if w.dim() > 1:
+            shares = r["sparsity"]["weights"][name.removesuffix(".weight")]["below"]
+            count += w.numel() * sum(shares)
+            total += w.numel() * len(shares)
+    return count / total
+
+def without_matrices(x: Any) -> Any:
+    """Nested dicts without the lists of lists in them: n x n numbers are most of a probe.json."""
+    if not isinstance(x, dict):
+        return x
+    return {key: without_matrices(value) for key, value in x.items()
+            if not (isinstance(value, list) and value and isinstance(value[0], list))}
+
+def compact(x: Any) -> Any:
+    """Numbers to six digits, also inside of dicts and lists; JSON has null for nan."""
+    if isinstance(x, dict):
+        return {key: compact(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [compact(value) for value in x]
+    if isinstance(x, float):
+        return float(f"{x:.6g}") if math.isfinite(x) else None
+    return x
+
+Runs = dict[str, list[Row]]                  # of each member, the rows of its seeds
+
+def runs_of(family: str, rows: Sequence[Row], args: Any) -> Runs:
+    """The members of a family that have rows."""
+    found = {}
+    for member in FAMILIES[family]:
+        c = config(member, args.scale, args.settings)
+        newest = {row["seed"]: row for row in rows if not differing(c, row["settings"])}
+        if newest:
+            found[member] = [newest[seed] for seed in sorted(newest)]
+    return found
+
+def doubts(rows: Sequence[Row], damaged: Sequence[int], args: Any) -> Iterator[str]:
+    """What is not as it should be in results.jsonl, a line each."""
+    for number in damaged:
+        yield f"line {number} is damaged and left out"
+    members = {member: config(member, args.scale, args.settings)
+               for member in folders(args.out, args.scale)}
+    corpora, strange = set(), []
+    for row in rows:
+        if any(not differing(c, row["settings"]) for c in members.values()):
+            corpora.add(row["corpus"])
+        else:
+            c = members.get(row["member"])
+            names = ", ".join(differing(c, row["settings"])) if c else "no such member"
+            strange.append(f"{row['member']} seed {row['seed']} ({names})")
+    if strange:
+        yield f"left out, being of other settings: {'; '.join(strange)}"
+    if len(corpora) > 1:
+        yield (f"its runs saw {len(corpora)} different corpora and are not comparable: data/python "
+               "is Python's own source, another one with each version of Python")
 
 # ---- tables and figures --------------------------------------------------------------------------
-def report(out: str | Path, scale: str, families: Sequence[str]) -> None:
-    """Write and print the table and the figure of each family that has a finished run."""
-    folder = folders(out, scale)
-    found = [report_family(family, Path(out, scale), scale, folder) for family in families]
-    check(any(found), f"no finished run in {out}/{scale}: "
-          f"python recipe.py run depth --scale {scale}")
+def report(args: Any, families: Sequence[str]) -> None:
+    """Write and print the table and the figure of each family that has a recorded run."""
+    rows, damaged = read_rows(args.results)
+    found = [report_family(family, rows, args) for family in families]
+    for line in doubts(rows, damaged, args):
+        print(f"{args.results}: {line}")
+    check(any(found), f"no finished run in {args.results}: "
+          f"python recipe.py run depth --scale {args.scale}")
 
-def report_family(family: str, out: Path, scale: str, folder: dict[str, Path]) -> bool:
-    """Write FAMILY.md and FAMILY.png into `out` and print the table, if a run is finished: is one?
-
-    folder: where the runs of each member are.
-    """
-    runs: Runs = {}
-    missing = []
-    for member in FAMILIES[family]:
-        outcomes = [outcome(place) for place in sorted(folder[member].glob("seed_*"))]
-        finished = [found for found in outcomes if found is not None]
-        if finished:
-            runs[member] = finished
-        else:
-            missing.append(member)
+def report_family(family: str, rows: Sequence[Row], args: Any) -> bool:
+    """Write FAMILY.md and FAMILY.png and print the table, if a run is recorded: is one?"""
+    runs = runs_of(family, rows, args)
     if not runs:
         return False
-
-    text = table(family, runs, scale)
-    path = out / f"{family}.md"
+    text = table(family, runs, args.scale)
+    path = Path(args.out, args.scale, f"{family}.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
-    drawn = draw(family, runs, scale, path.with_suffix(".png"))
+    drawn = draw(family, runs, args.scale, path.with_suffix(".png"))
     print(f"\n{family}: {path}, {drawn}\n\n{text}")
+    missing = [member for member in FAMILIES[family] if member not in runs]
     if missing:
         print(f"not finished: {', '.join(missing)}")
-    for member in runs:
-        for remark in strangers(config(member, scale), folder[member]):
-            print(remark)
     sys.stdout.flush()
     return True
 
@@ -393,7 +549,7 @@ def table(family: str, runs: Runs, scale: str) -> str:
     """Markdown, a row per member: what was measured, and at the right what the paper reports."""
     columns = {"": [f"`{member}` {label(family, member, scale)}" for member in runs],
                "seeds": [str(len(seeds)) for seeds in runs.values()]}
-    for name in [*LOG_COLUMNS, *score_names()]:
+    for name in [*OWN_COLUMNS, *score_names()]:
         if name != "loss":                   # of probe.py's few tokens; "val loss" says more
             columns[name] = [cell(mean, deviation) for mean, deviation in zip(*spread(runs, name))]
     for name in PAPER_COLUMNS:
@@ -408,7 +564,8 @@ def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Each member's mean and standard deviation over its seeds; nan where there is none."""
     means, deviations = [], []
     for seeds in runs.values():
-        values = [seed.scores[column] for seed in seeds if column in seed.scores]
+        values = [row["scores"][column] for row in seeds
+                  if row["scores"].get(column) is not None]
         means.append(statistics.mean(values) if values else math.nan)
         deviations.append(statistics.stdev(values) if len(values) > 1 else math.nan)
     return np.array(means), np.array(deviations)
@@ -450,8 +607,8 @@ def draw_variance(ax: Any, runs: Runs, labels: Sequence[str]) -> None:
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
     for color, text, seeds in zip(colors, labels, runs.values()):
         for k, seed in enumerate(seeds):
-            steps = [step for step, _ in seed.curve]
-            variances = [variance for _, variance in seed.curve]
+            steps = [step for step, _ in seed["curve"]]
+            variances = [variance for _, variance in seed["curve"]]
             if k == 0:
                 ax.plot(steps, variances, color=color, label=text)
             else:
@@ -462,7 +619,7 @@ def draw_variance(ax: Any, runs: Runs, labels: Sequence[str]) -> None:
 def draw_bars(ax: Any, runs: Runs) -> None:
     """A bar per member: the accuracy if all were scored on tasks, else the validation loss."""
     column, meaning = "val loss", "validation loss, nats a token"
-    if all("accuracy" in seed.scores for seeds in runs.values() for seed in seeds):
+    if all("accuracy" in seed["scores"] for seeds in runs.values() for seed in seeds):
         column, meaning = "accuracy", "accuracy"
     means, deviations = spread(runs, column)
     ax.bar(range(len(runs)), means, yerr=deviations, color="gainsboro", ecolor="gray", capsize=3)
@@ -666,19 +823,23 @@ def read_arguments() -> Any:
     on_disk = argparse.ArgumentParser(add_help=False)
     on_disk.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
     on_disk.add_argument("--out", default="out/recipe",
-                         help="where the runs are (default %(default)s)")
+                         help="where runs, tables and figures are (default %(default)s)")
+    on_disk.add_argument("--results", metavar="FILE", type=Path,
+                         help="a line per finished run (default configs/SCALE/results.jsonl; with "
+                              "settings of your own OUT/SCALE/results.jsonl)")
 
     add = commands.add_parser("run", help="train, probe and report a family",
                               parents=[on_disk]).add_argument
     add("family", choices=[*FAMILIES, "all"])
-    add("--seeds", type=int, default=1, metavar="N", help="of every member, 0 to N - 1 (default 1)")
+    add("--seeds", type=int, default=1, metavar="N",
+        help="of every member, 0 to N - 1 (default 1); `all` takes 3 at most of ladder and norms")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     add("--tasks", nargs="+", default=[], metavar="DIR",
         help="folders of OLMES tasks to score, see probe.py")
     add("--only", default=MEASURED, help="experiments of probe.py (default %(default)s)")
     add("--dry-run", action="store_true", help="print the runs, their cost and time")
 
-    commands.add_parser("report", help="tables and figures from what is on disk", parents=[on_disk])
+    commands.add_parser("report", help="tables and figures from results.jsonl", parents=[on_disk])
 
     add = commands.add_parser("advise", help="the paper's settings for your model").add_argument
     add("--n_layer", type=int, required=True, help="blocks")
@@ -693,6 +854,9 @@ def read_arguments() -> Any:
     args, args.settings = parser.parse_known_args()
     if args.command == "run":
         check_run(args)
+    if args.command in ("run", "report"):
+        check_settings(args)
+        args.results = args.results or default_results(args)
     else:
         check(not args.settings, f"unknown argument {args.settings[:1]}; see --help")
     return args
@@ -700,25 +864,28 @@ def read_arguments() -> Any:
 def check_run(args: Any) -> None:
     """UserError for what `run` cannot do."""
     check(args.seeds > 0 and args.jobs > 0, "--seeds and --jobs must be positive")
+    check(set(args.only.split(",")) <= set(EXPERIMENTS),
+          f"--only {args.only!r}: there are {','.join(EXPERIMENTS)}")
+    check(all(Path(task).is_dir() for task in args.tasks),
+          f"--tasks {' '.join(args.tasks)}: not all are folders")
+
+def check_settings(args: Any) -> None:
+    """UserError for what is neither a flag nor a setting of train.py."""
     names = {f.name for f in fields(TrainConfig)} - {"seed", "out_dir"}
     for k, given in enumerate(args.settings):
         is_value = k > 0 and not given.startswith("-")            # of --name before it
         name = given.lstrip("-").split("=")[0]
         is_setting = given.startswith("-") and name in names
         check(is_value or is_setting,
-              f"{given}: after `run FAMILY` come what `recipe.py run --help` lists, --seeds and "
-              "--out too, and other settings of train.py")
-    check(set(args.only.split(",")) <= set(EXPERIMENTS),
-          f"--only {args.only!r}: there are {','.join(EXPERIMENTS)}")
-    check(all(Path(task).is_dir() for task in args.tasks),
-          f"--tasks {' '.join(args.tasks)}: not all are folders")
+              f"{given}: `{args.command}` takes what `recipe.py {args.command} --help` lists, as "
+              "--seeds and --out, and other settings of train.py")
 
 def main() -> None:
     args = read_arguments()
     if args.command == "run":
         run_family(args)
     elif args.command == "report":
-        report(args.out, args.scale, list(FAMILIES))
+        report(args, list(FAMILIES))
     elif args.command == "advise":
         advise(args)
     else:
