@@ -5,6 +5,7 @@
     python recipe.py report                              # tables and figures of results.jsonl
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
     python recipe.py diagnose out/gqa_deep               # does it use its depth? what would help?
+    python recipe.py plot out/gqa_deep out/dense         # the course of their training
 
 A member of a family is a file of configs/laptop/ or configs/paper/, perhaps with a setting changed,
 as in "gqa_16,norm=lns". Members with equal settings are one run. Settings of train.py at the end of
@@ -29,7 +30,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -95,9 +96,18 @@ CURES = {"dense_1b": "norm {norm}",
          "context_4096": "norm {norm}, T {T}",
          "gqa_16": "norm {norm}, G {G}",
          "moe_1b": "norm {norm}, experts {experts}"}
+# What the members are compared with, seed by seed: the baseline of their family, or another member.
+BASELINES = {"depth": "depth_16", "weight_decay": "weight_decay_0_1", "context": "context_2048",
+             "gqa": "gqa_1", "moe": "dense_1b", "ladder": "ladder_32", "norms": "dense_1b"}
+OTHER_BASELINES = {"moe_400m": "dense_400m",
+                   "ladder_decay_0_3": "ladder_t4096", "ladder_decay_0_6": "ladder_t4096",
+                   "ladder_decay_1": "ladder_t4096", "ladder_g2": "ladder_decay_0_3",
+                   "ladder_moe": "ladder_g2"}
 for cure, its_knobs in CURES.items():
     for change in ("", ",norm=lns", ",norm=peri"):
         FAMILIES["norms"][cure + change] = its_knobs
+        if change and cure != "dense_1b":
+            OTHER_BASELINES[cure + change] = "dense_1b" + change
 
 def arguments(member: str, scale: str) -> list[str]:
     """What train.py is told about a member: its config, and the settings changed after a comma."""
@@ -518,129 +528,408 @@ def doubts(rows: Sequence[Row], damaged: Sequence[int], args: Any) -> Iterator[s
         yield (f"its runs saw {len(corpora)} different corpora and are not comparable: data/python "
                "is Python's own source, another one with each version of Python")
 
-# ---- tables and figures --------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 def report(args: Any, families: Sequence[str]) -> None:
-    """Write and print the table and the figure of each family that has a recorded run."""
+    """Write and print the tables and figures of all that is recorded, see `report_family`; and of
+    all families together whether sparsity goes with less growth, and growth with less use."""
     rows, damaged = read_rows(args.results)
-    found = [report_family(family, rows, args) for family in families]
+    found = {family: runs_of(family, rows, args) for family in families}
+    found = {family: runs for family, runs in found.items() if runs}
     for line in doubts(rows, damaged, args):
         print(f"{args.results}: {line}")
-    check(any(found), f"no finished run in {args.results}: "
+    check(found, f"no finished run in {args.results}: "
           f"python recipe.py run depth --scale {args.scale}")
+    out = Path(args.out, args.scale)
+    out.mkdir(parents=True, exist_ok=True)
+    for family, runs in found.items():
+        report_family(family, runs, args.scale, out)
+    text = mechanism(found)
+    (out / "mechanism.md").write_text(text + "\n")
+    drawn = save(out / "mechanism", lambda: draw_mechanism(found))
+    print(f"\nmechanism: {out / 'mechanism.md'}, {drawn}\n\n{text}", flush=True)
 
-def report_family(family: str, rows: Sequence[Row], args: Any) -> bool:
-    """Write FAMILY.md and FAMILY.png and print the table, if a run is recorded: is one?"""
-    runs = runs_of(family, rows, args)
-    if not runs:
-        return False
-    text = table(family, runs, args.scale)
-    path = Path(args.out, args.scale, f"{family}.md")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def report_family(family: str, runs: Runs, scale: str, out: Path) -> None:
+    """Write FAMILY.md, FAMILY.png and FAMILY_variance.png into `out`, and print what is in them."""
+    text = f"{table(family, runs, scale)}\n\n{differences(family, runs, scale)}"
+    if family == "depth":
+        text += f"\n\n{definitions(runs, scale)}"
+    path = out / f"{family}.md"
     path.write_text(text + "\n")
-    drawn = draw(family, runs, args.scale, path.with_suffix(".png"))
-    print(f"\n{family}: {path}, {drawn}\n\n{text}")
+    drawn = save(out / family, lambda: draw_scores(family, runs, scale))
+    curves = save(out / f"{family}_variance", lambda: draw_variance(family, runs, scale))
+    print(f"\n{family}: {path}, {drawn}, {curves}\n\n{text}")
     missing = [member for member in FAMILIES[family] if member not in runs]
     if missing:
         print(f"not finished: {', '.join(missing)}")
     sys.stdout.flush()
-    return True
 
-def table(family: str, runs: Runs, scale: str) -> str:
-    """Markdown, a row per member: what was measured, and at the right what the paper reports."""
-    columns = {"": [f"`{member}` {label(family, member, scale)}" for member in runs],
-               "seeds": [str(len(seeds)) for seeds in runs.values()]}
-    for name in [*OWN_COLUMNS, *score_names()]:
-        if name != "loss":                   # of probe.py's few tokens; "val loss" says more
-            columns[name] = [cell(mean, deviation) for mean, deviation in zip(*spread(runs, name))]
-    for name in PAPER_COLUMNS:
-        reported = [PAPER[family][member].get(name) for member in runs]
-        columns[f"paper: {name}"] = ["" if x is None else f"{x:g}" for x in reported]
-
+def markdown(columns: dict[str, Sequence[str]]) -> str:
+    """A table of columns by name, without those in which there is nothing."""
     filled = {name.replace("|", "\\|"): cells for name, cells in columns.items() if any(cells)}
     rows = [list(filled), ["---"] * len(filled), *zip(*filled.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each member's mean and standard deviation over its seeds; nan where there is none."""
-    means, deviations = [], []
-    for seeds in runs.values():
-        values = [row["scores"][column] for row in seeds
-                  if row["scores"].get(column) is not None]
-        means.append(statistics.mean(values) if values else math.nan)
-        deviations.append(statistics.stdev(values) if len(values) > 1 else math.nan)
-    return np.array(means), np.array(deviations)
+def table(family: str, runs: Runs, scale: str) -> str:
+    """A row per member: what was measured, and at the right what the paper reports."""
+    columns = {"": [f"`{member}` {label(family, member, scale)}" for member in runs],
+               "seeds": [str(len(seeds)) for seeds in runs.values()]}
+    for name in [*OWN_COLUMNS, *score_names()]:
+        if name != "loss":                   # of probe.py's few tokens; "val loss" says more
+            columns[name] = [cell(values_of(seeds, name)) for seeds in runs.values()]
+    for name in PAPER_COLUMNS:
+        columns[f"paper: {name}"] = [reported(family, member, name) for member in runs]
+    return markdown(columns)
 
-def cell(mean: float, deviation: float) -> str:
-    """Mean ± deviation, as "0.583 ± 0.118"; what is nan is left out."""
-    digits = 3 if abs(mean) < 10 else 1
-    return " ± ".join(f"{x:.{digits}f}" for x in (mean, deviation) if not math.isnan(x))
+def values_of(seeds: Sequence[Row], column: str) -> list[float]:
+    """A score of the seeds that have it."""
+    found = [row["scores"].get(column) for row in seeds]
+    return [x for x in found if x is not None]
 
-def draw(family: str, runs: Runs, scale: str, path: Path) -> str:
-    """Save the figure of a family; says where it is, or what it takes."""
+def cell(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, as "0.583 ± 0.118", as far as there are any."""
+    if not values:
+        return ""
+    digits = 3 if abs(statistics.mean(values)) < 10 else 1
+    shown = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return " ± ".join(f"{x:.{digits}f}" for x in shown)
+
+def reported(family: str, member: str, column: str) -> str:
+    """What the paper reports of a member, as text."""
+    x = PAPER[family][member].get(column)
+    return "" if x is None else f"{x:g}"
+
+def definitions(runs: Runs, scale: str) -> str:
+    """Which scores are the paper's like: as defined, or as the released scripts compute them?"""
+    columns = {"": [label("depth", member, scale) for member in runs] + ["mean distance"]}
+    for papers, ours in {"useful": ("useful", "rel.useful"),
+                         "causal": ("causal", "rel.causal")}.items():
+        theirs = [PAPER["depth"][member][papers] for member in runs]
+        for column in ours:
+            means = [statistics.mean(values_of(seeds, column) or [math.nan])
+                     for seeds in runs.values()]
+            distance = np.abs(np.subtract(means, theirs)).mean()
+            columns[column] = [f"{x:.3f}" for x in [*means, distance]]
+        columns[f"paper: {papers}"] = [*(f"{x:g}" for x in theirs), ""]
+    return ("As defined, as released (rel.) and as the paper reports it. The sizes differ, so that "
+            "more than a number's distance from the paper's its course over L tells which of the "
+            f"two the paper's figures show.\n\n{markdown(columns)}")
+
+# ---- statistics ----------------------------------------------------------------------------------
+# 97.5% quantiles of Student's t for n = 2 ... 10; above that the last is taken, which is wider.
+T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+# The scores that are compared, the one that is not quantised first, and the paper's number that
+# says in which direction they are expected to go. Of the variance it is the logarithm.
+COMPARED = {"log ratio": "useful", "useful": "useful", "heldout": "useful", "rel.useful": "useful",
+            "causal": "causal", "permuted": "permuted", "last var.": "variance", "val loss": "ppl",
+            "accuracy": "accuracy"}
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% t interval; nan for a single value."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    t = T_QUANTILES[min(n, 10) - 2]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+def paired(seeds: Sequence[Row], base: Sequence[Row], column: str) -> list[float]:
+    """By how much a score is larger than the base's, of every seed that both have."""
+    of_base = {row["seed"]: row["scores"].get(column) for row in base}
+    pairs = [(row["scores"].get(column), of_base.get(row["seed"])) for row in seeds]
+    if column == "last var.":
+        return [math.log(x / y) for x, y in pairs if x and y]
+    return [x - y for x, y in pairs if x is not None and y is not None]
+
+def verdict(mean: float, half: float, before: float, after: float) -> str:
+    """Does an interval of differences lie on the side to which the paper's number goes?"""
+    if before == after:
+        return "the paper has no direction"
+    if not half > 1e-6:                      # one seed, or a score that moved by the same step
+        return "undecided: no spread over seeds"
+    if abs(mean) <= half:
+        return "undecided at this scale"
+    return "reproduced" if (mean > 0) == (after > before) else "contradicted"
+
+def differences(family: str, runs: Runs, scale: str) -> str:
+    """A row per member and score: the paired difference from its baseline, and what it says."""
+    header = ("", "score", "difference", "95% interval", "n", "paper", "verdict")
+    rows = []
+    for member in runs:
+        base = OTHER_BASELINES.get(member, BASELINES[family])
+        for column, papers in COMPARED.items():
+            values = paired(runs[member], runs.get(base, []), column)
+            if member == base or not values:
+                continue
+            mean, half = interval(values)
+            between = "" if math.isnan(half) else f"{mean - half:.3f} to {mean + half:.3f}"
+            before, after = PAPER[family][base].get(papers), PAPER[family][member].get(papers)
+            known = before is not None and after is not None
+            rows.append((
+                f"{label(family, member, scale)} − {label(family, base, scale)}",
+                "ln last var." if column == "last var." else column,
+                f"{mean:.3f}", between, str(len(values)),
+                f"{before:g} → {after:g}" if known else "",
+                verdict(mean, half, before, after) if known else ""))
+    return markdown(dict(zip(header, zip(*rows)))) if rows else "no member has its baseline yet"
+
+def ranks(x: Sequence[float]) -> np.ndarray:
+    """The place of each number among all, from 1; equal ones share the mean of their places."""
+    x = np.asarray(x)
+    return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """The rank correlation; nan where x or y does not vary."""
+    a, b = ranks(x) - (len(x) + 1) / 2, ranks(y) - (len(y) + 1) / 2
+    scale = math.sqrt((a @ a) * (b @ b))
+    return a @ b / scale if scale else math.nan
+
+def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the rank correlation, from 1,000 draws of as many runs, with repeats."""
+    x, y, draw = np.array(x), np.array(y), np.random.default_rng(0)
+    chosen = draw.integers(len(x), size=(1000, len(x)))
+    low, high = np.nanquantile([spearman(x[k], y[k]) for k in chosen], [0.025, 0.975])
+    return low, high
+
+# ---- the mechanism: does sparsity damp the variance, and does that keep blocks useful? -----------
+QUESTIONS = [("near zero", "growth"), ("eff. keys", "growth"), ("key heads", "growth"),
+             ("active FFN", "growth"), ("density", "growth"), ("growth", "log ratio"),
+             ("growth", "useful"), ("growth", "val loss")]
+MECHANISM = """\
+Rank correlations over runs, with 95% bootstrap intervals and the number of runs; a family is left
+out where one of the two does not vary. growth: of ln variance per block. The paper's claim is that
+each measure of density (eff. keys, key heads, active FFN, density) goes with more growth, near zero
+with less; and growth with a lower log ratio and usefulness, and a higher loss.
+
+What is mechanical: the norm before each attention and FFN takes away the stream's scale, so what a
+block adds is as large as its weights make it. Decay shrinks all weights: fewer exceed a fixed
+threshold, and blocks add less. That near zero goes with a small variance is therefore arithmetic,
+and no evidence that sparsity did it. Nor is a correlation over families: their members differ in
+one knob, which may move both. Runs of one member are near copies: the intervals are of these
+members, and too narrow for others."""
+
+Points = list[tuple[float, float]]
+
+def points(runs: Runs, x: str, y: str) -> Points:
+    """Two scores of each run that has both."""
+    scores = [row["scores"] for seeds in runs.values() for row in seeds]
+    pairs = [(score.get(x), score.get(y)) for score in scores]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+def different_runs(found: dict[str, Runs]) -> Runs:
+    """The runs of all families, each once, under the first member that has it."""
+    together: Runs = {}
+    for runs in found.values():
+        for member, seeds in runs.items():
+            if seeds not in together.values():
+                together[member] = seeds
+    return together
+
+def mechanism(found: dict[str, Runs]) -> str:
+    """A row per question, a column per family: the rank correlation of the two measures."""
+    groups = {"all": different_runs(found), **found}
+    columns = {"": [f"{x} → {y}" for x, y in QUESTIONS]}
+    for name, runs in groups.items():
+        columns[name] = [correlation(points(runs, x, y)) for x, y in QUESTIONS]
+    return f"{MECHANISM}\n\n{markdown(columns)}"
+
+def correlation(pairs: Points) -> str:
+    """Spearman's, with its interval and number of runs; "" where it means nothing."""
+    if len(pairs) < 4:
+        return ""
+    x, y = zip(*pairs)
+    rho = spearman(x, y)
+    if math.isnan(rho):
+        return ""
+    low, high = bootstrap(x, y)
+    return f"{rho:.2f} ({low:.2f} to {high:.2f}; {len(pairs)})"
+
+# ---- figures -------------------------------------------------------------------------------------
+BLUE, ORANGE = "#0072B2", "#D55E00"          # told apart by all eyes (Okabe and Ito)
+FAMILY_MARKS = {"depth": ("o", "#0072B2"), "weight_decay": ("s", "#D55E00"),
+                "context": ("^", "#009E73"), "gqa": ("D", "#CC79A7"), "moe": ("P", "#E69F00"),
+                "ladder": ("v", "#56B4E9"), "norms": ("X", "#000000"), "several": ("o", "#999999")}
+MEANINGS = {"near zero": "share of weights near zero", "eff. keys": "share of keys attended to",
+            "key heads": "key heads per query head", "active FFN": "share of the FFN met",
+            "density": "keys attended to x key heads", "growth": "growth of ln variance a block",
+            "useful": "usefulness", "val loss": "validation loss"}
+# The panels of a family's figure: a score, its title, and the paper's number of the same kind.
+PANELS = {"log ratio": ("log ratio", ""), "useful": ("usefulness", "useful"),
+          "rel.useful": ("usefulness as released", "useful"), "causal": ("causal score", "causal"),
+          "permuted": ("permutation score", "permuted"), "last var.": ("last variance", "variance"),
+          "val loss": ("validation loss", ""), "accuracy": ("accuracy", "")}
+
+def save(path: Path, make: Callable[[], Any]) -> str:
+    """Save the figure that is made as path.png and path.svg; says where, or what it takes."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return "no figure: pip install matplotlib"
-    figure(family, runs, scale).savefig(path, dpi=110)
-    return str(path)
+    figure = make()
+    for ending in (".png", ".svg"):
+        figure.savefig(f"{path}{ending}", dpi=150)
+    return f"{path}.png"
 
-def figure(family: str, runs: Runs, scale: str) -> Any:
-    """A matplotlib Figure: left the variance over training, right scores over the loss."""
+def panels(count: int, across: int, height: float, **shared: Any) -> tuple[Any, list[Any]]:
+    """A figure 8 inches wide and its axes, `across` in a row, each row `height` inches high."""
     from matplotlib.figure import Figure
+    rows = math.ceil(count / across)
+    fig = Figure(figsize=(8, rows * height + 0.5), layout="constrained")
+    axes = list(fig.subplots(rows, across, squeeze=False, **shared).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return fig, axes[:count]
+
+def draw_scores(family: str, runs: Runs, scale: str) -> Any:
+    """A panel per score, a row per member: each seed, the mean with its interval, the paper's."""
+    columns = [name for name in PANELS
+               if any(values_of(seeds, name) for seeds in runs.values())]
+    fig, axes = panels(len(columns), 4, 0.8 + 0.36 * len(runs), sharey=True)
+    fig.suptitle(f"{family}, {scale} scale", fontsize=10)
     labels = [label(family, member, scale).replace(" (paper", "\n(paper") for member in runs]
-    width = max(15, 5 + len(runs))                    # so that labels have room
-    fig = Figure(figsize=(width, 5), layout="constrained")
-    fig.suptitle(f"{family}, {scale} scale")
-    left, right = fig.subplots(1, 2)
-    draw_variance(left, runs, labels)
-    draw_bars(right, runs)
-    right.set_xticks(range(len(labels)), labels, rotation=35, ha="right", fontsize=8)
-    marks = right.twinx()
-    draw_scores(marks, family, runs)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside left upper", fontsize=8)
-    fig.legend(*marks.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    axes[0].set_yticks(range(len(runs)), labels)
+    axes[0].set_ylim(len(runs) - 0.5, -0.5)                      # the first member on top
+    for ax, column in zip(axes, columns):
+        title, papers = PANELS[column]
+        draw_score(ax, runs, column, [PAPER[family][member].get(papers) for member in runs])
+        ax.set_title(title, fontsize=9)
+    marks = {}
+    for ax in axes:
+        marks |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    fig.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=3, fontsize=8,
+               frameon=False)
     return fig
 
-def draw_variance(ax: Any, runs: Runs, labels: Sequence[str]) -> None:
-    """The last layer's variance by step, a colour per member; its further seeds are pale."""
+def draw_score(ax: Any, runs: Runs, column: str, papers: Sequence[float | None]) -> None:
+    """One panel of `draw_scores`."""
+    for place, seeds in enumerate(runs.values()):
+        values = values_of(seeds, column)
+        if values:
+            mean, half = interval(values)
+            ax.plot(values, [place + 0.2] * len(values), "o", color="gray", fillstyle="none",
+                    markersize=3.5, label="a seed")
+            ax.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", color=BLUE,
+                        markersize=5, capsize=2.5, label="mean, 95% interval")
+    known = [(x, place - 0.2) for place, x in enumerate(papers) if x is not None]
+    if known:
+        ax.plot(*zip(*known), "D", color=ORANGE, fillstyle="none", markersize=5,
+                label="the paper's")
+    if column == "last var.":
+        values = [x for seeds in runs.values() for x in values_of(seeds, column)]
+        decades = np.log10([x for x in [*values, *(x for x, _ in known)] if x > 0])
+        ax.set(xscale="log", xlim=(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max())))
+        ax.xaxis.set_minor_formatter("")
+    else:
+        ax.locator_params("x", nbins=4)
+        if "useful" in column:
+            ax.set_xlim(-0.05, 1.05)
+    ax.grid(axis="x", alpha=0.3)
+
+def draw_variance(family: str, runs: Runs, scale: str) -> Any:
+    """The last layer's variance by step, a panel per norm: the geometric mean over seeds, and each
+    seed thin."""
     from matplotlib import colormaps
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
-    for color, text, seeds in zip(colors, labels, runs.values()):
-        for k, seed in enumerate(seeds):
-            steps = [step for step, _ in seed["curve"]]
-            variances = [variance for _, variance in seed["curve"]]
-            if k == 0:
-                ax.plot(steps, variances, color=color, label=text)
-            else:
-                ax.plot(steps, variances, color=color, alpha=0.35)
-    ax.set(title="Variance over training", xlabel="step", ylabel="variance of the last layer",
-           yscale="log")
+    norms: dict[str, list[str]] = {}
+    for member in runs:
+        norms.setdefault(config(member, scale).norm, []).append(member)
+    fig, axes = panels(len(norms), 1, 4.5 if len(norms) == 1 else 2.6, sharey=True)
+    fig.suptitle(f"{family}, {scale} scale: variance of the last layer", fontsize=10)
+    for ax, members in zip(axes, norms.values()):
+        colors = colormaps["viridis"](np.linspace(0, 0.85, len(members)))
+        ends = {}
+        for color, member in zip(colors, members):
+            end = draw_curves(ax, [row["curve"] for row in runs[member]], color)
+            if end:
+                ends[label(family, member, scale)] = (end, color)
+        ax.set(xlabel="step", ylabel="variance", yscale="log")
+        label_ends(ax, ends)
+    return fig
 
-def draw_bars(ax: Any, runs: Runs) -> None:
-    """A bar per member: the accuracy if all were scored on tasks, else the validation loss."""
-    column, meaning = "val loss", "validation loss, nats a token"
-    if all("accuracy" in seed["scores"] for seeds in runs.values() for seed in seeds):
-        column, meaning = "accuracy", "accuracy"
-    means, deviations = spread(runs, column)
-    ax.bar(range(len(runs)), means, yerr=deviations, color="gainsboro", ecolor="gray", capsize=3)
-    means, deviations = np.nan_to_num(means), np.nan_to_num(deviations)
-    low, high = (means - deviations).min(), (means + deviations).max()
-    ax.set(title="After training", ylabel=f"bars, cut below: {meaning}",
-           ylim=(low * 0.95, high * 1.02 + 1e-9))
+def draw_curves(ax: Any, curves: Sequence[Any], color: Any) -> tuple[float, float] | None:
+    """The curves of one member's seeds and their geometric mean; returns where that ends."""
+    steps = max(([step for step, _ in curve] for curve in curves), key=len)
+    same = [curve for curve in curves if [step for step, _ in curve] == steps]
+    if not steps:
+        return None
+    variances = np.array(same)[:, :, 1]                          # (seeds, steps)
+    means = np.exp(np.log(np.maximum(variances, 1e-38)).mean(0))
+    for variance in variances:
+        ax.plot(steps, variance, color=color, linewidth=0.7, alpha=0.4)
+    ax.plot(steps, means, color=color, linewidth=2)
+    return steps[-1], means[-1]
 
-def draw_scores(ax: Any, family: str, runs: Runs) -> None:
-    """A mark per member and score, with its deviation over seeds; hollow ones are the paper's."""
-    places = range(len(runs))
-    linestyle = "-" if is_sweep(family) else ""
-    for column, mark in {"useful": "o", "rel.useful": "x", "causal": "s", "permuted": "^"}.items():
-        means, deviations = spread(runs, column)
-        line, *_ = ax.errorbar(places, means, deviations, marker=mark, linestyle=linestyle,
-                               capsize=3, label=column.replace("rel.", "released: "))
-        reported = [PAPER[family][member].get(column, math.nan) for member in runs]
-        if not np.isnan(reported).all():
-            ax.plot(places, reported, mark, color=line.get_color(), fillstyle="none", markersize=9,
-                    label=f"{column}, paper")
-    ax.set(ylabel="score", ylim=(0, None))
+def label_ends(ax: Any, ends: dict[str, tuple[tuple[float, float], Any]]) -> None:
+    """Write each name at the right, joined to where its line ends, none over another."""
+    ax.figure.canvas.draw()                                      # puts the axes in their place
+    heights = {name: ax.transAxes.inverted().transform(ax.transData.transform(end))[1]
+               for name, (end, _) in ends.items()}
+    apart, free = 0.2 / ax.get_position().height / ax.figure.get_figheight(), -math.inf
+    for name in sorted(heights, key=heights.get):                # from below, each above the last
+        heights[name] = free = max(heights[name], free + apart)
+    too_high = max(0, free - 1)
+    for name, (end, color) in ends.items():
+        ax.annotate(name, end, (1.04, heights[name] - too_high), color=color, fontsize=8,
+                    textcoords="axes fraction", verticalalignment="center",
+                    arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5,
+                                "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0})
+
+def draw_mechanism(found: dict[str, Runs]) -> Any:
+    """A panel per question, a mark per run, by family; what is in several families is gray."""
+    groups: dict[str, Runs] = {}
+    for member, seeds in different_runs(found).items():
+        families = [family for family, runs in found.items() if seeds in runs.values()]
+        name = families[0] if len(families) == 1 else "several"
+        groups.setdefault(name, {})[member] = seeds
+    fig, axes = panels(len(QUESTIONS), 3, 2.4)
+    for ax, (x, y) in zip(axes, QUESTIONS):
+        ax.set_xlabel(MEANINGS.get(x, x), fontsize=8)
+        ax.set_ylabel(MEANINGS.get(y, y), fontsize=8)
+        ax.locator_params(nbins=4)
+        for name, runs in groups.items():
+            mark, color = FAMILY_MARKS[name]
+            pairs = np.array(points(runs, x, y)).reshape(-1, 2)
+            ax.plot(*pairs.T, mark, color=color, markersize=4, alpha=0.7, label=name)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=len(groups), fontsize=8, frameon=False)
+    return fig
+
+# ---- the course of a run -------------------------------------------------------------------------
+COURSE = {"loss": "training loss", "val_loss": "validation loss", "lr": "learning rate",
+          "grad_norm": "gradient norm", "variance": "variance of the last layer"}
+
+def plot(args: Any) -> None:
+    """Draw what log.jsonl says of one or several runs."""
+    logs = {}
+    for path in args.paths:
+        home = path.parent if path.name == "log.jsonl" else path
+        check((home / "log.jsonl").is_file(), f"{home} has no log.jsonl: give folders of runs")
+        try:
+            logs[str(home)] = read_log(home)
+            check(logs[str(home)][0]["step"] > 0, f"{home}/log.jsonl is damaged")
+        except DAMAGED as e:
+            raise UserError(f"{home}/log.jsonl is damaged or empty ({e}): leave it out") from e
+    target = args.out or Path(next(iter(logs)), "training.png")
+    print(save(target.with_suffix(""), lambda: draw_course(logs)))
+
+def draw_course(logs: dict[str, list[dict[str, Any]]]) -> Any:
+    """A panel per quantity, a line per run."""
+    fig, axes = panels(len(COURSE), 2, 2.4)
+    for ax, (key, title) in zip(axes, COURSE.items()):
+        for name, log in logs.items():
+            lines = [(line["step"], line[key]) for line in log if key in line]
+            if key == "variance":
+                lines = variance_curve(log)
+            if lines:
+                ax.plot(*zip(*lines), linewidth=1, marker="o" if len(lines) < 50 else "",
+                        markersize=3, label=name)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        if key in ("grad_norm", "variance"):
+            ax.set_yscale("log")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+               fontsize=8, frameon=False)
+    return fig
 
 # ---- the rule of thumb: the paper's recipe at another size ---------------------------------------
 # What each setting of the recipe rests on: the paper's ladder, downstream accuracy and usefulness.
@@ -675,6 +964,11 @@ def advise(args: Any) -> None:
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
+    least = 2 * config("ladder_moe", "paper").head_dim
+    check(c.n_embd >= least,
+          f"--params {args.params:g}: below the range: with {args.n_layer} blocks a width of "
+          f"{c.n_embd} is left, less than two of the ladder's heads ({least}), and experts as "
+          "narrow; configs/laptop/ has the paper's knobs in small models")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
@@ -758,19 +1052,21 @@ def diagnose(path: Path) -> str:
     else:
         home = ckpt.with_suffix("")
     settings = load_checkpoint(ckpt)["settings"]
+    check((home / "probe.json").exists(), f"{path} is not probed yet: python probe.py {ckpt}")
     try:
         result = read_probe(ckpt, home)
         found = symptoms(result, read_log(home), ckpt)
         return "\n".join([f"{path}: {found[0]}", *found[1:], *remedies(result, settings)])
     except DAMAGED as e:
         raise UserError(
-            f"{home}: probe.json is missing, old or in part, or it or log.jsonl is damaged ({e}): "
+            f"{home}: probe.json is old or in part, or it or log.jsonl is damaged ({e}): "
             f"python probe.py {ckpt}; a damaged log.jsonl must go") from e
 
 def symptoms(result: dict[str, Any], log: Sequence[dict[str, Any]], ckpt: Path) -> list[str]:
     """How a model uses its depth, a line each."""
     ratios = OF_BLOCKS["affine"](result)
-    lines = [f"{sum(ratio > USEFUL for ratio in ratios)} of {len(ratios)} blocks are useful",
+    useful = [str(l) for l, ratio in enumerate(ratios) if ratio > USEFUL]
+    lines = [f"{len(useful)} of {len(ratios)} blocks are useful: {', '.join(useful) or 'none'}",
              score_table({"": result}), *remarks(result, str(ckpt))]
 
     variance = OF_BLOCKS["variance"](result)
@@ -791,29 +1087,38 @@ def remedies(result: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """The steps of the paper's ladder that a run has not taken, in the order to try them in."""
     if scores(result)["useful"] >= 0.9:
         return ["next: its depth is used"]
-    knobs = [name for name in LADDER if not taken(name, settings)]
-    if not knobs:
+    goals = {name: goal for name in LADDER if (goal := goal_of(name, settings)) is not None}
+    if not goals:
         return ["next: every step of the recipe is taken"]
+    knobs = list(goals)
     variance = OF_BLOCKS["variance"](result)
     if "weight_decay" in knobs and variance[-1] >= 10 * variance[0]:
         knobs.remove("weight_decay")         # it acts on the variance itself: before all others
         knobs.insert(0, "weight_decay")
     first, *others = knobs
-    return [f"next in the paper's ladder: {first}, here {settings.get(first)}; {LADDER[first]}",
-            f"then: {', '.join(others) or 'nothing'}"]
+    return [f"next in the paper's ladder: {first} {goals[first]:.3g}, here {settings.get(first)}; "
+            f"in the paper {LADDER[first]}",
+            f"then: {', '.join(f'{name} {goals[name]:.3g}' for name in others) or 'nothing'}"]
 
-def taken(name: str, settings: dict[str, Any]) -> bool:
-    """Has a run with these settings gone the step of the ladder that turns the setting `name`?"""
-    ladder = config("ladder_moe", "paper")
-    if name == "block_size":
-        return settings["block_size"] >= ladder.block_size
-    if name == "weight_decay":               # what counts is rate x decay x steps
-        names = ("learning_rate", "weight_decay", "max_steps")
-        decayed = math.prod(settings.get(name, 0) for name in names)
-        return decayed > 0.95 * math.prod(getattr(ladder, name) for name in names)
+def goal_of(name: str, settings: dict[str, Any]) -> float | None:
+    """Where the ladder's step that turns the setting `name` leads a run; None: it has taken it.
+
+    The ladder is that of configs/laptop/ or configs/paper/, whichever is nearer in width.
+    """
+    def distance(scale: str) -> float:
+        return abs(math.log(config("ladder_moe", scale).n_embd / settings.get("n_embd", 1)))
+    ladder = config("ladder_moe", min(("laptop", "paper"), key=distance))
     if name == "n_kv_head":
-        return settings["n_kv_head"] < settings["n_head"]
-    return settings["n_experts"] > 0
+        shares = settings["n_kv_head"] < settings["n_head"]
+        return None if shares else settings["n_head"] / 2
+    if name == "n_experts":
+        return None if settings["n_experts"] else ladder.n_experts
+    if name == "block_size":
+        return None if settings["block_size"] >= ladder.block_size else ladder.block_size
+    # What counts of the decay is rate x decay x steps.
+    decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
+    goal = decayed / max(settings.get("learning_rate", 0) * settings.get("max_steps", 0), 1e-38)
+    return None if settings.get("weight_decay", 0) > 0.95 * goal else goal
 
 # ---- the command line ----------------------------------------------------------------------------
 def read_arguments() -> Any:
@@ -850,6 +1155,10 @@ def read_arguments() -> Any:
 
     add = commands.add_parser("diagnose", help="does a run use its depth?").add_argument
     add("paths", nargs="+", type=Path, help="folders of runs, or checkpoints")
+
+    add = commands.add_parser("plot", help="the course of one or several runs").add_argument
+    add("paths", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
+    add("--out", type=Path, help="figure to write (default training.png in the first folder)")
 
     args, args.settings = parser.parse_known_args()
     if args.command == "run":
@@ -888,8 +1197,11 @@ def main() -> None:
         report(args, list(FAMILIES))
     elif args.command == "advise":
         advise(args)
+    elif args.command == "plot":
+        plot(args)
     else:
-        print("\n\n".join(diagnose(path) for path in args.paths))
+        for k, path in enumerate(args.paths):
+            print("\n" * (k > 0) + diagnose(path), flush=True)
 
 if __name__ == "__main__":
     run(main)

@@ -23,7 +23,7 @@ from helpers import ROOT, SHARED, assert_mistake, run_python, run_script
 
 import recipe
 from model import UserError
-from recipe import FAMILIES, PAPER, Job, config, diagnose, folders, label, outcome, report
+from recipe import FAMILIES, PAPER, Job, config, diagnose, folders, label, read_rows, report, row_of
 from train import bare, load_settings, vocabulary
 
 SCALES = ("laptop", "paper")
@@ -32,9 +32,10 @@ MEMBERS = list(dict.fromkeys(member for members in FAMILIES.values() for member 
 
 
 def arguments(**changes):
-    """What `recipe.py run` reads from its command line."""
-    return SimpleNamespace(**dict(family="gqa", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance",
-                                  settings=[], dry_run=False, out="out") | changes)
+    """What `recipe.py run` reads from its command line; results.jsonl is in the folder `out`."""
+    args = dict(family="gqa", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance", settings=[], dry_run=False,
+                out="out") | changes
+    return SimpleNamespace(**dict(results=Path(args["out"], "results.jsonl")) | args)
 
 
 # ---- the families ----------------------------------------------------------------------------------------------------
@@ -273,15 +274,15 @@ def test_a_dry_run_prints_what_each_run_takes_and_the_hours_of_all(family, scale
         hours = flops / rate / 3600
         total += hours
         assert line == (f"{folders(tmp_path, scale)[member]}/seed_0: {active_parameters(c, vocab):,} active "
-                        f"parameters, {tokens:,} tokens, {flops:.2g} FLOPs, {hours:.2f} h; to do: train, probe")
+                        f"parameters, {tokens:,} tokens, {flops:.2g} FLOPs, {hours:.2f} h; to do: train, probe, record")
         assert hours > 1                                            # so that its digits say something
     assert last.startswith(f"{total:.1f} h of training on {machine}, one run at a time")
 
 
 @pytest.mark.parametrize("todo, said", [({}, "nothing"), ({"probe": []}, "probe")])
-def test_what_is_trained_costs_no_more_hours(todo, said, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "commands", lambda job, args: todo)
-    recipe.run_family(arguments(scale="paper", dry_run=True))
+def test_what_is_trained_costs_no_more_hours(todo, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "commands", lambda job, args, row: todo)
+    recipe.run_family(arguments(scale="paper", dry_run=True, out=str(tmp_path)))
     *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.endswith(f" FLOPs, 0.00 h; to do: {said}") for line in lines)
     assert last.startswith("0.0 h of training")
@@ -344,6 +345,7 @@ def test_what_is_finished_is_not_run_again(ran, again):
 
 @pytest.mark.parametrize("more, nothing, probe, both", [
     ([], 3, 0, 0),
+    (["--results", "elsewhere.jsonl"], 0, 0, 0),                     # all is there, but in another file
     (["--only", "variance,usefulness,removal"], 0, 3, 0),
     (["--save_interval=1", "--compile=false"], 3, 0, 0),             # how it is computed, not what
     (["--learning_rate=1e-4"], 0, 0, 3),
@@ -352,7 +354,9 @@ def test_what_is_finished_is_not_run_again(ran, again):
 def test_a_dry_run_says_what_is_to_do(again, more, nothing, probe, both):
     said = again("--dry-run", *more)
     todo = [line.partition("to do: ")[2] for line in said.splitlines() if "to do" in line]
-    assert sorted(todo) == ["nothing"] * nothing + ["probe"] * probe + ["train, probe"] * both
+    record = 3 - nothing - probe if not both else 0
+    assert sorted(todo) == (["nothing"] * nothing + ["probe, record"] * probe + ["record"] * record
+                            + ["train, probe, record"] * both)
     if not both:
         assert said.splitlines()[-1].startswith("0.0 h of training")
 
@@ -369,18 +373,50 @@ def test_another_experiment_does_not_lose_those_that_are_there(ran):
     for name in ("variance", "usefulness", "loss"):
         assert after[name] == before[name]
     os.utime(out / "ckpt.pt")                              # trained on since: what was probed is of the past
-    assert outcome(out) is None and "probe" in recipe.commands(job, args)
+    with pytest.raises(ValueError, match="older than the checkpoint"):
+        row_of(job, config("gqa_4", "laptop"))
+    assert "probe" in recipe.commands(job, args)
     os.utime(out / "probe.json")
-    assert outcome(out).scores["last var."] == pytest.approx(before["variance"][-1])
+    row = row_of(job, config("gqa_4", "laptop"))
+    assert row["scores"]["last var."] == pytest.approx(before["variance"][-1], rel=1e-5)
+    assert row["experiments"] == ["variance", "usefulness", "lens"]
 
 
-def test_a_run_of_other_settings_is_named_below_the_table(ran, run_main, monkeypatch):
+def test_a_run_is_recorded_beside_the_runs_if_its_settings_are_ones_own(ran):
+    where, settings, done = ran
+    path = where / "out/recipe/laptop/results.jsonl"
+    rows, damaged = read_rows(path)
+    assert sorted(row["member"] for row in rows) == ["gqa_1", "gqa_16", "gqa_4"] and not damaged
+    for row in rows:
+        assert row["settings"]["max_steps"] == 3 and "out_dir" not in row["settings"] and row["seed"] == 0
+        run_dir = folders(where / "out/recipe", "laptop")[row["member"]] / "seed_0"
+        r = json.loads((run_dir / "probe.json").read_text())
+        assert row["probe"]["usefulness"]["ratio"] == pytest.approx(r["usefulness"]["ratio"], rel=1e-5)
+        assert row["probe"]["variance"] == pytest.approx(r["variance"], rel=1e-5)
+        assert row["torch"] == torch.__version__ and row["processor"] and row["corpus"]
+    assert done.out.count(f"recorded in {path.relative_to(where)}") == 3
+
+
+def test_a_machine_that_has_the_rows_alone_has_nothing_to_do(ran, run_main, tmp_path, monkeypatch):
+    where, settings, done = ran
+    (tmp_path / "rows.jsonl").write_text((where / "out/recipe/laptop/results.jsonl").read_text() + '{"member": "gq')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe.subprocess, "Popen", None)
+    said = run_main(recipe, *COMMAND, *settings, "--results", "rows.jsonl")
+    assert said.status == 0 and (where / "out/recipe/laptop/gqa.md").read_text() in said.out
+    assert "rows.jsonl: line 4 is damaged" in said.out and not list(tmp_path.rglob("*.pt"))
+
+
+def test_rows_of_other_settings_are_named_below_the_tables(ran, run_main, monkeypatch):
     monkeypatch.chdir(ran[0])
-    said = run_main(recipe, "report")
-    assert said.status == 0
-    lines = [line for line in said.out.splitlines() if "other settings" in line and "gqa_4" in line]
-    assert len(lines) == 1 and lines[0].startswith("out/recipe/laptop/gqa_4/seed_0") and "max_steps" in lines[0]
-    assert "out_dir" not in lines[0] and "seed:" not in lines[0]
+    results = ["--results", "out/recipe/laptop/results.jsonl"]
+    said = run_main(recipe, "report", *results)
+    assert_mistake((said.status, "", said.err), "no finished run")
+    line, = said.out.splitlines()
+    assert line.startswith("out/recipe/laptop/results.jsonl: left out") and line.count("gqa_4 seed 0 (") == 1
+    assert "max_steps" in line and "out_dir" not in line and "seed," not in line
+    said = run_main(recipe, "report", *results, *ran[1])
+    assert said.status == 0 and "left out" not in said.out and "`gqa_4`" in said.out
 
 
 def test_a_terminated_family_ends_its_run_and_begins_no_other(corpus, tmp_path):
@@ -417,7 +453,7 @@ def run_by_hand(command, stdout, **_):
     if "probe.py" in command[1]:
         (out / "probe.json").write_text(json.dumps({
             "usefulness": {"score": 0.5, "mean_log_ratio": 0.25}, "usefulness_heldout": {"mean_log_ratio": 0.25},
-            "variance": [1.0], "run": {"experiments": ["variance"]}}))
+            "variance": [1.0, 2.0], "run": {"experiments": ["variance"]}}))
         (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
     else:
         c = load_settings([x for x in command[2:] if x not in ("--resume", "--overwrite")])[0]
@@ -442,7 +478,9 @@ def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
         return recipe.commands(Job(member, 0, tmp_path / f"out/laptop/{member}/seed_0"), args)
     half = left("context_1024")
     assert half["train"][-1] == "--resume" and "probe" in half            # goes on from where it was
-    assert left("context_256") == {}
+    rows, _ = read_rows(args.results)
+    assert [row["member"] for row in rows] == [f"context_{T}" for T in (256, 2048, 4096, 8192)]
+    assert left("context_256") == {"record": []}                          # no row was given it
     args.settings = [*args.settings, "--weight_decay=0.3"]
     assert left("context_1024")["train"][-1] == "--overwrite"             # another run: the first is put aside
 
@@ -469,19 +507,20 @@ def test_a_run_takes_every_gpu_there_is(gpus, tmp_path, monkeypatch):
     assert command[0] == sys.executable and str(ROOT / "train.py") in command
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- results.jsonl ---------------------------------------------------------------------------------------------------
 @pytest.fixture
 def invent(tmp_path):
     """invent(member, seed, ...) writes the files of a finished run of two blocks, with these numbers in them."""
     def write(member, seed=0, useful=0.5, variance=7.0, val_loss=1.25, accuracy=None, **more):
         out = folders(tmp_path / "out", "laptop")[member] / f"seed_{seed}"
         out.mkdir(parents=True)
-        log = [{"step": 10, "variance": [0.1, 2.0, 90.0]},
-               {"step": 15},
-               {"step": 20, "variance": [0.1, 3.0, variance]},
+        log = [{"step": 10, "loss": 3.0, "variance": [0.1, 2.0, 90.0]},
+               {"step": 15, "loss": 2.0},
+               {"step": 20, "loss": 1.0, "variance": [0.1, 3.0, variance]},
                {"step": 20, "val_loss": val_loss}]
         (out / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
         result = {
+            "run": {"experiments": ["usefulness"]}, "seconds": {"usefulness": 3.0},
             "loss": 1.0, "variance": [0.1, 3.0, variance], "causal_mean": 0.25, "causal": [[0.0, 0.25], [0.0, 0.0]],
             "permutation": [[0.0, 0.75], [0.75, 0.0]], "permutation_mean": 0.75, "permutation_pairs": 1,
             "usefulness": {"score": useful, "mean_log_ratio": 0.125, "ratio": [1.2, 1.05], "loose_fit": False},
@@ -496,11 +535,148 @@ def invent(tmp_path):
     return write
 
 
-def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbers(invent, tmp_path, capsys):
+@pytest.fixture
+def record(invent, tmp_path):
+    """record(member, seed, ...) invents a run and records it; returns its row."""
+    def write(member, seed=0, **numbers):
+        args = arguments(out=str(tmp_path / "out"))
+        assert recipe.record(Job(member, seed, invent(member, seed, **numbers)), args)
+        return read_rows(args.results)[0][-1]
+    return write
+
+
+def test_a_row_says_what_the_files_of_its_run_say(record):
+    row = record("gqa_4", 3, variance=7.5)
+    assert (row["member"], row["seed"], row["settings"]["n_kv_head"]) == ("gqa_4", 3, 2)
+    assert row["curve"] == [[10, 90.0], [20, 7.5]]
+    found = row["scores"]
+    assert found["last var."] == 7.5 and found["val loss"] == 1.25 and found["train loss"] == 2.0
+    assert found["peak var."] == 90.0 and found["key heads"] == 0.5 and found["active FFN"] == 1.0
+    assert found["growth"] == pytest.approx(math.log(7.5 / 3.0) / 7, rel=1e-5)             # the config has 8 blocks
+    assert found["|J-I|/d"] == 0.375 and found["influence"] == pytest.approx(0.255)
+    assert found["rel.causal"] == 0.375 and found["rel.useful"] == 1.0
+    assert row["probe"]["usefulness"]["ratio"] == [1.2, 1.05] and row["probe"]["variance"] == [0.1, 3.0, 7.5]
+    assert "causal" not in row["probe"] and "causal" not in row["probe"]["released"]        # n x n numbers
+    assert "seconds" not in row["probe"]
+
+
+def test_how_sparse_a_model_is_stands_in_its_row(record):
+    """Counted weight by weight, in a model of one expert weight near zero in two and nothing else."""
+    c = config("moe_1b", "laptop")
+    model = bare(replace(c, vocab_size=4))
+    kinds = {name.removesuffix(".weight"): w for name, w in model.blocks[0].named_parameters() if w.dim() > 1}
+    shares = {name: {"below": [0.5 * ("ffn" in name and "router" not in name)] * c.n_layer} for name in kinds}
+    sizes = {name: w.numel() for name, w in kinds.items()}
+    near = sum(sizes[name] * shares[name]["below"][0] for name in kinds)
+    found = record("moe_1b", sparsity={
+        "weights": shares, "attention": {"effective_keys": [0.25, 0.75]}, "interaction_density": [0.1, 0.3]})["scores"]
+    assert 0.4 < near / sum(sizes.values()) < 0.5
+    assert found["near zero"] == pytest.approx(near / sum(sizes.values()), rel=1e-5)
+    assert found["eff. keys"] == 0.5 and found["density"] == pytest.approx(0.2) and found["active FFN"] == 0.125
+
+
+def test_forty_points_of_a_curve_are_kept_its_first_and_last_too(invent):
+    out = invent("gqa_4")
+    log = [{"step": k, "variance": [1.0, k / 7]} for k in range(1, 2001)]
+    (out / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    curve = row_of(Job("gqa_4", 0, out), config("gqa_4", "laptop"))["curve"]
+    steps = [step for step, _ in curve]
+    assert len(curve) == 40 and steps[0] == 1 and steps[-1] == 2000 and max(np.diff(steps)) < 53
+    assert curve == [[k, float(f"{k / 7:.6g}")] for k in steps]
+
+
+def test_two_hundred_rows_are_below_two_megabytes(record, tmp_path):
+    """16 blocks of all that is measured by default, with numbers of all digits."""
+    n = 16
+    numbers = [math.pi ** k for k in range(n)]
+    jacobian = dict.fromkeys(("deviation", "diagonal_mean", "diagonal_std", "spectral", "off_diagonal"), numbers)
+    use = {"ratio": numbers, "score": 1 / 3, "mean_log_ratio": 1 / 7, "loose_fit": False}
+    kinds = {name.removesuffix(".weight"): {"below": numbers, "hoyer": numbers} for name, w in
+             bare(replace(config("ladder_g2", "laptop"), vocab_size=4)).blocks[0].named_parameters() if w.dim() > 1}
+    record("ladder_g2", variance_growth=numbers, attn_variance=numbers, ffn_variance=numbers, usefulness=use,
+           usefulness_heldout=use, jacobian=jacobian, block_influence=numbers,
+           released={"usefulness": use, "variance": numbers, "jacobian": jacobian, "causal": [numbers] * n},
+           removal=dict.fromkeys(("1", "2", "4", "8", "attn", "ffn"), numbers),
+           sparsity={"weights": kinds, "interaction_density": numbers, "below": 0.1, "attention": dict.fromkeys(
+               ("entropy", "keys_for_90_percent", "effective_keys"), numbers)})
+    line = (tmp_path / "out/results.jsonl").read_text()
+    assert 200 * len(line) < 2.6e6 and line.count("\n") == 1     # most runs have 8 blocks
+
+
+def test_the_newest_row_of_a_run_counts_and_one_of_other_settings_does_not(record, tmp_path):
+    first = record("gqa_4", 0, useful=0.25)
+    path = tmp_path / "out/results.jsonl"
+    again = first | {"scores": first["scores"] | {"useful": 0.75}}
+    other = first | {"settings": first["settings"] | {"max_steps": 7}}
+    with open(path, "a") as f:
+        f.write(json.dumps(again) + "\n" + json.dumps(other) + "\n")
+    rows, damaged = read_rows(path)
+    c = config("gqa_4", "laptop")
+    assert not damaged and recipe.find_row(rows, c, 0) == again and recipe.find_row(rows, c, 1) is None
+    assert recipe.find_row(rows, replace(c, max_steps=7), 0) == other
+    assert recipe.runs_of("gqa", rows, arguments())["gqa_4"] == [again]
+
+
+def test_a_row_goes_to_a_line_of_its_own_after_one_that_was_cut(record, tmp_path):
+    path = tmp_path / "out/results.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"member": "gqa_')
+    row = record("gqa_4")
+    record("gqa_16")
+    rows, damaged = read_rows(path)
+    assert damaged == [1] and rows[0] == row and [row["member"] for row in rows] == ["gqa_4", "gqa_16"]
+
+
+def test_what_cannot_be_recorded_is_said_and_is_not_done(invent, tmp_path, capsys):
+    out = invent("gqa_4")
+    (out / "probe.json").write_text("{")
+    args = arguments(out=str(tmp_path / "out"))
+    assert not recipe.record(Job("gqa_4", 0, out), args) and "cannot be recorded" in capsys.readouterr().out
+    assert not args.results.exists()
+
+
+def test_a_row_says_what_is_still_to_be_measured(record, tmp_path):
+    row, args = record("gqa_4"), arguments(out=str(tmp_path / "out"), only="usefulness")
+    job = Job("gqa_4", 0, tmp_path / "a new machine")
+    assert recipe.commands(job, args, row) == {}
+    args.only = "usefulness,lens"
+    todo = recipe.commands(job, args, row)
+    assert list(todo) == ["train", "probe", "record"] and "--only=usefulness,lens" in todo["probe"]
+    args.only = "lens"                                     # the new row must not know less than the old one
+    assert "--only=usefulness,lens" in recipe.commands(job, args, row)["probe"]
+    args.only, args.tasks = "usefulness", ["copa"]
+    assert recipe.commands(job, args, row)["probe"][-3:] == ["--only=usefulness,tasks", "--tasks", "copa"]
+
+
+@pytest.mark.parametrize("given, place", [
+    ([], "configs/laptop"), (["--save_interval=7", "--device=cpu"], "configs/laptop"),
+    (["--max_steps=2000"], "configs/laptop"),                                             # what it is anyway
+    (["--max_steps=20"], "out/laptop"), (["--top_k", "4"], "out/laptop")])
+def test_rows_of_settings_of_ones_own_stay_out_of_what_git_keeps(given, place):
+    path = recipe.default_results(arguments(settings=given))
+    assert path == (ROOT / place if "configs" in place else Path(place)) / "results.jsonl"
+
+
+def test_a_seed_of_everything_comes_before_the_next_and_the_long_families_have_three():
+    jobs = recipe.jobs_of(list(FAMILIES), arguments(seeds=5))
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+    seeds = {member: {job.seed for job in jobs if job.out.parent == folders("out", "laptop")[member]}
+             for member in MEMBERS}
+    for family, members in FAMILIES.items():
+        for member in members:
+            shared = any(member in FAMILIES[other] for other in FAMILIES if other not in ("ladder", "norms"))
+            same = folders("out", "laptop")[member].name in {m for f in list(FAMILIES)[:5] for m in FAMILIES[f]}
+            few = family in ("ladder", "norms") and not shared and not same
+            assert seeds[member] == set(range(3 if few else 5)), member
+    assert {job.seed for job in recipe.jobs_of(["ladder"], arguments(seeds=5))} == set(range(5))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbers(record, tmp_path, capsys):
     for seed, useful in enumerate((0.5, 0.75, 0.25)):
-        invent("gqa_4", seed, useful, variance=3.0 + seed)
-    invent("gqa_1", 0, 1.0)
-    report(tmp_path / "out", "laptop", ["gqa"])
+        record("gqa_4", seed, useful=useful, variance=3.0 + seed)
+    record("gqa_1", 0, useful=1.0)
+    report(arguments(out=str(tmp_path / "out")), ["gqa"])
     text = (tmp_path / "out/laptop/gqa.md").read_text()
     said = capsys.readouterr().out
     assert text in said and "not finished: gqa_16\n" in said
@@ -516,29 +692,26 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     assert four["val loss"] == "1.250 ± 0.000" and "accuracy" not in head and "loss" not in head
 
 
-def test_a_broken_or_unfinished_run_is_left_out(invent, tmp_path):
-    (invent("gqa_4") / "probe.json").write_text("{")
-    (invent("gqa_16") / "probe.json").unlink()
-    assert outcome(folders(tmp_path / "out", "laptop")["gqa_4"] / "seed_0") is None
-    with pytest.raises(UserError, match="no finished run"):
-        report(tmp_path / "out", "laptop", ["gqa"])
+def test_runs_on_different_corpora_are_named(record, tmp_path, capsys):
+    row = record("gqa_4")
+    args = arguments(out=str(tmp_path / "out"))
+    report(args, ["gqa"])
+    assert "corpora" not in capsys.readouterr().out
+    with open(args.results, "a") as f:
+        f.write(json.dumps(row | {"seed": 1, "corpus": 77}) + "\n")
+    report(args, ["gqa"])
+    assert "its runs saw 2 different corpora" in capsys.readouterr().out
 
 
 def test_a_log_that_ends_within_a_line_or_is_gone_costs_no_result(invent):
     out = invent("gqa_4", variance=7.5)
+    job, c = Job("gqa_4", 0, out), config("gqa_4", "laptop")
     with open(out / "log.jsonl", "a") as f:
         f.write('{"step": 21, "varian')
-    assert outcome(out).curve == [(10, 90.0), (20, 7.5)] and "peaked at 90" in diagnose(checkpoint(out))
+    assert row_of(job, c)["curve"] == [[10, 90.0], [20, 7.5]] and "peaked at 90" in diagnose(checkpoint(out))
     (out / "log.jsonl").unlink()
-    assert outcome(out).scores["last var."] == 7.5 and math.isnan(outcome(out).scores["val loss"])
-
-
-def test_what_is_measured_of_a_run_is_what_its_files_say(invent):
-    found = outcome(invent("gqa_4", variance=7.5))
-    assert found.curve == [(10, 90.0), (20, 7.5)]
-    assert found.scores["last var."] == 7.5 and found.scores["val loss"] == 1.25
-    assert found.scores["peak var."] == 90.0
-    assert found.scores["|J-I|/d"] == 0.375 and found.scores["influence"] == pytest.approx(0.255)
+    row = row_of(job, c)
+    assert row["scores"]["last var."] == 7.5 and "val loss" not in row["scores"] and row["curve"] == []
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -833,7 +1006,8 @@ def test_a_run_without_a_whole_probe_names_the_command(invent, file, text):
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 MISTAKES = {
-    "nothing to report": (["report"], "no finished run in out/recipe/laptop"),
+    "nothing to report": (["report", "--results=none.jsonl"], "no finished run in none.jsonl"),
+    "misspelt setting": (["report", "--sedes=2"], "--sedes"),
     "unknown family": (["run", "width"], "width"),
     "misspelt flag": (["run", "gqa", "--sedes=2"], "seed"),
     "no such run": (["diagnose", "nowhere"], "nowhere"),
