@@ -37,7 +37,8 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import UserError, check
-from probe import EXPERIMENTS, USEFUL, remarks, score_names, score_table, scores
+from probe import (EXPERIMENTS, USEFUL, make_folder, remarks, score_names, score_table,
+                   scores)
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -99,7 +100,7 @@ CURES = {"dense_1b": "norm {norm}",
 # What the members are compared with, seed by seed: the baseline of their family, or another member.
 BASELINES = {"depth": "depth_16", "weight_decay": "weight_decay_0_1", "context": "context_2048",
              "gqa": "gqa_1", "moe": "dense_1b", "ladder": "ladder_32", "norms": "dense_1b"}
-OTHER_BASELINES = {"moe_400m": "dense_400m",
+OTHER_BASELINES = {"moe_400m": "dense_400m", "dense_400m": "dense_400m",      # with none
                    "ladder_decay_0_3": "ladder_t4096", "ladder_decay_0_6": "ladder_t4096",
                    "ladder_decay_1": "ladder_t4096", "ladder_g2": "ladder_decay_0_3",
                    "ladder_moe": "ladder_g2"}
@@ -530,8 +531,8 @@ def doubts(rows: Sequence[Row], damaged: Sequence[int], args: Any) -> Iterator[s
 
 # ---- tables --------------------------------------------------------------------------------------
 def report(args: Any, families: Sequence[str]) -> None:
-    """Write and print the tables and figures of all that is recorded, see `report_family`; and of
-    all families together whether sparsity goes with less growth, and growth with less use."""
+    """Write and print what is recorded of each family, see `report_family`; and if it is all of
+    them, whether sparsity goes with less growth of the variance, and growth with less use."""
     rows, damaged = read_rows(args.results)
     found = {family: runs_of(family, rows, args) for family in families}
     found = {family: runs for family, runs in found.items() if runs}
@@ -540,9 +541,11 @@ def report(args: Any, families: Sequence[str]) -> None:
     check(found, f"no finished run in {args.results}: "
           f"python recipe.py run depth --scale {args.scale}")
     out = Path(args.out, args.scale)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for family, runs in found.items():
         report_family(family, runs, args.scale, out)
+    if len(families) < len(FAMILIES):
+        return
     text = mechanism(found)
     (out / "mechanism.md").write_text(text + "\n")
     drawn = save(out / "mechanism", lambda: draw_mechanism(found))
@@ -608,6 +611,8 @@ def definitions(runs: Runs, scale: str) -> str:
             means = [statistics.mean(values_of(seeds, column) or [math.nan])
                      for seeds in runs.values()]
             distance = np.abs(np.subtract(means, theirs)).mean()
+            if math.isnan(distance):         # not measured of all
+                continue
             columns[column] = [f"{x:.3f}" for x in [*means, distance]]
         columns[f"paper: {papers}"] = [*(f"{x:g}" for x in theirs), ""]
     return ("As defined, as released (rel.) and as the paper reports it. The sizes differ, so that "
@@ -644,7 +649,7 @@ def verdict(mean: float, half: float, before: float, after: float) -> str:
     if before == after:
         return "the paper has no direction"
     if not half > 1e-6:                      # one seed, or a score that moved by the same step
-        return "undecided: no spread over seeds"
+        return "undecided: no interval"
     if abs(mean) <= half:
         return "undecided at this scale"
     return "reproduced" if (mean > 0) == (after > before) else "contradicted"
@@ -764,9 +769,12 @@ def save(path: Path, make: Callable[[], Any]) -> str:
     except ImportError:
         return "no figure: pip install matplotlib"
     figure = make()
-    for ending in (".png", ".svg"):
-        figure.savefig(f"{path}{ending}", dpi=150)
-    return f"{path}.png"
+    try:
+        for ending in (".png", ".svg"):
+            figure.savefig(f"{path}{ending}", dpi=150)
+    except OSError as e:
+        raise UserError(f"cannot write {path}.png ({e.strerror}): choose another --out") from e
+    return f"{path}.png and .svg"
 
 def panels(count: int, across: int, height: float, **shared: Any) -> tuple[Any, list[Any]]:
     """A figure 8 inches wide and its axes, `across` in a row, each row `height` inches high."""
@@ -905,11 +913,14 @@ def plot(args: Any) -> None:
         home = path.parent if path.name == "log.jsonl" else path
         check((home / "log.jsonl").is_file(), f"{home} has no log.jsonl: give folders of runs")
         try:
-            logs[str(home)] = read_log(home)
-            check(logs[str(home)][0]["step"] > 0, f"{home}/log.jsonl is damaged")
-        except DAMAGED as e:
-            raise UserError(f"{home}/log.jsonl is damaged or empty ({e}): leave it out") from e
+            log = read_log(home)
+            whole = len(log) > 0 and all(line["step"] > 0 for line in log)
+        except DAMAGED:
+            whole = False
+        check(whole, f"{home}/log.jsonl is damaged or empty: leave {home} out")
+        logs[str(home)] = log
     target = args.out or Path(next(iter(logs)), "training.png")
+    check(target.suffix == ".png", f"--out {target}: must end in .png; an .svg comes beside it")
     print(save(target.with_suffix(""), lambda: draw_course(logs)))
 
 def draw_course(logs: dict[str, list[dict[str, Any]]]) -> Any:
@@ -925,7 +936,8 @@ def draw_course(logs: dict[str, list[dict[str, Any]]]) -> Any:
                         markersize=3, label=name)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("step", fontsize=8)
-        if key in ("grad_norm", "variance"):
+        ax.locator_params("x", integer=True)
+        if key == "variance":
             ax.set_yscale("log")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                fontsize=8, frameon=False)
@@ -1106,18 +1118,20 @@ def goal_of(name: str, settings: dict[str, Any]) -> float | None:
     The ladder is that of configs/laptop/ or configs/paper/, whichever is nearer in width.
     """
     def distance(scale: str) -> float:
-        return abs(math.log(config("ladder_moe", scale).n_embd / settings.get("n_embd", 1)))
+        return abs(math.log(config("ladder_moe", scale).n_embd / settings["n_embd"]))
     ladder = config("ladder_moe", min(("laptop", "paper"), key=distance))
-    if name == "n_kv_head":
-        shares = settings["n_kv_head"] < settings["n_head"]
-        return None if shares else settings["n_head"] / 2
+    if name == "n_kv_head":                  # G = 2, or the next that divides the heads
+        fewer = [n for n in range(1, settings["n_head"]) if settings["n_head"] % n == 0]
+        return fewer[-1] if settings["n_kv_head"] == settings["n_head"] and fewer else None
     if name == "n_experts":
         return None if settings["n_experts"] else ladder.n_experts
     if name == "block_size":
         return None if settings["block_size"] >= ladder.block_size else ladder.block_size
-    # What counts of the decay is rate x decay x steps.
-    decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
-    goal = decayed / max(settings.get("learning_rate", 0) * settings.get("max_steps", 0), 1e-38)
+    goal = ladder.weight_decay
+    if settings.get("learning_rate") and settings.get("max_steps"):
+        # What counts is rate x decay x steps.
+        decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
+        goal = decayed / settings["learning_rate"] / settings["max_steps"]
     return None if settings.get("weight_decay", 0) > 0.95 * goal else goal
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -714,21 +714,153 @@ def test_a_log_that_ends_within_a_line_or_is_gone_costs_no_result(invent):
     assert row["scores"]["last var."] == 7.5 and "val loss" not in row["scores"] and row["curve"] == []
 
 
+# ---- statistics ------------------------------------------------------------------------------------------------------
+def t_density(x, df):
+    """Student's t, as it is defined."""
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    return scale * (1 + x * x / df) ** (-(df + 1) / 2)
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_a_fortieth_of_students_t_lies_above_the_quantile(n):
+    q = recipe.T_QUANTILES[n - 2]
+    x = np.linspace(0, q, 200_001)
+    y = t_density(x, n - 1)
+    within = (y[1:] + y[:-1]).sum() / 2 * (x[1] - x[0])
+    assert within == pytest.approx(0.475, abs=2e-5)
+    mean, half = recipe.interval([float(k) for k in range(n)])
+    assert mean == (n - 1) / 2 and half == pytest.approx(q * math.sqrt(n * (n + 1) / 12 / n))
+
+
+def test_the_interval_of_many_is_not_too_narrow_and_of_one_there_is_none():
+    values = [1.0, 2.0] * 10
+    assert recipe.interval(values)[1] > 2.093 * statistics.stdev(values) / math.sqrt(20)          # t for n = 20
+    assert recipe.interval([3.0])[0] == 3.0 and math.isnan(recipe.interval([3.0])[1])
+
+
+@pytest.mark.parametrize("mean, half, before, after, said", [
+    (0.2, 0.1, 0.75, 0.81, "reproduced"), (-0.2, 0.1, 0.75, 0.63, "reproduced"),
+    (0.2, 0.1, 0.75, 0.63, "contradicted"), (-0.2, 0.1, 0.75, 0.81, "contradicted"),
+    (0.1, 0.2, 0.75, 0.81, "undecided at this scale"), (-0.1, 0.2, 0.75, 0.81, "undecided at this scale"),
+    (0.2, 0.1, 0.75, 0.75, "the paper has no direction"),
+    (0.2, math.nan, 0.75, 0.81, "undecided: no interval"), (0.25, 1e-17, 0.75, 0.81, "undecided: no interval")])
+def test_a_verdict_follows_from_the_interval_and_the_papers_direction(mean, half, before, after, said):
+    assert recipe.verdict(mean, half, before, after) == said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_member_is_compared_with_one_of_its_family_that_has_less_turned(family):
+    for member in FAMILIES[family]:
+        base = recipe.OTHER_BASELINES.get(member, recipe.BASELINES[family])
+        assert base in FAMILIES[family]
+        here, there = (recipe.knobs(config(name, "paper")) for name in (member, base))
+        turned = {knob for knob in here if here[knob] != there[knob]}
+        assert len(turned) == (0 if member in (base, "dense_400m", *SAME) else 1) or family in ("moe", "ladder"), member
+        if family == "ladder" and member not in ("ladder_16", "ladder_32"):
+            path = recipe.arguments(member, "paper")[0]
+            assert base == Path(runpy.run_path(path)["base"]).stem                        # what its config starts from
+
+
+SAME = {"depth_16", "weight_decay_0_1", "context_2048", "gqa_1"}
+
+
+def test_differences_are_paired_by_seed(record, tmp_path):
+    """Seeds differ by more than members do: only pairs see that, and seed 9 has no partner."""
+    for seed in (0, 1, 2):
+        for member, more in (("gqa_1", 0), ("gqa_4", 0.0625 + seed / 1024)):
+            use = {"score": 0.5, "mean_log_ratio": seed + more, "ratio": [1.2, 1.0], "loose_fit": False}
+            record(member, seed, usefulness=use, variance=3.0 * math.exp(seed - more))
+    record("gqa_4", 9, usefulness={"score": 0.5, "mean_log_ratio": 50.0, "ratio": [1, 1], "loose_fit": False})
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    runs = recipe.runs_of("gqa", rows, arguments())
+    values = [0.0625 + seed / 1024 for seed in range(3)]
+    assert recipe.paired(runs["gqa_4"], runs["gqa_1"], "log ratio") == pytest.approx(values, rel=1e-4)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             recipe.differences("gqa", runs, "laptop").splitlines()]
+    assert lines[0] == ["", "score", "difference", "95% interval", "n", "paper", "verdict"]
+    found = {line[1]: line for line in lines[2:]}
+    half = 4.303 * statistics.stdev(values) / math.sqrt(3)
+    assert lines[2] == ["G 2 (paper: 4) − G 1", "log ratio", f"{values[1]:.3f}",
+                        f"{values[1] - half:.3f} to {values[1] + half:.3f}", "3", "0.81 → 0.87", "reproduced"]
+    assert found["useful"][2:] == ["0.000", "0.000 to 0.000", "3", "0.81 → 0.87", "undecided: no interval"]
+    assert found["ln last var."][2] == f"{-values[1]:.3f}" and found["ln last var."][5:] == ["220 → 125", "reproduced"]
+    assert found["causal"][5:] == ["", ""]                             # of which the paper says nothing here
+
+
+def ranks_by_hand(values):
+    places = {x: [k for k, y in enumerate(sorted(values), 1) if y == x] for x in values}
+    return [statistics.mean(places[x]) for x in values]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_rank_correlation_is_pearsons_of_the_ranks(ties):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=30)
+    y = x ** 3 + rng.normal(size=30)
+    if ties:
+        x, y = np.round(x), np.round(y)
+    assert list(recipe.ranks(x)) == ranks_by_hand(list(x))
+    truth = statistics.correlation(list(x), list(y), method="ranked") if sys.version_info >= (3, 12) else \
+        np.corrcoef(ranks_by_hand(list(x)), ranks_by_hand(list(y)))[0, 1]
+    assert recipe.spearman(x, y) == pytest.approx(truth) and recipe.spearman(np.exp(x), y) == pytest.approx(truth)
+    assert recipe.spearman(x, -x) == pytest.approx(-1) and math.isnan(recipe.spearman(x, np.ones(30)))
+
+
+def test_the_bootstrap_is_as_wide_as_theory_says_and_the_same_every_time():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    low, high = recipe.bootstrap(x, y)
+    rho = recipe.spearman(x, y)
+    width = math.tanh(math.atanh(rho) + 1.96 / math.sqrt(397)) - math.tanh(math.atanh(rho) - 1.96 / math.sqrt(397))
+    assert low < rho < high and (high - low) == pytest.approx(1.06 * width, rel=0.15)         # Fisher's z, ranks
+    assert recipe.bootstrap(x, y) == (low, high)
+
+
+def test_the_mechanism_counts_every_run_once_and_leaves_out_what_does_not_vary(record, tmp_path):
+    for seed in range(2):
+        record("depth_16", seed, variance=7.0 + seed)                  # is the baseline of five families
+        record("gqa_4", seed, variance=5.0 + seed)
+        record("gqa_16", seed, variance=3.5 + seed / 8)
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "gqa")}
+    lines = recipe.mechanism(found).splitlines()
+    head = [cell.strip() for cell in lines[-10].split("|")[1:-1]]
+    asked = {cells[0].strip(): dict(zip(head, (cell.strip() for cell in cells)))
+             for cells in (line.split("|")[1:-1] for line in lines[-8:])}
+    assert head == ["", "all", "gqa"] and list(asked) == [f"{x} → {y}" for x, y in recipe.QUESTIONS]
+    keys = asked["key heads → growth"]
+    assert keys["all"].endswith("; 6)") and keys["all"] == keys["gqa"]
+    share, growth = [1, 1, .5, .5, .25, .25], [math.log(v / 3) for v in (7, 8, 5, 6, 3.5, 3.625)]
+    truth = np.corrcoef(ranks_by_hand(share), ranks_by_hand(growth))[0, 1]
+    assert keys["all"].startswith(f"{truth:.2f} (")
+    assert asked["active FFN → growth"]["all"] == "" and asked["near zero → growth"]["all"] == ""
+
+
+def test_the_depths_are_put_beside_the_paper_as_defined_and_as_released(record, tmp_path):
+    record("depth_12", useful=0.875)
+    record("depth_32", useful=0.25)
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    text = recipe.definitions(recipe.runs_of("depth", rows, arguments()), "laptop")
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-5:]]
+    assert head == ["", "useful", "rel.useful", "paper: useful", "causal", "rel.causal", "paper: causal"]
+    assert lines[0] == ["L 6 (paper: 12)", "0.875", "1.000", "1", "0.250", "0.375", "0.355"]
+    distances = (0.125 + 0.312) / 2, (0 + 0.438) / 2, (0.105 + 0.009) / 2, (0.02 + 0.116) / 2
+    assert [float(x) for x in lines[2][1:] if x] == pytest.approx(distances, abs=6e-4)
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def drawn(invent, tmp_path):
-    """drawn(family, runs) draws runs, the arguments of `invent` for each; returns the three axes of the figure."""
+def drawn(record, tmp_path):
+    """drawn(draw, family, runs) records runs, the arguments of `invent` for each, and draws their family."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
-    def draw(family, runs):
-        found = {}
+    def call(draw, family, runs):
         for member, seed, numbers in runs:
-            found.setdefault(member, []).append(outcome(invent(member, seed, **numbers)))
-        figure = recipe.figure(family, found, "laptop")
-        assert figure.get_suptitle() == f"{family}, laptop scale"
-        left, right, marks = figure.axes
-        return left, right, marks
-    return draw
+            record(member, seed, **numbers)
+        rows, _ = read_rows(tmp_path / "out/results.jsonl")
+        return draw(family, recipe.runs_of(family, rows, arguments()), "laptop")
+    return call
 
 
 DEPTH = [("depth_12", 0, dict(useful=0.5, variance=4.0, val_loss=1.5)),
@@ -737,111 +869,121 @@ DEPTH = [("depth_12", 0, dict(useful=0.5, variance=4.0, val_loss=1.5)),
 DEPTH_LABELS = ["L 6 (paper: 12)", "L 16 (paper: 32)"]
 
 
-def one_line(labels):
-    return [label.replace("\n", " ") for label in labels]
+def by_marker(ax, marker, **properties):
+    """The (x, y) of all marks of a kind in a panel."""
+    return [(float(x), float(y)) for line in ax.get_lines() if line.get_marker() == marker
+            and all(getattr(line, f"get_{name}")() == value for name, value in properties.items())
+            for x, y in zip(*line.get_data())]
 
 
-def ticks(ax):
-    return one_line(label.get_text() for label in ax.get_xticklabels())
+def test_the_figure_has_a_panel_per_score_with_seeds_means_intervals_and_the_papers(drawn):
+    fig = drawn(recipe.draw_scores, "depth", DEPTH)
+    shown = {ax.get_title(): ax for ax in fig.axes if ax.get_visible()}
+    assert list(shown) == ["log ratio", "usefulness", "usefulness as released", "causal score", "permutation score",
+                           "last variance", "validation loss"]
+    assert not any(ax.patches for ax in fig.axes)                                       # no bars
+    boxes = [tuple(np.round(ax.get_position().bounds, 3)) for ax in shown.values()]
+    assert len(set(boxes)) == len(boxes)                                                # no second axis in any panel
+    useful = shown["usefulness"]
+    assert by_marker(useful, "o", fillstyle="none") == [(0.5, 0.2), (1.0, 0.2), (0.25, 1.2)]
+    assert by_marker(useful, "o", fillstyle="full") == [(0.75, 0.0), (0.25, 1.0)]
+    assert by_marker(useful, "D") == [(1.0, -0.2), (0.562, 0.8)]
+    halves = [np.ptp(bars.get_segments()[0][:, 0]) / 2 for container in useful.containers
+              for bars in container.lines[2]]
+    assert halves == [pytest.approx(12.706 * statistics.stdev([0.5, 1.0]) / math.sqrt(2)), 0]
+    assert by_marker(shown["validation loss"], "D") == [] and shown["last variance"].get_xscale() == "log"
+    assert by_marker(shown["last variance"], "D") == [(400.0, -0.2), (1200.0, 0.8)]
+    assert [x.get_text().replace("\n", " ") for x in fig.axes[0].get_yticklabels()] == DEPTH_LABELS
+    low, high = fig.axes[0].get_ylim()
+    assert low > high                                                                   # the first member is on top
 
 
-def errors(container):
-    """The values, and the half lengths of the error bars, 0 where there is none."""
-    data, _, (bars,) = container.lines
-    halves = [np.ptp(segment[:, 1]) / 2 if len(segment) and not np.isnan(segment).any() else 0.0
-              for segment in bars.get_segments()]
-    return list(data.get_ydata()), halves
+def test_accuracy_has_a_panel_where_there_is_one_and_norms_have_no_paper(drawn):
+    fig = drawn(recipe.draw_scores, "ladder", [("ladder_32", 0, dict(accuracy=0.25))])
+    accuracy, = (ax for ax in fig.axes if ax.get_title() == "accuracy")
+    assert by_marker(accuracy, "o", fillstyle="none") == [(0.25, 0.2)]
+    fig = drawn(recipe.draw_scores, "norms", [("gqa_16,norm=peri", 0, {})])
+    assert not any(by_marker(ax, "D") for ax in fig.axes)
 
 
-def test_the_figure_shows_every_seeds_variance_over_training(drawn):
-    left, _, _ = drawn("depth", DEPTH)
-    curves = left.get_lines()
-    assert [list(zip(*line.get_data())) for line in curves] == [
-        [(10, 90.0), (20, 4.0)], [(10, 90.0), (20, 6.0)], [(10, 90.0), (20, 8.0)]]
-    assert [line.get_alpha() for line in curves] == [None, 0.35, None]              # further seeds are pale
-    assert curves[0].get_color() is not curves[2].get_color()
-    np.testing.assert_array_equal(curves[0].get_color(), curves[1].get_color())
-    assert not np.array_equal(curves[0].get_color(), curves[2].get_color())
-    assert left.get_yscale() == "log" and left.get_xlabel() == "step"
-    assert one_line(left.get_legend_handles_labels()[1]) == DEPTH_LABELS
+def test_every_line_of_the_variance_over_training_is_named_where_it_ends(drawn):
+    fig = drawn(recipe.draw_variance, "depth", DEPTH)
+    ax, = fig.axes
+    thin = [list(zip(*line.get_data())) for line in ax.get_lines() if line.get_linewidth() < 1]
+    thick = [list(zip(*line.get_data())) for line in ax.get_lines() if line.get_linewidth() > 1]
+    assert thin == [[(10, 90.0), (20, 4.0)], [(10, 90.0), (20, 6.0)], [(10, 90.0), (20, 8.0)]]
+    assert thick == [[(10, pytest.approx(90)), (20, pytest.approx(math.sqrt(24)))],
+                     [(10, pytest.approx(90)), (20, pytest.approx(8))]]
+    assert not fig.legends and ax.get_legend() is None and ax.get_yscale() == "log"
+    names = {text.get_text(): text for text in ax.texts}
+    assert list(names) == DEPTH_LABELS
+    assert [text.xy for text in ax.texts] == [(20, pytest.approx(math.sqrt(24))), (20, pytest.approx(8))]
+    assert names[DEPTH_LABELS[1]].xyann[1] - names[DEPTH_LABELS[0]].xyann[1] > 0.04           # none over another
 
 
-def test_the_figures_bars_are_the_mean_validation_losses(drawn):
-    _, right, _ = drawn("depth", DEPTH)
-    assert ticks(right) == DEPTH_LABELS
-    bars = right.patches
-    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx([0, 1])
-    assert list(right.get_xticks()) == [0, 1]
-    assert [bar.get_height() for bar in bars] == [1.625, 1.0]
-    deviation = statistics.stdev([1.5, 1.75])
-    (bar_errors,) = (container for container in right.containers if hasattr(container, "lines"))
-    assert np.ptp(bar_errors.lines[2][0].get_segments()[0][:, 1]) / 2 == pytest.approx(deviation)
-    assert right.get_ylim() == pytest.approx((0.95, (1.625 + deviation) * 1.02))
-    assert "validation loss" in right.get_ylabel()
+def test_each_norm_has_a_panel_of_its_own(drawn):
+    fig = drawn(recipe.draw_variance, "norms", [(f"{cure},norm={norm}", 0, {}) for cure in ("gqa_16", "moe_1b")
+                                                for norm in ("lns", "peri")])
+    assert [[text.get_text().split(",")[0] for text in ax.texts] for ax in fig.axes] == [["norm lns"] * 2,
+                                                                                       ["norm peri"] * 2]
 
 
-def test_the_figures_marks_are_mean_scores_and_the_hollow_ones_the_papers(drawn):
-    _, _, marks = drawn("depth", DEPTH)
-    filled = {container.get_label(): errors(container) for container in marks.containers}
-    assert filled == {
-        "useful": ([0.75, 0.25], [pytest.approx(statistics.stdev([0.5, 1.0])), 0.0]),
-        "released: useful": ([1.0, 1.0], [0.0, 0.0]),
-        "causal": ([0.25, 0.25], [0.0, 0.0]),
-        "permuted": ([0.75, 0.75], [0.0, 0.0])}
-    hollow = {line.get_label(): line for line in marks.get_lines() if line.get_fillstyle() == "none"}
-    assert {name: list(line.get_ydata()) for name, line in hollow.items()} == {
-        "useful, paper": [1.0, 0.562], "causal, paper": [0.355, 0.259], "permuted, paper": [0.985, 0.306]}
-    colors = {container.get_label(): container.lines[0].get_color() for container in marks.containers}
-    assert len(set(colors.values())) == 4
-    for name, line in hollow.items():
-        assert list(line.get_xdata()) == [0, 1] and line.get_linestyle() == "None"
-        assert line.get_color() == colors[name.removesuffix(", paper")]
-    assert sorted(marks.get_legend_handles_labels()[1]) == sorted([*filled, *hollow])
-    assert marks.get_ylim()[0] == 0
-
-
-@pytest.mark.parametrize("family, members, joined", [
-    ("depth", ["depth_12", "depth_32"], True), ("ladder", ["ladder_32", "ladder_moe"], False)])
-def test_a_line_joins_the_members_of_a_sweep_alone(drawn, family, members, joined):
-    _, right, marks = drawn(family, [(member, 0, {}) for member in members])
-    assert {container.lines[0].get_linestyle() for container in marks.containers} == {"-" if joined else "None"}
-    assert ticks(right) == [label(family, member, "laptop") for member in members]
-
-
-@pytest.mark.parametrize("second, heights, meaning", [
-    (0.5, [0.25, 0.5], "accuracy"), (None, [1.25, 1.25], "validation loss")])
-def test_the_bars_are_accuracies_if_all_runs_have_one(drawn, second, heights, meaning):
-    _, right, marks = drawn("ladder", [("ladder_32", 0, dict(accuracy=0.25)),
-                                       ("ladder_g2", 0, dict(accuracy=second))])
-    assert [bar.get_height() for bar in right.patches] == heights and meaning in right.get_ylabel()
-    hollow = {line.get_label(): list(line.get_ydata()) for line in marks.get_lines() if line.get_fillstyle() == "none"}
-    assert hollow == {"useful, paper": [0.53, 0.66]}                # of causal and permuted the ladder says nothing
-
-
-def test_what_the_paper_does_not_report_has_no_hollow_mark(drawn):
-    _, right, marks = drawn("norms", [("dense_1b,norm=lns", 0, {}), ("gqa_16,norm=peri", 0, {})])
-    assert not [line for line in marks.get_lines() if line.get_fillstyle() == "none"]
-    assert ticks(right) == ["norm lns", "norm peri, G 4 (paper: 16)"]
-
-
-def test_every_family_has_a_figure(invent, tmp_path, capsys):
+def test_everything_is_reported_from_results_alone(record, tmp_path, run_main, monkeypatch):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     found = folders(tmp_path / "out", "laptop")
-    for member in {folder: member for member, folder in found.items()}.values():
-        invent(member)
-    report(tmp_path / "out", "laptop", [*FAMILIES])
-    said = capsys.readouterr().out
+    for k, member in enumerate({folder: member for member, folder in found.items()}.values()):
+        record(member, variance=5.0 + k)
+    (tmp_path / "out/results.jsonl").rename(tmp_path / "results.jsonl")
+    monkeypatch.chdir(tmp_path)
+    said = run_main(recipe, "report", "--results=results.jsonl", "--out=elsewhere")
+    assert said.status == 0, said
     for family in FAMILIES:
-        path = tmp_path / f"out/laptop/{family}.png"
-        assert path.stat().st_size > 10_000 and path.read_bytes().startswith(b"\x89PNG") and str(path) in said
+        assert (tmp_path / f"elsewhere/laptop/{family}.md").read_text().strip() in said.out
+    for name in (*FAMILIES, *(f"{family}_variance" for family in FAMILIES), "mechanism"):
+        path = tmp_path / f"elsewhere/laptop/{name}.png"
+        assert path.stat().st_size > 10_000 and path.read_bytes().startswith(b"\x89PNG") and str(path.name) in said.out
+        assert "<svg" in path.with_suffix(".svg").read_text()[:500]
+    assert (tmp_path / "elsewhere/laptop/mechanism.md").read_text().strip() in said.out
+    fig = recipe.draw_mechanism({family: recipe.runs_of(family, read_rows(Path("results.jsonl"))[0], arguments())
+                                 for family in FAMILIES})
+    for ax in (ax for ax in fig.axes if ax.get_visible()):
+        marks = sum(len(line.get_xdata()) for line in ax.get_lines())
+        assert marks in (0, len(set(found.values())))                                   # each run once; 0: not measured
 
 
-def test_without_matplotlib_there_is_a_table_and_the_remedy(invent, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_is_a_table_and_the_remedy(record, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    invent("gqa_4")
-    report(tmp_path / "out", "laptop", ["gqa"])
+    record("gqa_4")
+    report(arguments(out=str(tmp_path / "out")), ["gqa"])
     assert "no figure: pip install matplotlib" in capsys.readouterr().out
     assert (tmp_path / "out/laptop/gqa.md").exists() and not (tmp_path / "out/laptop/gqa.png").exists()
+
+
+# ---- the course of a run ---------------------------------------------------------------------------------------------
+def test_the_course_of_runs_is_drawn_from_their_logs(tmp_path, run_main):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    logs = {}
+    for name, steps in (("a", 4), ("b", 6)):
+        logs[name] = [{"step": k, "loss": 3.0 / k, "lr": 0.1 * k, "grad_norm": 2.0 * k} for k in range(1, steps + 1)]
+        logs[name][-1] |= {"val_loss": 0.5, "variance": [1.0, 7.0 * steps]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[name]))
+    fig = recipe.draw_course(logs)
+    shown = {ax.get_title(): [list(zip(*line.get_data())) for line in ax.get_lines()] for ax in fig.axes}
+    assert shown["training loss"] == [[(line["step"], line["loss"]) for line in log] for log in logs.values()]
+    assert shown["learning rate"][0] == [(k, 0.1 * k) for k in range(1, 5)]
+    assert shown["validation loss"] == [[(4, 0.5)], [(6, 0.5)]] and shown["gradient norm"][1][5] == (6, 12.0)
+    assert shown["variance of the last layer"] == [[(4, 28.0)], [(6, 42.0)]]
+    said = run_main(recipe, "plot", tmp_path / "a", tmp_path / "b/log.jsonl")
+    assert said.status == 0 and (tmp_path / "a/training.png").read_bytes().startswith(b"\x89PNG")
+    assert run_main(recipe, "plot", tmp_path / "b", "--out", tmp_path / "c.png").status == 0
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", ["", "{\n", "[1]\n", '{"loss": 1}\n'])
+def test_a_log_that_cannot_be_drawn_is_one_line(text, tmp_path, run_main):
+    (tmp_path / "log.jsonl").write_text(text)
+    assert_mistake(run_main(recipe, "plot", tmp_path), "log.jsonl is damaged or empty")
 
 
 # ---- the rule of thumb: the recipe at another size -------------------------------------------------------------------
@@ -908,12 +1050,20 @@ def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, advise)
 
 @pytest.mark.parametrize("asked, names", [
     (dict(n_layer=48), ["n_layer"]), (dict(params=7e9), ["n_embd", "active"]), (dict(tokens=1e11), ["tokens"]),
-    (dict(n_layer=200, params=1e5), ["n_layer", "n_embd", "active"]),        # no width is so small: 9M are built
+    (dict(n_layer=200, params=1e8), ["n_layer", "n_embd", "active"]),
     (dict(n_layer=12, params=4e8, tokens=2e7, gpus=128), ["tokens", "block_size"])])
 def test_advice_says_where_it_extrapolates(asked, names, advise):
     _, said = advise(**asked)
     assert [line.split()[1] for line in said.splitlines() if "EXTRAPOLATES" in line] == names
-    assert ("1e+05 were asked for" in said) == (asked.get("params") == 1e5)
+    assert "were asked for" not in said
+
+
+@pytest.mark.parametrize("asked", [dict(n_layer=200, params=1e5), dict(n_layer=8, params=1e6),
+                                   dict(n_layer=16, params=8e6)])
+def test_where_experts_would_be_as_narrow_as_a_head_there_is_no_advice(asked, advise, tmp_path):
+    with pytest.raises(UserError, match="below the range: with .* configs/laptop/"):
+        advise(**asked)
+    assert not (tmp_path / "advised.py").exists()
 
 
 def test_advice_keeps_the_context_of_the_recipe_on_many_gpus(advise):
@@ -931,8 +1081,8 @@ def test_an_advised_config_stands_alone(advise, tmp_path):
 # ---- the rule of thumb: what would help a run ------------------------------------------------------------------------
 def checkpoint(out, **changes):
     """The checkpoint of an invented run, with its settings or these."""
-    c = dict(n_layer=2, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1, learning_rate=4e-4,
-             max_steps=4768) | changes
+    c = dict(n_layer=2, n_embd=1024, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1,
+             learning_rate=4e-4, max_steps=4768) | changes
     torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
     os.utime(out / "ckpt.pt", (0, 0))                                                        # probed later
     return out
@@ -942,7 +1092,7 @@ def test_a_diagnosis_says_what_the_run_and_its_probe_hold(invent):
     out = checkpoint(invent("gqa_4", variance=9.0))
     said = diagnose(out)
     assert said == diagnose(out / "ckpt.pt").replace(f"{out}/ckpt.pt: 1 of", f"{out}: 1 of")
-    assert "1 of 2 blocks are useful" in said and "x3.0 from the first block to the last, 3 to 9" in said
+    assert "1 of 2 blocks are useful: 0\n" in said and "x3.0 from the first block to the last, 3 to 9" in said
     assert "peaked at 90, step 10" in said and "near the identity (influence below 0.02): 1\n" in said
     assert f"cheapest run of 1: blocks 1, perplexity x{math.exp(0.02):.3f}" in said and "--drop 1" in said
 
@@ -970,8 +1120,29 @@ DECAYED = {"block_size": 4096, "weight_decay": 0.3}
     (DECAYED | {"n_kv_head": 2}, 9.0, ["n_experts"])])
 def test_the_next_knob_is_the_first_step_of_the_ladder_not_taken(invent, changes, variance, knobs):
     *_, first, then = diagnose(checkpoint(invent("gqa_4", variance=variance), **changes)).splitlines()
-    assert first.startswith(f"next in the paper's ladder: {knobs[0]}, here ") and recipe.LADDER[knobs[0]] in first
-    assert then == f"then: {', '.join(knobs[1:]) or 'nothing'}"
+    assert first.startswith(f"next in the paper's ladder: {knobs[0]} ") and recipe.LADDER[knobs[0]] in first
+    assert re.findall("[a-z]+_[a-z_]+", then) == knobs[1:] and (len(knobs) > 1 or then == "then: nothing")
+
+
+@pytest.mark.parametrize("width, T, decay, experts", [(64, 256, 0.192, 16), (1024, 4096, 0.3, 64)])
+def test_the_next_step_is_as_far_as_it_is_in_models_of_this_size(invent, width, T, decay, experts):
+    ladder = config("ladder_moe", "laptop" if width == 64 else "paper")
+    out = checkpoint(invent("gqa_4"), n_embd=width, learning_rate=2 * ladder.learning_rate,
+                     max_steps=ladder.max_steps)
+    *_, first, then = diagnose(out).splitlines()
+    assert first.startswith(f"next in the paper's ladder: block_size {T:.3g}, here 128; in the paper T = 4096: ")
+    goal = f"weight_decay {decay / 2:.3g}, " if decay / 2 > 0.1 / 0.95 else ""      # at twice the learning rate
+    assert then == f"then: {goal}n_kv_head 2, n_experts {experts}"
+
+
+def test_a_model_of_others_is_told_what_the_ladder_has(invent):
+    """No learning rate, no steps, no decay is known of it; of five heads only one key head can be shared."""
+    out = invent("gqa_4")
+    c = dict(n_layer=2, n_embd=640, n_head=5, n_kv_head=5, n_experts=0, block_size=8192)
+    torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
+    os.utime(out / "ckpt.pt", (0, 0))
+    *_, first, then = diagnose(out).splitlines()
+    assert "ladder: weight_decay 0.3, here None" in first and then == "then: n_kv_head 1, n_experts 64"
 
 
 def test_a_run_that_has_taken_every_step_is_told_so(invent):
@@ -991,15 +1162,19 @@ def test_a_run_that_uses_its_depth_is_left_alone(invent, useful):
     assert diagnose(checkpoint(invent("gqa_4", useful=useful))).endswith("next: its depth is used")
 
 
+def test_a_run_that_is_not_probed_is_told_how(invent):
+    out = checkpoint(invent("gqa_4"))
+    (out / "probe.json").unlink()
+    with pytest.raises(UserError, match=f"not probed yet: python probe.py {out}/ckpt.pt"):
+        diagnose(out)
+
+
 @pytest.mark.parametrize("file, text", [
-    ("probe.json", None), ("probe.json", "{"), ("probe.json", '{"loss": 1}'), ("log.jsonl", "{\n"),
+    ("probe.json", "{"), ("probe.json", '{"loss": 1}'), ("log.jsonl", "{\n"),
     ("log.jsonl", '{"variance": [1.0]}\n')])
 def test_a_run_without_a_whole_probe_names_the_command(invent, file, text):
     out = checkpoint(invent("gqa_4"))
-    if text is None:
-        (out / file).unlink()
-    else:
-        (out / file).write_text(text)
+    (out / file).write_text(text)
     with pytest.raises(UserError, match=f"python probe.py {out}/ckpt.pt"):
         diagnose(out)
 
@@ -1024,6 +1199,7 @@ MISTAKES = {
     "the seed": (["run", "gqa", "--seed=3"], "--seeds"),
     "two families": (["run", "gqa", "depth"], "depth"),
     "no seeds": (["run", "gqa", "--seeds=0"], "--seeds"),
+    "no log": (["plot", "nowhere"], "nowhere has no log.jsonl"),
 }
 
 
