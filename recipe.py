@@ -2,13 +2,18 @@
 
     python recipe.py run depth --seeds 2                 # train and probe a family; resumable
     python recipe.py run ladder --scale paper --dry-run  # what would run at the paper's size
-    python recipe.py report                              # tables and figures of what is on disk
+    python recipe.py report                              # tables and figures of results.jsonl
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
     python recipe.py diagnose out/gqa_deep               # does it use its depth? what would help?
+    python recipe.py plot out/gqa_deep out/dense         # the course of their training
 
 A member of a family is a file of configs/laptop/ or configs/paper/, perhaps with a setting changed,
 as in "gqa_16,norm=lns". Members with equal settings are one run. Settings of train.py at the end of
-`run` change all members.
+`run` or `report` change all members.
+
+What a run came to is a line of configs/SCALE/results.jsonl, which git keeps: a run whose line is
+there is done, also on a machine that has none of its files. With settings of your own the lines go
+to OUT/SCALE/results.jsonl instead; --results FILE is another file.
 """
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import signal
 import statistics
 import subprocess
@@ -24,14 +30,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
 
 from data import Parser, load_checkpoint, run
 from model import UserError, check
-from probe import EXPERIMENTS, USEFUL, remarks, score_names, score_table, scores
+from probe import (EXPERIMENTS, USEFUL, make_folder, remarks, score_names, score_table,
+                   scores)
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -90,18 +97,27 @@ CURES = {"dense_1b": "norm {norm}",
          "context_4096": "norm {norm}, T {T}",
          "gqa_16": "norm {norm}, G {G}",
          "moe_1b": "norm {norm}, experts {experts}"}
+# What the members are compared with, seed by seed: the baseline of their family, or another member.
+BASELINES = {"depth": "depth_16", "weight_decay": "weight_decay_0_1", "context": "context_2048",
+             "gqa": "gqa_1", "moe": "dense_1b", "ladder": "ladder_32", "norms": "dense_1b"}
+OTHER_BASELINES = {"moe_400m": "dense_400m", "dense_400m": "dense_400m",      # with none
+                   "ladder_decay_0_3": "ladder_t4096", "ladder_decay_0_6": "ladder_t4096",
+                   "ladder_decay_1": "ladder_t4096", "ladder_g2": "ladder_decay_0_3",
+                   "ladder_moe": "ladder_g2"}
 for cure, its_knobs in CURES.items():
     for change in ("", ",norm=lns", ",norm=peri"):
         FAMILIES["norms"][cure + change] = its_knobs
+        if change and cure != "dense_1b":
+            OTHER_BASELINES[cure + change] = "dense_1b" + change
 
 def arguments(member: str, scale: str) -> list[str]:
     """What train.py is told about a member: its config, and the settings changed after a comma."""
     name, *changes = member.split(",")
     return [str(ROOT / "configs" / scale / f"{name}.py"), *(f"--{change}" for change in changes)]
 
-def config(member: str, scale: str) -> TrainConfig:
-    """The settings of a member; out_dir, which is none of its own, is the same for all."""
-    return load_settings([*arguments(member, scale), "--out_dir=any"])[0]
+def config(member: str, scale: str, settings: Sequence[str] = ()) -> TrainConfig:
+    """The settings of a member, with these of the command line; out_dir is the same for all."""
+    return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
 
 def label(family: str, member: str, scale: str) -> str:
     """What makes a member: its knob, and what the value stands for, as in "L 16 (paper: 32)"."""
@@ -145,7 +161,11 @@ def read_reported() -> tuple[list[str], Numbers]:
 PAPER_COLUMNS, PAPER = read_reported()
 
 # ---- running -------------------------------------------------------------------------------------
-MEASURED = ",".join(name for name in EXPERIMENTS if EXPERIMENTS[name].scores)      # by default
+# By default: all that has a score, and how sparse the model is.
+MEASURED = ",".join(name for name in EXPERIMENTS
+                    if EXPERIMENTS[name].scores or name == "sparsity")
+# Of `run all`: their runs are the longest, and nothing of the paper hangs on a small difference.
+MOST_SEEDS = {"ladder": 3, "norms": 3}
 
 class Job(NamedTuple):
     """A run of one member with one seed, and its folder."""
@@ -156,23 +176,29 @@ class Job(NamedTuple):
 Work = dict[Job, dict[str, list[str]]]        # of each job the commands it still needs, by stage
 
 def run_family(args: Any) -> None:
-    """Train and probe what is not on disk yet; a run that fails does not stop the others."""
+    """Train, probe and record what is not yet; a run that fails does not stop the others."""
     families = list(FAMILIES) if args.family == "all" else [args.family]
-    work = {job: commands(job, args) for job in jobs_of(families, args)}
+    rows, _ = read_rows(args.results)
+    work = {}
+    for job in jobs_of(families, args):
+        c = load_settings(training(job, args))[0]
+        work[job] = commands(job, args, find_row(rows, c, job.seed))
     if args.dry_run:
         print_costs(work, args)
         return
     failed = [str(job.out) for job in run_all(work, args)]
-    report(args.out, args.scale, families)
+    report(args, families)
     check(not failed, f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}; "
           "the same command tries again")
 
 def jobs_of(families: Sequence[str], args: Any) -> list[Job]:
-    """A job for each member and seed; members with equal settings share one."""
+    """A job for each member and seed, all of seed 0 first; those with equal settings share one."""
     folder = folders(args.out, args.scale)
     jobs: dict[Path, Job] = {}
     for seed in range(args.seeds):
         for family in families:
+            if len(families) > 1 and seed >= MOST_SEEDS.get(family, args.seeds):
+                continue
             for member in FAMILIES[family]:
                 out = folder[member] / f"seed_{seed}"
                 jobs.setdefault(out, Job(member, seed, out))
@@ -183,8 +209,12 @@ def training(job: Job, args: Any) -> list[str]:
     of_member = arguments(job.member, args.scale)
     return [*of_member, *args.settings, f"--seed={job.seed}", f"--out_dir={job.out}"]
 
-def commands(job: Job, args: Any) -> dict[str, list[str]]:
-    """The commands that a job still needs, by stage: train, probe."""
+def commands(job: Job, args: Any, row: Row | None = None) -> dict[str, list[str]]:
+    """The commands that a job still needs, by stage: train, probe, record, the last of which is
+    none. row: what is recorded of it."""
+    wanted, recorded = args.only.split(","), row or {"experiments": [], "tasks": []}
+    if row and set(wanted) <= set(row["experiments"]) and set(args.tasks) <= set(row["tasks"]):
+        return {}
     c = load_settings(training(job, args))[0]
     saved = read_checkpoint(job.out)
     another = bool(differing(c, saved.get("settings", {})))        # train.py puts that aside
@@ -197,16 +227,19 @@ def commands(job: Job, args: Any) -> dict[str, list[str]]:
             if "weights" in told:                # else it is too old for probe.py to add to
                 probed = told
 
-    wanted = args.only.split(",")
+    # A row is written whole; probe.json keeps what it holds.
+    wanted = union(recorded["experiments"], wanted)
     experiments = [name for name in wanted if name not in probed.get("experiments", [])]
-    tasks = probed.get("tasks", [])
-    if set(args.tasks) <= set(tasks):
-        tasks = []                               # nothing new
-    else:
-        tasks = list(dict.fromkeys([*tasks, *args.tasks]))     # probe.py scores all or none
+    tasks = union(probed.get("tasks", []), union(recorded["tasks"], args.tasks))
+    if tasks == probed.get("tasks", []):
+        tasks = []                               # nothing new; else probe.py scores all of them
     if experiments or tasks:
         todo["probe"] = probe_command(job, args, c.block_size, experiments, tasks)
-    return todo
+    return todo | {"record": []}
+
+def union(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """Those of a, and those of b that are not in a, in order."""
+    return list(dict.fromkeys([*a, *b]))
 
 def train_command(job: Job, args: Any, resume: bool) -> list[str]:
     """The command that trains: on every GPU, if there are several."""
@@ -263,6 +296,8 @@ def run_all(work: Work, args: Any) -> list[Job]:
     def run_job(job: Job) -> bool:
         """Run a job's commands; did it come to its end?"""
         for stage, command in work[job].items():
+            if stage == "record":
+                return record(job, args)
             job.out.mkdir(parents=True, exist_ok=True)
             print(f"{job.out}: {stage}", flush=True)
             with open(job.out / f"{stage}.txt", "w") as said:
@@ -293,8 +328,6 @@ DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 # Settings that change how a run is computed and not what it is; the seed is in the folder's name.
 NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel", "recompute",
              "save_interval", "keep_checkpoints"}
-LOG_COLUMNS = ["val loss", "peak var."]      # of a table, from log.jsonl; the others are probe.py's
-
 def differing(c: TrainConfig, settings: dict[str, Any]) -> list[str]:
     """The settings in which a run that was trained with `settings` is another one than c."""
     return [name for name, value in asdict(c).items()
@@ -326,166 +359,593 @@ def variance_curve(log: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """From the lines of a log: steps, and the variance of the last layer then."""
     return [(line["step"], line["variance"][-1]) for line in log if "variance" in line]
 
-class Outcome(NamedTuple):
-    """What a run came to."""
-    scores: dict[str, float]                 # by column of a table
-    curve: list[tuple[int, float]]           # see `variance_curve`
+# ---- results.jsonl: what is kept of every run ----------------------------------------------------
+# A row is a dict: member, seed, settings (those that matter), corpus (its checksum), torch, python
+# and processor, experiments and tasks, scores (by column of a table), curve (see `variance_curve`,
+# thinned) and probe (what probe.json says of blocks).
+Row = dict[str, Any]
+CURVE_POINTS = 40
+# Columns of a table that are not probe.py's: see `own_scores`.
+OWN_COLUMNS = ["train loss", "val loss", "peak var.", "growth", "near zero", "eff. keys",
+               "key heads", "active FFN", "density"]
 
-Runs = dict[str, list[Outcome]]              # of each member, what its seeds came to
+def default_results(args: Any) -> Path:
+    """Where rows are; those of settings of one's own stay out of what git keeps."""
+    for member in folders(args.out, args.scale):
+        if differing(config(member, args.scale), asdict(config(member, args.scale, args.settings))):
+            return Path(args.out, args.scale, "results.jsonl")
+    return ROOT / "configs" / args.scale / "results.jsonl"
 
-def outcome(out: Path) -> Outcome | None:
-    """What the run in a folder came to; None where it is not finished."""
-    try:
-        log = read_log(out)
-        curve = variance_curve(log)
-        losses = [line["val_loss"] for line in log if "val_loss" in line]
-        found = {"val loss": losses[-1] if losses else math.nan,
-                 "peak var.": max((variance for _, variance in curve), default=math.nan)}
-        return Outcome(found | scores(read_probe(out / "ckpt.pt", out)), curve)
-    except DAMAGED:
-        return None
-
-def strangers(c: TrainConfig, folder: Path) -> Iterator[str]:
-    """A line for every run in a member's folder that has other settings than the member's, c."""
-    for ckpt in sorted(folder.glob("seed_*/ckpt.pt")):
-        names = differing(c, read_checkpoint(ckpt.parent).get("settings", {}))
-        if names:
-            yield (f"{ckpt.parent} is a run with other settings than its config's: "
-                   f"{', '.join(names)}")
-
-# ---- tables and figures --------------------------------------------------------------------------
-def report(out: str | Path, scale: str, families: Sequence[str]) -> None:
-    """Write and print the table and the figure of each family that has a finished run."""
-    folder = folders(out, scale)
-    found = [report_family(family, Path(out, scale), scale, folder) for family in families]
-    check(any(found), f"no finished run in {out}/{scale}: "
-          f"python recipe.py run depth --scale {scale}")
-
-def report_family(family: str, out: Path, scale: str, folder: dict[str, Path]) -> bool:
-    """Write FAMILY.md and FAMILY.png into `out` and print the table, if a run is finished: is one?
-
-    folder: where the runs of each member are.
-    """
-    runs: Runs = {}
-    missing = []
-    for member in FAMILIES[family]:
-        outcomes = [outcome(place) for place in sorted(folder[member].glob("seed_*"))]
-        finished = [found for found in outcomes if found is not None]
-        if finished:
-            runs[member] = finished
+def read_rows(path: Path) -> tuple[list[Row], list[int]]:
+    """The rows in a results.jsonl, if there is one; and the numbers of lines that are damaged, as
+    the last one is where a machine stopped."""
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            whole = all(row[name] for name in ("member", "settings", "experiments", "scores"))
+        except DAMAGED:
+            whole = False
+        if whole:
+            rows.append(row)
         else:
-            missing.append(member)
-    if not runs:
-        return False
+            damaged.append(number)
+    return rows, damaged
 
-    text = table(family, runs, scale)
-    path = out / f"{family}.md"
-    path.write_text(text + "\n")
-    drawn = draw(family, runs, scale, path.with_suffix(".png"))
-    print(f"\n{family}: {path}, {drawn}\n\n{text}")
-    if missing:
-        print(f"not finished: {', '.join(missing)}")
-    for member in runs:
-        for remark in strangers(config(member, scale), folder[member]):
-            print(remark)
-    sys.stdout.flush()
+def find_row(rows: Sequence[Row], c: TrainConfig, seed: int) -> Row | None:
+    """The newest row of a run with these settings and this seed."""
+    for row in reversed(rows):
+        if row["seed"] == seed and not differing(c, row["settings"]):
+            return row
+    return None
+
+def record(job: Job, args: Any) -> bool:
+    """Append the row of a finished run; could it be done?"""
+    path = args.results
+    try:
+        line = json.dumps(row_of(job, load_settings(training(job, args))[0])) + "\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In one piece, since other jobs append too. A line that a crash has cut gets its end.
+        with open(path, "ab", buffering=0) as f:
+            cut = f.tell() > 0 and not path.read_bytes().endswith(b"\n")
+            f.write(("\n" * cut + line).encode())
+    except (UserError, *DAMAGED) as e:
+        print(f"{job.out}: cannot be recorded in {path} ({e})", flush=True)
+        return False
+    print(f"{job.out}: recorded in {path}", flush=True)
     return True
 
-def table(family: str, runs: Runs, scale: str) -> str:
-    """Markdown, a row per member: what was measured, and at the right what the paper reports."""
-    columns = {"": [f"`{member}` {label(family, member, scale)}" for member in runs],
-               "seeds": [str(len(seeds)) for seeds in runs.values()]}
-    for name in [*LOG_COLUMNS, *score_names()]:
-        if name != "loss":                   # of probe.py's few tokens; "val loss" says more
-            columns[name] = [cell(mean, deviation) for mean, deviation in zip(*spread(runs, name))]
-    for name in PAPER_COLUMNS:
-        reported = [PAPER[family][member].get(name) for member in runs]
-        columns[f"paper: {name}"] = ["" if x is None else f"{x:g}" for x in reported]
+def row_of(job: Job, c: TrainConfig) -> Row:
+    """What is kept of a finished run."""
+    log, r = read_log(job.out), read_probe(job.out / "ckpt.pt", job.out)
+    of_blocks = {name: x for name, x in r.items() if name not in ("run", "seconds")}
+    settings = {name: x for name, x in asdict(c).items() if name not in NO_MATTER}
+    curve = variance_curve(log)
+    thinned = sorted({round(k) for k in np.linspace(0, len(curve) - 1, CURVE_POINTS)})
+    return compact({
+        "member": job.member, "seed": job.seed, "settings": settings,
+        "corpus": read_checkpoint(job.out).get("corpus"), "torch": torch.__version__,
+        "python": platform.python_version(), "processor": processor(),
+        "experiments": r["run"]["experiments"], "tasks": r["run"].get("tasks", []),
+        "scores": own_scores(c, log, r) | scores(r),
+        "curve": [curve[k] for k in thinned] if curve else [],
+        "probe": without_matrices(of_blocks)})
 
+def processor() -> str:
+    """The name of what a run is computed on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
+               r: dict[str, Any]) -> dict[str, float]:
+    """Scores of a run beside probe.py's, by OWN_COLUMNS; what was not measured is left out.
+
+    growth: of ln variance per block, from the stream after the first to the last.
+    near zero: the share of a block's weights below the threshold of probe.py.
+    eff. keys: the share of the visible keys that a query effectively attends to.
+    key heads: distinct ones per query head. density: eff. keys x key heads.
+    active FFN: the share of the FFN's weights that a token meets.
+    """
+    losses = [line["loss"] for line in log[-100:] if "loss" in line]
+    validations = [line["val_loss"] for line in log if "val_loss" in line]
+    found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
+    if c.n_experts:
+        met = c.top_k * c.expert_hidden + c.shared_hidden
+        found["active FFN"] = met / (c.n_experts * c.expert_hidden + c.shared_hidden)
+    if losses:
+        found["train loss"] = statistics.mean(losses)                # of the last 100 steps
+    if validations:
+        found["val loss"] = validations[-1]
+    if variance_curve(log):
+        found["peak var."] = max(variance for _, variance in variance_curve(log))
+    if "variance" in r:
+        first, last = r["variance"][1], r["variance"][-1]
+        if first and last and c.n_layer > 1:
+            found["growth"] = math.log(last / first) / (c.n_layer - 1)
+    if "sparsity" in r:
+        found["near zero"] = near_zero(c, r)
+        found["eff. keys"] = statistics.mean(r["sparsity"]["attention"]["effective_keys"])
+        found["density"] = statistics.mean(r["sparsity"]["interaction_density"])
+    return found
+
+def near_zero(c: TrainConfig, r: dict[str, Any]) -> float:
+    """The share of the weights of all blocks that are near zero, from the shares by kind."""
+    count = total = 0.0
+    model = bare(replace(c, vocab_size=vocabulary(c)))
+    for name, w in model.blocks[0].named_parameters():
+        if w.dim() > 1:
+            shares = r["sparsity"]["weights"][name.removesuffix(".weight")]["below"]
+            count += w.numel() * sum(shares)
+            total += w.numel() * len(shares)
+    return count / total
+
+def without_matrices(x: Any) -> Any:
+    """Nested dicts without the lists of lists in them: n x n numbers are most of a probe.json."""
+    if not isinstance(x, dict):
+        return x
+    return {key: without_matrices(value) for key, value in x.items()
+            if not (isinstance(value, list) and value and isinstance(value[0], list))}
+
+def compact(x: Any) -> Any:
+    """Numbers to six digits, also inside of dicts and lists; JSON has null for nan."""
+    if isinstance(x, dict):
+        return {key: compact(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [compact(value) for value in x]
+    if isinstance(x, float):
+        return float(f"{x:.6g}") if math.isfinite(x) else None
+    return x
+
+Runs = dict[str, list[Row]]                  # of each member, the rows of its seeds
+
+def runs_of(family: str, rows: Sequence[Row], args: Any) -> Runs:
+    """The members of a family that have rows."""
+    found = {}
+    for member in FAMILIES[family]:
+        c = config(member, args.scale, args.settings)
+        newest = {row["seed"]: row for row in rows if not differing(c, row["settings"])}
+        if newest:
+            found[member] = [newest[seed] for seed in sorted(newest)]
+    return found
+
+def doubts(rows: Sequence[Row], damaged: Sequence[int], args: Any) -> Iterator[str]:
+    """What is not as it should be in results.jsonl, a line each."""
+    for number in damaged:
+        yield f"line {number} is damaged and left out"
+    members = {member: config(member, args.scale, args.settings)
+               for member in folders(args.out, args.scale)}
+    corpora, strange = set(), []
+    for row in rows:
+        if any(not differing(c, row["settings"]) for c in members.values()):
+            corpora.add(row["corpus"])
+        else:
+            c = members.get(row["member"])
+            names = ", ".join(differing(c, row["settings"])) if c else "no such member"
+            strange.append(f"{row['member']} seed {row['seed']} ({names})")
+    if strange:
+        yield f"left out, being of other settings: {'; '.join(strange)}"
+    if len(corpora) > 1:
+        yield (f"its runs saw {len(corpora)} different corpora and are not comparable: data/python "
+               "is Python's own source, another one with each version of Python")
+
+# ---- tables --------------------------------------------------------------------------------------
+def report(args: Any, families: Sequence[str]) -> None:
+    """Write and print what is recorded of each family, see `report_family`; and if it is all of
+    them, whether sparsity goes with less growth of the variance, and growth with less use."""
+    rows, damaged = read_rows(args.results)
+    found = {family: runs_of(family, rows, args) for family in families}
+    found = {family: runs for family, runs in found.items() if runs}
+    for line in doubts(rows, damaged, args):
+        print(f"{args.results}: {line}")
+    check(found, f"no finished run in {args.results}: "
+          f"python recipe.py run depth --scale {args.scale}")
+    out = Path(args.out, args.scale)
+    make_folder(out)
+    for family, runs in found.items():
+        report_family(family, runs, args.scale, out)
+    if len(families) < len(FAMILIES):
+        return
+    text = mechanism(found)
+    (out / "mechanism.md").write_text(text + "\n")
+    drawn = save(out / "mechanism", lambda: draw_mechanism(found))
+    print(f"\nmechanism: {out / 'mechanism.md'}, {drawn}\n\n{text}", flush=True)
+
+def report_family(family: str, runs: Runs, scale: str, out: Path) -> None:
+    """Write FAMILY.md, FAMILY.png and FAMILY_variance.png into `out`, and print what is in them."""
+    text = f"{table(family, runs, scale)}\n\n{differences(family, runs, scale)}"
+    if family == "depth":
+        text += f"\n\n{definitions(runs, scale)}"
+    path = out / f"{family}.md"
+    path.write_text(text + "\n")
+    drawn = save(out / family, lambda: draw_scores(family, runs, scale))
+    curves = save(out / f"{family}_variance", lambda: draw_variance(family, runs, scale))
+    print(f"\n{family}: {path}, {drawn}, {curves}\n\n{text}")
+    missing = [member for member in FAMILIES[family] if member not in runs]
+    if missing:
+        print(f"not finished: {', '.join(missing)}")
+    sys.stdout.flush()
+
+def markdown(columns: dict[str, Sequence[str]]) -> str:
+    """A table of columns by name, without those in which there is nothing."""
     filled = {name.replace("|", "\\|"): cells for name, cells in columns.items() if any(cells)}
     rows = [list(filled), ["---"] * len(filled), *zip(*filled.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
-def spread(runs: Runs, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each member's mean and standard deviation over its seeds; nan where there is none."""
-    means, deviations = [], []
-    for seeds in runs.values():
-        values = [seed.scores[column] for seed in seeds if column in seed.scores]
-        means.append(statistics.mean(values) if values else math.nan)
-        deviations.append(statistics.stdev(values) if len(values) > 1 else math.nan)
-    return np.array(means), np.array(deviations)
+def table(family: str, runs: Runs, scale: str) -> str:
+    """A row per member: what was measured, and at the right what the paper reports."""
+    columns = {"": [f"`{member}` {label(family, member, scale)}" for member in runs],
+               "seeds": [str(len(seeds)) for seeds in runs.values()]}
+    for name in [*OWN_COLUMNS, *score_names()]:
+        if name != "loss":                   # of probe.py's few tokens; "val loss" says more
+            columns[name] = [cell(values_of(seeds, name)) for seeds in runs.values()]
+    for name in PAPER_COLUMNS:
+        columns[f"paper: {name}"] = [reported(family, member, name) for member in runs]
+    return markdown(columns)
 
-def cell(mean: float, deviation: float) -> str:
-    """Mean ± deviation, as "0.583 ± 0.118"; what is nan is left out."""
-    digits = 3 if abs(mean) < 10 else 1
-    return " ± ".join(f"{x:.{digits}f}" for x in (mean, deviation) if not math.isnan(x))
+def values_of(seeds: Sequence[Row], column: str) -> list[float]:
+    """A score of the seeds that have it."""
+    found = [row["scores"].get(column) for row in seeds]
+    return [x for x in found if x is not None]
 
-def draw(family: str, runs: Runs, scale: str, path: Path) -> str:
-    """Save the figure of a family; says where it is, or what it takes."""
+def cell(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, as "0.583 ± 0.118", as far as there are any."""
+    if not values:
+        return ""
+    digits = 3 if abs(statistics.mean(values)) < 10 else 1
+    shown = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+    return " ± ".join(f"{x:.{digits}f}" for x in shown)
+
+def reported(family: str, member: str, column: str) -> str:
+    """What the paper reports of a member, as text."""
+    x = PAPER[family][member].get(column)
+    return "" if x is None else f"{x:g}"
+
+def definitions(runs: Runs, scale: str) -> str:
+    """Which scores are the paper's like: as defined, or as the released scripts compute them?"""
+    columns = {"": [label("depth", member, scale) for member in runs] + ["mean distance"]}
+    for papers, ours in {"useful": ("useful", "rel.useful"),
+                         "causal": ("causal", "rel.causal")}.items():
+        theirs = [PAPER["depth"][member][papers] for member in runs]
+        for column in ours:
+            means = [statistics.mean(values_of(seeds, column) or [math.nan])
+                     for seeds in runs.values()]
+            distance = np.abs(np.subtract(means, theirs)).mean()
+            if math.isnan(distance):         # not measured of all
+                continue
+            columns[column] = [f"{x:.3f}" for x in [*means, distance]]
+        columns[f"paper: {papers}"] = [*(f"{x:g}" for x in theirs), ""]
+    return ("As defined, as released (rel.) and as the paper reports it. The sizes differ, so that "
+            "more than a number's distance from the paper's its course over L tells which of the "
+            f"two the paper's figures show.\n\n{markdown(columns)}")
+
+# ---- statistics ----------------------------------------------------------------------------------
+# 97.5% quantiles of Student's t for n = 2 ... 10; above that the last is taken, which is wider.
+T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+# The scores that are compared, the one that is not quantised first, and the paper's number that
+# says in which direction they are expected to go. Of the variance it is the logarithm.
+COMPARED = {"log ratio": "useful", "useful": "useful", "heldout": "useful", "rel.useful": "useful",
+            "causal": "causal", "permuted": "permuted", "last var.": "variance", "val loss": "ppl",
+            "accuracy": "accuracy"}
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95% t interval; nan for a single value."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    t = T_QUANTILES[min(n, 10) - 2]
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+def paired(seeds: Sequence[Row], base: Sequence[Row], column: str) -> list[float]:
+    """By how much a score is larger than the base's, of every seed that both have."""
+    of_base = {row["seed"]: row["scores"].get(column) for row in base}
+    pairs = [(row["scores"].get(column), of_base.get(row["seed"])) for row in seeds]
+    if column == "last var.":
+        return [math.log(x / y) for x, y in pairs if x and y]
+    return [x - y for x, y in pairs if x is not None and y is not None]
+
+def verdict(mean: float, half: float, before: float, after: float) -> str:
+    """Does an interval of differences lie on the side to which the paper's number goes?"""
+    if before == after:
+        return "the paper has no direction"
+    if not half > 1e-6:                      # one seed, or a score that moved by the same step
+        return "undecided: no interval"
+    if abs(mean) <= half:
+        return "undecided at this scale"
+    return "reproduced" if (mean > 0) == (after > before) else "contradicted"
+
+def differences(family: str, runs: Runs, scale: str) -> str:
+    """A row per member and score: the paired difference from its baseline, and what it says."""
+    header = ("", "score", "difference", "95% interval", "n", "paper", "verdict")
+    rows = []
+    for member in runs:
+        base = OTHER_BASELINES.get(member, BASELINES[family])
+        for column, papers in COMPARED.items():
+            values = paired(runs[member], runs.get(base, []), column)
+            if member == base or not values:
+                continue
+            mean, half = interval(values)
+            between = "" if math.isnan(half) else f"{mean - half:.3f} to {mean + half:.3f}"
+            before, after = PAPER[family][base].get(papers), PAPER[family][member].get(papers)
+            known = before is not None and after is not None
+            rows.append((
+                f"{label(family, member, scale)} − {label(family, base, scale)}",
+                "ln last var." if column == "last var." else column,
+                f"{mean:.3f}", between, str(len(values)),
+                f"{before:g} → {after:g}" if known else "",
+                verdict(mean, half, before, after) if known else ""))
+    return markdown(dict(zip(header, zip(*rows)))) if rows else "no member has its baseline yet"
+
+def ranks(x: Sequence[float]) -> np.ndarray:
+    """The place of each number among all, from 1; equal ones share the mean of their places."""
+    x = np.asarray(x)
+    return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """The rank correlation; nan where x or y does not vary."""
+    a, b = ranks(x) - (len(x) + 1) / 2, ranks(y) - (len(y) + 1) / 2
+    scale = math.sqrt((a @ a) * (b @ b))
+    return a @ b / scale if scale else math.nan
+
+def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the rank correlation, from 1,000 draws of as many runs, with repeats."""
+    x, y, draw = np.array(x), np.array(y), np.random.default_rng(0)
+    chosen = draw.integers(len(x), size=(1000, len(x)))
+    low, high = np.nanquantile([spearman(x[k], y[k]) for k in chosen], [0.025, 0.975])
+    return low, high
+
+# ---- the mechanism: does sparsity damp the variance, and does that keep blocks useful? -----------
+QUESTIONS = [("near zero", "growth"), ("eff. keys", "growth"), ("key heads", "growth"),
+             ("active FFN", "growth"), ("density", "growth"), ("growth", "log ratio"),
+             ("growth", "useful"), ("growth", "val loss")]
+MECHANISM = """\
+Rank correlations over runs, with 95% bootstrap intervals and the number of runs; a family is left
+out where one of the two does not vary. growth: of ln variance per block. The paper's claim is that
+each measure of density (eff. keys, key heads, active FFN, density) goes with more growth, near zero
+with less; and growth with a lower log ratio and usefulness, and a higher loss.
+
+What is mechanical: the norm before each attention and FFN takes away the stream's scale, so what a
+block adds is as large as its weights make it. Decay shrinks all weights: fewer exceed a fixed
+threshold, and blocks add less. That near zero goes with a small variance is therefore arithmetic,
+and no evidence that sparsity did it. Nor is a correlation over families: their members differ in
+one knob, which may move both. Runs of one member are near copies: the intervals are of these
+members, and too narrow for others."""
+
+Points = list[tuple[float, float]]
+
+def points(runs: Runs, x: str, y: str) -> Points:
+    """Two scores of each run that has both."""
+    scores = [row["scores"] for seeds in runs.values() for row in seeds]
+    pairs = [(score.get(x), score.get(y)) for score in scores]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+def different_runs(found: dict[str, Runs]) -> Runs:
+    """The runs of all families, each once, under the first member that has it."""
+    together: Runs = {}
+    for runs in found.values():
+        for member, seeds in runs.items():
+            if seeds not in together.values():
+                together[member] = seeds
+    return together
+
+def mechanism(found: dict[str, Runs]) -> str:
+    """A row per question, a column per family: the rank correlation of the two measures."""
+    groups = {"all": different_runs(found), **found}
+    columns = {"": [f"{x} → {y}" for x, y in QUESTIONS]}
+    for name, runs in groups.items():
+        columns[name] = [correlation(points(runs, x, y)) for x, y in QUESTIONS]
+    return f"{MECHANISM}\n\n{markdown(columns)}"
+
+def correlation(pairs: Points) -> str:
+    """Spearman's, with its interval and number of runs; "" where it means nothing."""
+    if len(pairs) < 4:
+        return ""
+    x, y = zip(*pairs)
+    rho = spearman(x, y)
+    if math.isnan(rho):
+        return ""
+    low, high = bootstrap(x, y)
+    return f"{rho:.2f} ({low:.2f} to {high:.2f}; {len(pairs)})"
+
+# ---- figures -------------------------------------------------------------------------------------
+BLUE, ORANGE = "#0072B2", "#D55E00"          # told apart by all eyes (Okabe and Ito)
+FAMILY_MARKS = {"depth": ("o", "#0072B2"), "weight_decay": ("s", "#D55E00"),
+                "context": ("^", "#009E73"), "gqa": ("D", "#CC79A7"), "moe": ("P", "#E69F00"),
+                "ladder": ("v", "#56B4E9"), "norms": ("X", "#000000"), "several": ("o", "#999999")}
+MEANINGS = {"near zero": "share of weights near zero", "eff. keys": "share of keys attended to",
+            "key heads": "key heads per query head", "active FFN": "share of the FFN met",
+            "density": "keys attended to x key heads", "growth": "growth of ln variance a block",
+            "useful": "usefulness", "val loss": "validation loss"}
+# The panels of a family's figure: a score, its title, and the paper's number of the same kind.
+PANELS = {"log ratio": ("log ratio", ""), "useful": ("usefulness", "useful"),
+          "rel.useful": ("usefulness as released", "useful"), "causal": ("causal score", "causal"),
+          "permuted": ("permutation score", "permuted"), "last var.": ("last variance", "variance"),
+          "val loss": ("validation loss", ""), "accuracy": ("accuracy", "")}
+
+def save(path: Path, make: Callable[[], Any]) -> str:
+    """Save the figure that is made as path.png and path.svg; says where, or what it takes."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         return "no figure: pip install matplotlib"
-    figure(family, runs, scale).savefig(path, dpi=110)
-    return str(path)
+    figure = make()
+    try:
+        for ending in (".png", ".svg"):
+            figure.savefig(f"{path}{ending}", dpi=150)
+    except OSError as e:
+        raise UserError(f"cannot write {path}.png ({e.strerror}): choose another --out") from e
+    return f"{path}.png and .svg"
 
-def figure(family: str, runs: Runs, scale: str) -> Any:
-    """A matplotlib Figure: left the variance over training, right scores over the loss."""
+def panels(count: int, across: int, height: float, **shared: Any) -> tuple[Any, list[Any]]:
+    """A figure 8 inches wide and its axes, `across` in a row, each row `height` inches high."""
     from matplotlib.figure import Figure
+    rows = math.ceil(count / across)
+    fig = Figure(figsize=(8, rows * height + 0.5), layout="constrained")
+    axes = list(fig.subplots(rows, across, squeeze=False, **shared).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return fig, axes[:count]
+
+def draw_scores(family: str, runs: Runs, scale: str) -> Any:
+    """A panel per score, a row per member: each seed, the mean with its interval, the paper's."""
+    columns = [name for name in PANELS
+               if any(values_of(seeds, name) for seeds in runs.values())]
+    fig, axes = panels(len(columns), 4, 0.8 + 0.36 * len(runs), sharey=True)
+    fig.suptitle(f"{family}, {scale} scale", fontsize=10)
     labels = [label(family, member, scale).replace(" (paper", "\n(paper") for member in runs]
-    width = max(15, 5 + len(runs))                    # so that labels have room
-    fig = Figure(figsize=(width, 5), layout="constrained")
-    fig.suptitle(f"{family}, {scale} scale")
-    left, right = fig.subplots(1, 2)
-    draw_variance(left, runs, labels)
-    draw_bars(right, runs)
-    right.set_xticks(range(len(labels)), labels, rotation=35, ha="right", fontsize=8)
-    marks = right.twinx()
-    draw_scores(marks, family, runs)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside left upper", fontsize=8)
-    fig.legend(*marks.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    axes[0].set_yticks(range(len(runs)), labels)
+    axes[0].set_ylim(len(runs) - 0.5, -0.5)                      # the first member on top
+    for ax, column in zip(axes, columns):
+        title, papers = PANELS[column]
+        draw_score(ax, runs, column, [PAPER[family][member].get(papers) for member in runs])
+        ax.set_title(title, fontsize=9)
+    marks = {}
+    for ax in axes:
+        marks |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+    fig.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=3, fontsize=8,
+               frameon=False)
     return fig
 
-def draw_variance(ax: Any, runs: Runs, labels: Sequence[str]) -> None:
-    """The last layer's variance by step, a colour per member; its further seeds are pale."""
+def draw_score(ax: Any, runs: Runs, column: str, papers: Sequence[float | None]) -> None:
+    """One panel of `draw_scores`."""
+    for place, seeds in enumerate(runs.values()):
+        values = values_of(seeds, column)
+        if values:
+            mean, half = interval(values)
+            ax.plot(values, [place + 0.2] * len(values), "o", color="gray", fillstyle="none",
+                    markersize=3.5, label="a seed")
+            ax.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", color=BLUE,
+                        markersize=5, capsize=2.5, label="mean, 95% interval")
+    known = [(x, place - 0.2) for place, x in enumerate(papers) if x is not None]
+    if known:
+        ax.plot(*zip(*known), "D", color=ORANGE, fillstyle="none", markersize=5,
+                label="the paper's")
+    if column == "last var.":
+        values = [x for seeds in runs.values() for x in values_of(seeds, column)]
+        decades = np.log10([x for x in [*values, *(x for x, _ in known)] if x > 0])
+        ax.set(xscale="log", xlim=(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max())))
+        ax.xaxis.set_minor_formatter("")
+    else:
+        ax.locator_params("x", nbins=4)
+        if "useful" in column:
+            ax.set_xlim(-0.05, 1.05)
+    ax.grid(axis="x", alpha=0.3)
+
+def draw_variance(family: str, runs: Runs, scale: str) -> Any:
+    """The last layer's variance by step, a panel per norm: the geometric mean over seeds, and each
+    seed thin."""
     from matplotlib import colormaps
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(runs)))
-    for color, text, seeds in zip(colors, labels, runs.values()):
-        for k, seed in enumerate(seeds):
-            steps = [step for step, _ in seed.curve]
-            variances = [variance for _, variance in seed.curve]
-            if k == 0:
-                ax.plot(steps, variances, color=color, label=text)
-            else:
-                ax.plot(steps, variances, color=color, alpha=0.35)
-    ax.set(title="Variance over training", xlabel="step", ylabel="variance of the last layer",
-           yscale="log")
+    norms: dict[str, list[str]] = {}
+    for member in runs:
+        norms.setdefault(config(member, scale).norm, []).append(member)
+    fig, axes = panels(len(norms), 1, 4.5 if len(norms) == 1 else 2.6, sharey=True)
+    fig.suptitle(f"{family}, {scale} scale: variance of the last layer", fontsize=10)
+    for ax, members in zip(axes, norms.values()):
+        colors = colormaps["viridis"](np.linspace(0, 0.85, len(members)))
+        ends = {}
+        for color, member in zip(colors, members):
+            end = draw_curves(ax, [row["curve"] for row in runs[member]], color)
+            if end:
+                ends[label(family, member, scale)] = (end, color)
+        ax.set(xlabel="step", ylabel="variance", yscale="log")
+        label_ends(ax, ends)
+    return fig
 
-def draw_bars(ax: Any, runs: Runs) -> None:
-    """A bar per member: the accuracy if all were scored on tasks, else the validation loss."""
-    column, meaning = "val loss", "validation loss, nats a token"
-    if all("accuracy" in seed.scores for seeds in runs.values() for seed in seeds):
-        column, meaning = "accuracy", "accuracy"
-    means, deviations = spread(runs, column)
-    ax.bar(range(len(runs)), means, yerr=deviations, color="gainsboro", ecolor="gray", capsize=3)
-    means, deviations = np.nan_to_num(means), np.nan_to_num(deviations)
-    low, high = (means - deviations).min(), (means + deviations).max()
-    ax.set(title="After training", ylabel=f"bars, cut below: {meaning}",
-           ylim=(low * 0.95, high * 1.02 + 1e-9))
+def draw_curves(ax: Any, curves: Sequence[Any], color: Any) -> tuple[float, float] | None:
+    """The curves of one member's seeds and their geometric mean; returns where that ends."""
+    steps = max(([step for step, _ in curve] for curve in curves), key=len)
+    same = [curve for curve in curves if [step for step, _ in curve] == steps]
+    if not steps:
+        return None
+    variances = np.array(same)[:, :, 1]                          # (seeds, steps)
+    means = np.exp(np.log(np.maximum(variances, 1e-38)).mean(0))
+    for variance in variances:
+        ax.plot(steps, variance, color=color, linewidth=0.7, alpha=0.4)
+    ax.plot(steps, means, color=color, linewidth=2)
+    return steps[-1], means[-1]
 
-def draw_scores(ax: Any, family: str, runs: Runs) -> None:
-    """A mark per member and score, with its deviation over seeds; hollow ones are the paper's."""
-    places = range(len(runs))
-    linestyle = "-" if is_sweep(family) else ""
-    for column, mark in {"useful": "o", "rel.useful": "x", "causal": "s", "permuted": "^"}.items():
-        means, deviations = spread(runs, column)
-        line, *_ = ax.errorbar(places, means, deviations, marker=mark, linestyle=linestyle,
-                               capsize=3, label=column.replace("rel.", "released: "))
-        reported = [PAPER[family][member].get(column, math.nan) for member in runs]
-        if not np.isnan(reported).all():
-            ax.plot(places, reported, mark, color=line.get_color(), fillstyle="none", markersize=9,
-                    label=f"{column}, paper")
-    ax.set(ylabel="score", ylim=(0, None))
+def label_ends(ax: Any, ends: dict[str, tuple[tuple[float, float], Any]]) -> None:
+    """Write each name at the right, joined to where its line ends, none over another."""
+    ax.figure.canvas.draw()                                      # puts the axes in their place
+    heights = {name: ax.transAxes.inverted().transform(ax.transData.transform(end))[1]
+               for name, (end, _) in ends.items()}
+    apart, free = 0.2 / ax.get_position().height / ax.figure.get_figheight(), -math.inf
+    for name in sorted(heights, key=heights.get):                # from below, each above the last
+        heights[name] = free = max(heights[name], free + apart)
+    too_high = max(0, free - 1)
+    for name, (end, color) in ends.items():
+        ax.annotate(name, end, (1.04, heights[name] - too_high), color=color, fontsize=8,
+                    textcoords="axes fraction", verticalalignment="center",
+                    arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5,
+                                "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0})
+
+def draw_mechanism(found: dict[str, Runs]) -> Any:
+    """A panel per question, a mark per run, by family; what is in several families is gray."""
+    groups: dict[str, Runs] = {}
+    for member, seeds in different_runs(found).items():
+        families = [family for family, runs in found.items() if seeds in runs.values()]
+        name = families[0] if len(families) == 1 else "several"
+        groups.setdefault(name, {})[member] = seeds
+    fig, axes = panels(len(QUESTIONS), 3, 2.4)
+    for ax, (x, y) in zip(axes, QUESTIONS):
+        ax.set_xlabel(MEANINGS.get(x, x), fontsize=8)
+        ax.set_ylabel(MEANINGS.get(y, y), fontsize=8)
+        ax.locator_params(nbins=4)
+        for name, runs in groups.items():
+            mark, color = FAMILY_MARKS[name]
+            pairs = np.array(points(runs, x, y)).reshape(-1, 2)
+            ax.plot(*pairs.T, mark, color=color, markersize=4, alpha=0.7, label=name)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
+               ncols=len(groups), fontsize=8, frameon=False)
+    return fig
+
+# ---- the course of a run -------------------------------------------------------------------------
+COURSE = {"loss": "training loss", "val_loss": "validation loss", "lr": "learning rate",
+          "grad_norm": "gradient norm", "variance": "variance of the last layer"}
+
+def plot(args: Any) -> None:
+    """Draw what log.jsonl says of one or several runs."""
+    logs = {}
+    for path in args.paths:
+        home = path.parent if path.name == "log.jsonl" else path
+        check((home / "log.jsonl").is_file(), f"{home} has no log.jsonl: give folders of runs")
+        try:
+            log = read_log(home)
+            whole = len(log) > 0 and all(line["step"] > 0 for line in log)
+        except DAMAGED:
+            whole = False
+        check(whole, f"{home}/log.jsonl is damaged or empty: leave {home} out")
+        logs[str(home)] = log
+    target = args.out or Path(next(iter(logs)), "training.png")
+    check(target.suffix == ".png", f"--out {target}: must end in .png; an .svg comes beside it")
+    print(save(target.with_suffix(""), lambda: draw_course(logs)))
+
+def draw_course(logs: dict[str, list[dict[str, Any]]]) -> Any:
+    """A panel per quantity, a line per run."""
+    fig, axes = panels(len(COURSE), 2, 2.4)
+    for ax, (key, title) in zip(axes, COURSE.items()):
+        for name, log in logs.items():
+            lines = [(line["step"], line[key]) for line in log if key in line]
+            if key == "variance":
+                lines = variance_curve(log)
+            if lines:
+                ax.plot(*zip(*lines), linewidth=1, marker="o" if len(lines) < 50 else "",
+                        markersize=3, label=name)
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.locator_params("x", integer=True)
+        if key == "variance":
+            ax.set_yscale("log")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+               fontsize=8, frameon=False)
+    return fig
 
 # ---- the rule of thumb: the paper's recipe at another size ---------------------------------------
 # What each setting of the recipe rests on: the paper's ladder, downstream accuracy and usefulness.
@@ -520,6 +980,11 @@ def advise(args: Any) -> None:
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
+    least = 2 * config("ladder_moe", "paper").head_dim
+    check(c.n_embd >= least,
+          f"--params {args.params:g}: below the range: with {args.n_layer} blocks a width of "
+          f"{c.n_embd} is left, less than two of the ladder's heads ({least}), and experts as "
+          "narrow; configs/laptop/ has the paper's knobs in small models")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
@@ -603,19 +1068,21 @@ def diagnose(path: Path) -> str:
     else:
         home = ckpt.with_suffix("")
     settings = load_checkpoint(ckpt)["settings"]
+    check((home / "probe.json").exists(), f"{path} is not probed yet: python probe.py {ckpt}")
     try:
         result = read_probe(ckpt, home)
         found = symptoms(result, read_log(home), ckpt)
         return "\n".join([f"{path}: {found[0]}", *found[1:], *remedies(result, settings)])
     except DAMAGED as e:
         raise UserError(
-            f"{home}: probe.json is missing, old or in part, or it or log.jsonl is damaged ({e}): "
+            f"{home}: probe.json is old or in part, or it or log.jsonl is damaged ({e}): "
             f"python probe.py {ckpt}; a damaged log.jsonl must go") from e
 
 def symptoms(result: dict[str, Any], log: Sequence[dict[str, Any]], ckpt: Path) -> list[str]:
     """How a model uses its depth, a line each."""
     ratios = OF_BLOCKS["affine"](result)
-    lines = [f"{sum(ratio > USEFUL for ratio in ratios)} of {len(ratios)} blocks are useful",
+    useful = [str(l) for l, ratio in enumerate(ratios) if ratio > USEFUL]
+    lines = [f"{len(useful)} of {len(ratios)} blocks are useful: {', '.join(useful) or 'none'}",
              score_table({"": result}), *remarks(result, str(ckpt))]
 
     variance = OF_BLOCKS["variance"](result)
@@ -636,29 +1103,40 @@ def remedies(result: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """The steps of the paper's ladder that a run has not taken, in the order to try them in."""
     if scores(result)["useful"] >= 0.9:
         return ["next: its depth is used"]
-    knobs = [name for name in LADDER if not taken(name, settings)]
-    if not knobs:
+    goals = {name: goal for name in LADDER if (goal := goal_of(name, settings)) is not None}
+    if not goals:
         return ["next: every step of the recipe is taken"]
+    knobs = list(goals)
     variance = OF_BLOCKS["variance"](result)
     if "weight_decay" in knobs and variance[-1] >= 10 * variance[0]:
         knobs.remove("weight_decay")         # it acts on the variance itself: before all others
         knobs.insert(0, "weight_decay")
     first, *others = knobs
-    return [f"next in the paper's ladder: {first}, here {settings.get(first)}; {LADDER[first]}",
-            f"then: {', '.join(others) or 'nothing'}"]
+    return [f"next in the paper's ladder: {first} {goals[first]:.3g}, here {settings.get(first)}; "
+            f"in the paper {LADDER[first]}",
+            f"then: {', '.join(f'{name} {goals[name]:.3g}' for name in others) or 'nothing'}"]
 
-def taken(name: str, settings: dict[str, Any]) -> bool:
-    """Has a run with these settings gone the step of the ladder that turns the setting `name`?"""
-    ladder = config("ladder_moe", "paper")
+def goal_of(name: str, settings: dict[str, Any]) -> float | None:
+    """Where the ladder's step that turns the setting `name` leads a run; None: it has taken it.
+
+    The ladder is that of configs/laptop/ or configs/paper/, whichever is nearer in width.
+    """
+    def distance(scale: str) -> float:
+        return abs(math.log(config("ladder_moe", scale).n_embd / settings["n_embd"]))
+    ladder = config("ladder_moe", min(("laptop", "paper"), key=distance))
+    if name == "n_kv_head":                  # G = 2, or the next that divides the heads
+        fewer = [n for n in range(1, settings["n_head"]) if settings["n_head"] % n == 0]
+        return fewer[-1] if settings["n_kv_head"] == settings["n_head"] and fewer else None
+    if name == "n_experts":
+        return None if settings["n_experts"] else ladder.n_experts
     if name == "block_size":
-        return settings["block_size"] >= ladder.block_size
-    if name == "weight_decay":               # what counts is rate x decay x steps
-        names = ("learning_rate", "weight_decay", "max_steps")
-        decayed = math.prod(settings.get(name, 0) for name in names)
-        return decayed > 0.95 * math.prod(getattr(ladder, name) for name in names)
-    if name == "n_kv_head":
-        return settings["n_kv_head"] < settings["n_head"]
-    return settings["n_experts"] > 0
+        return None if settings["block_size"] >= ladder.block_size else ladder.block_size
+    goal = ladder.weight_decay
+    if settings.get("learning_rate") and settings.get("max_steps"):
+        # What counts is rate x decay x steps.
+        decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
+        goal = decayed / settings["learning_rate"] / settings["max_steps"]
+    return None if settings.get("weight_decay", 0) > 0.95 * goal else goal
 
 # ---- the command line ----------------------------------------------------------------------------
 def read_arguments() -> Any:
@@ -668,19 +1146,23 @@ def read_arguments() -> Any:
     on_disk = argparse.ArgumentParser(add_help=False)
     on_disk.add_argument("--scale", choices=("laptop", "paper"), default="laptop")
     on_disk.add_argument("--out", default="out/recipe",
-                         help="where the runs are (default %(default)s)")
+                         help="where runs, tables and figures are (default %(default)s)")
+    on_disk.add_argument("--results", metavar="FILE", type=Path,
+                         help="a line per finished run (default configs/SCALE/results.jsonl; with "
+                              "settings of your own OUT/SCALE/results.jsonl)")
 
     add = commands.add_parser("run", help="train, probe and report a family",
                               parents=[on_disk]).add_argument
     add("family", choices=[*FAMILIES, "all"])
-    add("--seeds", type=int, default=1, metavar="N", help="of every member, 0 to N - 1 (default 1)")
+    add("--seeds", type=int, default=1, metavar="N",
+        help="of every member, 0 to N - 1 (default 1); `all` takes 3 at most of ladder and norms")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     add("--tasks", nargs="+", default=[], metavar="DIR",
         help="folders of OLMES tasks to score, see probe.py")
     add("--only", default=MEASURED, help="experiments of probe.py (default %(default)s)")
     add("--dry-run", action="store_true", help="print the runs, their cost and time")
 
-    commands.add_parser("report", help="tables and figures from what is on disk", parents=[on_disk])
+    commands.add_parser("report", help="tables and figures from results.jsonl", parents=[on_disk])
 
     add = commands.add_parser("advise", help="the paper's settings for your model").add_argument
     add("--n_layer", type=int, required=True, help="blocks")
@@ -692,9 +1174,16 @@ def read_arguments() -> Any:
     add = commands.add_parser("diagnose", help="does a run use its depth?").add_argument
     add("paths", nargs="+", type=Path, help="folders of runs, or checkpoints")
 
+    add = commands.add_parser("plot", help="the course of one or several runs").add_argument
+    add("paths", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
+    add("--out", type=Path, help="figure to write (default training.png in the first folder)")
+
     args, args.settings = parser.parse_known_args()
     if args.command == "run":
         check_run(args)
+    if args.command in ("run", "report"):
+        check_settings(args)
+        args.results = args.results or default_results(args)
     else:
         check(not args.settings, f"unknown argument {args.settings[:1]}; see --help")
     return args
@@ -702,29 +1191,35 @@ def read_arguments() -> Any:
 def check_run(args: Any) -> None:
     """UserError for what `run` cannot do."""
     check(args.seeds > 0 and args.jobs > 0, "--seeds and --jobs must be positive")
+    check(set(args.only.split(",")) <= set(EXPERIMENTS),
+          f"--only {args.only!r}: there are {','.join(EXPERIMENTS)}")
+    check(all(Path(task).is_dir() for task in args.tasks),
+          f"--tasks {' '.join(args.tasks)}: not all are folders")
+
+def check_settings(args: Any) -> None:
+    """UserError for what is neither a flag nor a setting of train.py."""
     names = {f.name for f in fields(TrainConfig)} - {"seed", "out_dir"}
     for k, given in enumerate(args.settings):
         is_value = k > 0 and not given.startswith("-")            # of --name before it
         name = given.lstrip("-").split("=")[0]
         is_setting = given.startswith("-") and name in names
         check(is_value or is_setting,
-              f"{given}: after `run FAMILY` come what `recipe.py run --help` lists, --seeds and "
-              "--out too, and other settings of train.py")
-    check(set(args.only.split(",")) <= set(EXPERIMENTS),
-          f"--only {args.only!r}: there are {','.join(EXPERIMENTS)}")
-    check(all(Path(task).is_dir() for task in args.tasks),
-          f"--tasks {' '.join(args.tasks)}: not all are folders")
+              f"{given}: `{args.command}` takes what `recipe.py {args.command} --help` lists, as "
+              "--seeds and --out, and other settings of train.py")
 
 def main() -> None:
     args = read_arguments()
     if args.command == "run":
         run_family(args)
     elif args.command == "report":
-        report(args.out, args.scale, list(FAMILIES))
+        report(args, list(FAMILIES))
     elif args.command == "advise":
         advise(args)
+    elif args.command == "plot":
+        plot(args)
     else:
-        print("\n\n".join(diagnose(path) for path in args.paths))
+        for k, path in enumerate(args.paths):
+            print("\n" * (k > 0) + diagnose(path), flush=True)
 
 if __name__ == "__main__":
     run(main)

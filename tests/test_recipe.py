@@ -23,7 +23,7 @@ from helpers import ROOT, SHARED, assert_mistake, run_python, run_script
 
 import recipe
 from model import UserError
-from recipe import FAMILIES, PAPER, Job, config, diagnose, folders, label, outcome, report
+from recipe import FAMILIES, PAPER, Job, config, diagnose, folders, label, read_rows, report, row_of
 from train import bare, load_settings, vocabulary
 
 SCALES = ("laptop", "paper")
@@ -32,9 +32,10 @@ MEMBERS = list(dict.fromkeys(member for members in FAMILIES.values() for member 
 
 
 def arguments(**changes):
-    """What `recipe.py run` reads from its command line."""
-    return SimpleNamespace(**dict(family="gqa", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance",
-                                  settings=[], dry_run=False, out="out") | changes)
+    """What `recipe.py run` reads from its command line; results.jsonl is in the folder `out`."""
+    args = dict(family="gqa", scale="laptop", seeds=1, jobs=1, tasks=[], only="variance", settings=[], dry_run=False,
+                out="out") | changes
+    return SimpleNamespace(**dict(results=Path(args["out"], "results.jsonl")) | args)
 
 
 # ---- the families ----------------------------------------------------------------------------------------------------
@@ -273,15 +274,15 @@ def test_a_dry_run_prints_what_each_run_takes_and_the_hours_of_all(family, scale
         hours = flops / rate / 3600
         total += hours
         assert line == (f"{folders(tmp_path, scale)[member]}/seed_0: {active_parameters(c, vocab):,} active "
-                        f"parameters, {tokens:,} tokens, {flops:.2g} FLOPs, {hours:.2f} h; to do: train, probe")
+                        f"parameters, {tokens:,} tokens, {flops:.2g} FLOPs, {hours:.2f} h; to do: train, probe, record")
         assert hours > 1                                            # so that its digits say something
     assert last.startswith(f"{total:.1f} h of training on {machine}, one run at a time")
 
 
 @pytest.mark.parametrize("todo, said", [({}, "nothing"), ({"probe": []}, "probe")])
-def test_what_is_trained_costs_no_more_hours(todo, said, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "commands", lambda job, args: todo)
-    recipe.run_family(arguments(scale="paper", dry_run=True))
+def test_what_is_trained_costs_no_more_hours(todo, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "commands", lambda job, args, row: todo)
+    recipe.run_family(arguments(scale="paper", dry_run=True, out=str(tmp_path)))
     *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(line.endswith(f" FLOPs, 0.00 h; to do: {said}") for line in lines)
     assert last.startswith("0.0 h of training")
@@ -344,6 +345,7 @@ def test_what_is_finished_is_not_run_again(ran, again):
 
 @pytest.mark.parametrize("more, nothing, probe, both", [
     ([], 3, 0, 0),
+    (["--results", "elsewhere.jsonl"], 0, 0, 0),                     # all is there, but in another file
     (["--only", "variance,usefulness,removal"], 0, 3, 0),
     (["--save_interval=1", "--compile=false"], 3, 0, 0),             # how it is computed, not what
     (["--learning_rate=1e-4"], 0, 0, 3),
@@ -352,7 +354,9 @@ def test_what_is_finished_is_not_run_again(ran, again):
 def test_a_dry_run_says_what_is_to_do(again, more, nothing, probe, both):
     said = again("--dry-run", *more)
     todo = [line.partition("to do: ")[2] for line in said.splitlines() if "to do" in line]
-    assert sorted(todo) == ["nothing"] * nothing + ["probe"] * probe + ["train, probe"] * both
+    record = 3 - nothing - probe if not both else 0
+    assert sorted(todo) == (["nothing"] * nothing + ["probe, record"] * probe + ["record"] * record
+                            + ["train, probe, record"] * both)
     if not both:
         assert said.splitlines()[-1].startswith("0.0 h of training")
 
@@ -369,18 +373,50 @@ def test_another_experiment_does_not_lose_those_that_are_there(ran):
     for name in ("variance", "usefulness", "loss"):
         assert after[name] == before[name]
     os.utime(out / "ckpt.pt")                              # trained on since: what was probed is of the past
-    assert outcome(out) is None and "probe" in recipe.commands(job, args)
+    with pytest.raises(ValueError, match="older than the checkpoint"):
+        row_of(job, config("gqa_4", "laptop"))
+    assert "probe" in recipe.commands(job, args)
     os.utime(out / "probe.json")
-    assert outcome(out).scores["last var."] == pytest.approx(before["variance"][-1])
+    row = row_of(job, config("gqa_4", "laptop"))
+    assert row["scores"]["last var."] == pytest.approx(before["variance"][-1], rel=1e-5)
+    assert row["experiments"] == ["variance", "usefulness", "lens"]
 
 
-def test_a_run_of_other_settings_is_named_below_the_table(ran, run_main, monkeypatch):
+def test_a_run_is_recorded_beside_the_runs_if_its_settings_are_ones_own(ran):
+    where, settings, done = ran
+    path = where / "out/recipe/laptop/results.jsonl"
+    rows, damaged = read_rows(path)
+    assert sorted(row["member"] for row in rows) == ["gqa_1", "gqa_16", "gqa_4"] and not damaged
+    for row in rows:
+        assert row["settings"]["max_steps"] == 3 and "out_dir" not in row["settings"] and row["seed"] == 0
+        run_dir = folders(where / "out/recipe", "laptop")[row["member"]] / "seed_0"
+        r = json.loads((run_dir / "probe.json").read_text())
+        assert row["probe"]["usefulness"]["ratio"] == pytest.approx(r["usefulness"]["ratio"], rel=1e-5)
+        assert row["probe"]["variance"] == pytest.approx(r["variance"], rel=1e-5)
+        assert row["torch"] == torch.__version__ and row["processor"] and row["corpus"]
+    assert done.out.count(f"recorded in {path.relative_to(where)}") == 3
+
+
+def test_a_machine_that_has_the_rows_alone_has_nothing_to_do(ran, run_main, tmp_path, monkeypatch):
+    where, settings, done = ran
+    (tmp_path / "rows.jsonl").write_text((where / "out/recipe/laptop/results.jsonl").read_text() + '{"member": "gq')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe.subprocess, "Popen", None)
+    said = run_main(recipe, *COMMAND, *settings, "--results", "rows.jsonl")
+    assert said.status == 0 and (where / "out/recipe/laptop/gqa.md").read_text() in said.out
+    assert "rows.jsonl: line 4 is damaged" in said.out and not list(tmp_path.rglob("*.pt"))
+
+
+def test_rows_of_other_settings_are_named_below_the_tables(ran, run_main, monkeypatch):
     monkeypatch.chdir(ran[0])
-    said = run_main(recipe, "report")
-    assert said.status == 0
-    lines = [line for line in said.out.splitlines() if "other settings" in line and "gqa_4" in line]
-    assert len(lines) == 1 and lines[0].startswith("out/recipe/laptop/gqa_4/seed_0") and "max_steps" in lines[0]
-    assert "out_dir" not in lines[0] and "seed:" not in lines[0]
+    results = ["--results", "out/recipe/laptop/results.jsonl"]
+    said = run_main(recipe, "report", *results)
+    assert_mistake((said.status, "", said.err), "no finished run")
+    line, = said.out.splitlines()
+    assert line.startswith("out/recipe/laptop/results.jsonl: left out") and line.count("gqa_4 seed 0 (") == 1
+    assert "max_steps" in line and "out_dir" not in line and "seed," not in line
+    said = run_main(recipe, "report", *results, *ran[1])
+    assert said.status == 0 and "left out" not in said.out and "`gqa_4`" in said.out
 
 
 def test_a_terminated_family_ends_its_run_and_begins_no_other(corpus, tmp_path):
@@ -417,7 +453,7 @@ def run_by_hand(command, stdout, **_):
     if "probe.py" in command[1]:
         (out / "probe.json").write_text(json.dumps({
             "usefulness": {"score": 0.5, "mean_log_ratio": 0.25}, "usefulness_heldout": {"mean_log_ratio": 0.25},
-            "variance": [1.0], "run": {"experiments": ["variance"]}}))
+            "variance": [1.0, 2.0], "run": {"experiments": ["variance"]}}))
         (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
     else:
         c = load_settings([x for x in command[2:] if x not in ("--resume", "--overwrite")])[0]
@@ -442,7 +478,9 @@ def test_a_failed_run_does_not_stop_the_others(monkeypatch, tmp_path, capsys):
         return recipe.commands(Job(member, 0, tmp_path / f"out/laptop/{member}/seed_0"), args)
     half = left("context_1024")
     assert half["train"][-1] == "--resume" and "probe" in half            # goes on from where it was
-    assert left("context_256") == {}
+    rows, _ = read_rows(args.results)
+    assert [row["member"] for row in rows] == [f"context_{T}" for T in (256, 2048, 4096, 8192)]
+    assert left("context_256") == {"record": []}                          # no row was given it
     args.settings = [*args.settings, "--weight_decay=0.3"]
     assert left("context_1024")["train"][-1] == "--overwrite"             # another run: the first is put aside
 
@@ -469,19 +507,20 @@ def test_a_run_takes_every_gpu_there_is(gpus, tmp_path, monkeypatch):
     assert command[0] == sys.executable and str(ROOT / "train.py") in command
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- results.jsonl ---------------------------------------------------------------------------------------------------
 @pytest.fixture
 def invent(tmp_path):
     """invent(member, seed, ...) writes the files of a finished run of two blocks, with these numbers in them."""
     def write(member, seed=0, useful=0.5, variance=7.0, val_loss=1.25, accuracy=None, **more):
         out = folders(tmp_path / "out", "laptop")[member] / f"seed_{seed}"
         out.mkdir(parents=True)
-        log = [{"step": 10, "variance": [0.1, 2.0, 90.0]},
-               {"step": 15},
-               {"step": 20, "variance": [0.1, 3.0, variance]},
+        log = [{"step": 10, "loss": 3.0, "variance": [0.1, 2.0, 90.0]},
+               {"step": 15, "loss": 2.0},
+               {"step": 20, "loss": 1.0, "variance": [0.1, 3.0, variance]},
                {"step": 20, "val_loss": val_loss}]
         (out / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
         result = {
+            "run": {"experiments": ["usefulness"]}, "seconds": {"usefulness": 3.0},
             "loss": 1.0, "variance": [0.1, 3.0, variance], "causal_mean": 0.25, "causal": [[0.0, 0.25], [0.0, 0.0]],
             "permutation": [[0.0, 0.75], [0.75, 0.0]], "permutation_mean": 0.75, "permutation_pairs": 1,
             "usefulness": {"score": useful, "mean_log_ratio": 0.125, "ratio": [1.2, 1.05], "loose_fit": False},
@@ -496,11 +535,148 @@ def invent(tmp_path):
     return write
 
 
-def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbers(invent, tmp_path, capsys):
+@pytest.fixture
+def record(invent, tmp_path):
+    """record(member, seed, ...) invents a run and records it; returns its row."""
+    def write(member, seed=0, **numbers):
+        args = arguments(out=str(tmp_path / "out"))
+        assert recipe.record(Job(member, seed, invent(member, seed, **numbers)), args)
+        return read_rows(args.results)[0][-1]
+    return write
+
+
+def test_a_row_says_what_the_files_of_its_run_say(record):
+    row = record("gqa_4", 3, variance=7.5)
+    assert (row["member"], row["seed"], row["settings"]["n_kv_head"]) == ("gqa_4", 3, 2)
+    assert row["curve"] == [[10, 90.0], [20, 7.5]]
+    found = row["scores"]
+    assert found["last var."] == 7.5 and found["val loss"] == 1.25 and found["train loss"] == 2.0
+    assert found["peak var."] == 90.0 and found["key heads"] == 0.5 and found["active FFN"] == 1.0
+    assert found["growth"] == pytest.approx(math.log(7.5 / 3.0) / 7, rel=1e-5)             # the config has 8 blocks
+    assert found["|J-I|/d"] == 0.375 and found["influence"] == pytest.approx(0.255)
+    assert found["rel.causal"] == 0.375 and found["rel.useful"] == 1.0
+    assert row["probe"]["usefulness"]["ratio"] == [1.2, 1.05] and row["probe"]["variance"] == [0.1, 3.0, 7.5]
+    assert "causal" not in row["probe"] and "causal" not in row["probe"]["released"]        # n x n numbers
+    assert "seconds" not in row["probe"]
+
+
+def test_how_sparse_a_model_is_stands_in_its_row(record):
+    """Counted weight by weight, in a model of one expert weight near zero in two and nothing else."""
+    c = config("moe_1b", "laptop")
+    model = bare(replace(c, vocab_size=4))
+    kinds = {name.removesuffix(".weight"): w for name, w in model.blocks[0].named_parameters() if w.dim() > 1}
+    shares = {name: {"below": [0.5 * ("ffn" in name and "router" not in name)] * c.n_layer} for name in kinds}
+    sizes = {name: w.numel() for name, w in kinds.items()}
+    near = sum(sizes[name] * shares[name]["below"][0] for name in kinds)
+    found = record("moe_1b", sparsity={
+        "weights": shares, "attention": {"effective_keys": [0.25, 0.75]}, "interaction_density": [0.1, 0.3]})["scores"]
+    assert 0.4 < near / sum(sizes.values()) < 0.5
+    assert found["near zero"] == pytest.approx(near / sum(sizes.values()), rel=1e-5)
+    assert found["eff. keys"] == 0.5 and found["density"] == pytest.approx(0.2) and found["active FFN"] == 0.125
+
+
+def test_forty_points_of_a_curve_are_kept_its_first_and_last_too(invent):
+    out = invent("gqa_4")
+    log = [{"step": k, "variance": [1.0, k / 7]} for k in range(1, 2001)]
+    (out / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    curve = row_of(Job("gqa_4", 0, out), config("gqa_4", "laptop"))["curve"]
+    steps = [step for step, _ in curve]
+    assert len(curve) == 40 and steps[0] == 1 and steps[-1] == 2000 and max(np.diff(steps)) < 53
+    assert curve == [[k, float(f"{k / 7:.6g}")] for k in steps]
+
+
+def test_two_hundred_rows_are_below_two_megabytes(record, tmp_path):
+    """16 blocks of all that is measured by default, with numbers of all digits."""
+    n = 16
+    numbers = [math.pi ** k for k in range(n)]
+    jacobian = dict.fromkeys(("deviation", "diagonal_mean", "diagonal_std", "spectral", "off_diagonal"), numbers)
+    use = {"ratio": numbers, "score": 1 / 3, "mean_log_ratio": 1 / 7, "loose_fit": False}
+    kinds = {name.removesuffix(".weight"): {"below": numbers, "hoyer": numbers} for name, w in
+             bare(replace(config("ladder_g2", "laptop"), vocab_size=4)).blocks[0].named_parameters() if w.dim() > 1}
+    record("ladder_g2", variance_growth=numbers, attn_variance=numbers, ffn_variance=numbers, usefulness=use,
+           usefulness_heldout=use, jacobian=jacobian, block_influence=numbers,
+           released={"usefulness": use, "variance": numbers, "jacobian": jacobian, "causal": [numbers] * n},
+           removal=dict.fromkeys(("1", "2", "4", "8", "attn", "ffn"), numbers),
+           sparsity={"weights": kinds, "interaction_density": numbers, "below": 0.1, "attention": dict.fromkeys(
+               ("entropy", "keys_for_90_percent", "effective_keys"), numbers)})
+    line = (tmp_path / "out/results.jsonl").read_text()
+    assert 200 * len(line) < 2.6e6 and line.count("\n") == 1     # most runs have 8 blocks
+
+
+def test_the_newest_row_of_a_run_counts_and_one_of_other_settings_does_not(record, tmp_path):
+    first = record("gqa_4", 0, useful=0.25)
+    path = tmp_path / "out/results.jsonl"
+    again = first | {"scores": first["scores"] | {"useful": 0.75}}
+    other = first | {"settings": first["settings"] | {"max_steps": 7}}
+    with open(path, "a") as f:
+        f.write(json.dumps(again) + "\n" + json.dumps(other) + "\n")
+    rows, damaged = read_rows(path)
+    c = config("gqa_4", "laptop")
+    assert not damaged and recipe.find_row(rows, c, 0) == again and recipe.find_row(rows, c, 1) is None
+    assert recipe.find_row(rows, replace(c, max_steps=7), 0) == other
+    assert recipe.runs_of("gqa", rows, arguments())["gqa_4"] == [again]
+
+
+def test_a_row_goes_to_a_line_of_its_own_after_one_that_was_cut(record, tmp_path):
+    path = tmp_path / "out/results.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"member": "gqa_')
+    row = record("gqa_4")
+    record("gqa_16")
+    rows, damaged = read_rows(path)
+    assert damaged == [1] and rows[0] == row and [row["member"] for row in rows] == ["gqa_4", "gqa_16"]
+
+
+def test_what_cannot_be_recorded_is_said_and_is_not_done(invent, tmp_path, capsys):
+    out = invent("gqa_4")
+    (out / "probe.json").write_text("{")
+    args = arguments(out=str(tmp_path / "out"))
+    assert not recipe.record(Job("gqa_4", 0, out), args) and "cannot be recorded" in capsys.readouterr().out
+    assert not args.results.exists()
+
+
+def test_a_row_says_what_is_still_to_be_measured(record, tmp_path):
+    row, args = record("gqa_4"), arguments(out=str(tmp_path / "out"), only="usefulness")
+    job = Job("gqa_4", 0, tmp_path / "a new machine")
+    assert recipe.commands(job, args, row) == {}
+    args.only = "usefulness,lens"
+    todo = recipe.commands(job, args, row)
+    assert list(todo) == ["train", "probe", "record"] and "--only=usefulness,lens" in todo["probe"]
+    args.only = "lens"                                     # the new row must not know less than the old one
+    assert "--only=usefulness,lens" in recipe.commands(job, args, row)["probe"]
+    args.only, args.tasks = "usefulness", ["copa"]
+    assert recipe.commands(job, args, row)["probe"][-3:] == ["--only=usefulness,tasks", "--tasks", "copa"]
+
+
+@pytest.mark.parametrize("given, place", [
+    ([], "configs/laptop"), (["--save_interval=7", "--device=cpu"], "configs/laptop"),
+    (["--max_steps=2000"], "configs/laptop"),                                             # what it is anyway
+    (["--max_steps=20"], "out/laptop"), (["--top_k", "4"], "out/laptop")])
+def test_rows_of_settings_of_ones_own_stay_out_of_what_git_keeps(given, place):
+    path = recipe.default_results(arguments(settings=given))
+    assert path == (ROOT / place if "configs" in place else Path(place)) / "results.jsonl"
+
+
+def test_a_seed_of_everything_comes_before_the_next_and_the_long_families_have_three():
+    jobs = recipe.jobs_of(list(FAMILIES), arguments(seeds=5))
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
+    seeds = {member: {job.seed for job in jobs if job.out.parent == folders("out", "laptop")[member]}
+             for member in MEMBERS}
+    for family, members in FAMILIES.items():
+        for member in members:
+            shared = any(member in FAMILIES[other] for other in FAMILIES if other not in ("ladder", "norms"))
+            same = folders("out", "laptop")[member].name in {m for f in list(FAMILIES)[:5] for m in FAMILIES[f]}
+            few = family in ("ladder", "norms") and not shared and not same
+            assert seeds[member] == set(range(3 if few else 5)), member
+    assert {job.seed for job in recipe.jobs_of(["ladder"], arguments(seeds=5))} == set(range(5))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbers(record, tmp_path, capsys):
     for seed, useful in enumerate((0.5, 0.75, 0.25)):
-        invent("gqa_4", seed, useful, variance=3.0 + seed)
-    invent("gqa_1", 0, 1.0)
-    report(tmp_path / "out", "laptop", ["gqa"])
+        record("gqa_4", seed, useful=useful, variance=3.0 + seed)
+    record("gqa_1", 0, useful=1.0)
+    report(arguments(out=str(tmp_path / "out")), ["gqa"])
     text = (tmp_path / "out/laptop/gqa.md").read_text()
     said = capsys.readouterr().out
     assert text in said and "not finished: gqa_16\n" in said
@@ -516,46 +692,175 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     assert four["val loss"] == "1.250 ± 0.000" and "accuracy" not in head and "loss" not in head
 
 
-def test_a_broken_or_unfinished_run_is_left_out(invent, tmp_path):
-    (invent("gqa_4") / "probe.json").write_text("{")
-    (invent("gqa_16") / "probe.json").unlink()
-    assert outcome(folders(tmp_path / "out", "laptop")["gqa_4"] / "seed_0") is None
-    with pytest.raises(UserError, match="no finished run"):
-        report(tmp_path / "out", "laptop", ["gqa"])
+def test_runs_on_different_corpora_are_named(record, tmp_path, capsys):
+    row = record("gqa_4")
+    args = arguments(out=str(tmp_path / "out"))
+    report(args, ["gqa"])
+    assert "corpora" not in capsys.readouterr().out
+    with open(args.results, "a") as f:
+        f.write(json.dumps(row | {"seed": 1, "corpus": 77}) + "\n")
+    report(args, ["gqa"])
+    assert "its runs saw 2 different corpora" in capsys.readouterr().out
 
 
 def test_a_log_that_ends_within_a_line_or_is_gone_costs_no_result(invent):
     out = invent("gqa_4", variance=7.5)
+    job, c = Job("gqa_4", 0, out), config("gqa_4", "laptop")
     with open(out / "log.jsonl", "a") as f:
         f.write('{"step": 21, "varian')
-    assert outcome(out).curve == [(10, 90.0), (20, 7.5)] and "peaked at 90" in diagnose(checkpoint(out))
+    assert row_of(job, c)["curve"] == [[10, 90.0], [20, 7.5]] and "peaked at 90" in diagnose(checkpoint(out))
     (out / "log.jsonl").unlink()
-    assert outcome(out).scores["last var."] == 7.5 and math.isnan(outcome(out).scores["val loss"])
+    row = row_of(job, c)
+    assert row["scores"]["last var."] == 7.5 and "val loss" not in row["scores"] and row["curve"] == []
 
 
-def test_what_is_measured_of_a_run_is_what_its_files_say(invent):
-    found = outcome(invent("gqa_4", variance=7.5))
-    assert found.curve == [(10, 90.0), (20, 7.5)]
-    assert found.scores["last var."] == 7.5 and found.scores["val loss"] == 1.25
-    assert found.scores["peak var."] == 90.0
-    assert found.scores["|J-I|/d"] == 0.375 and found.scores["influence"] == pytest.approx(0.255)
+# ---- statistics ------------------------------------------------------------------------------------------------------
+def t_density(x, df):
+    """Student's t, as it is defined."""
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    return scale * (1 + x * x / df) ** (-(df + 1) / 2)
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_a_fortieth_of_students_t_lies_above_the_quantile(n):
+    q = recipe.T_QUANTILES[n - 2]
+    x = np.linspace(0, q, 200_001)
+    y = t_density(x, n - 1)
+    within = (y[1:] + y[:-1]).sum() / 2 * (x[1] - x[0])
+    assert within == pytest.approx(0.475, abs=2e-5)
+    mean, half = recipe.interval([float(k) for k in range(n)])
+    assert mean == (n - 1) / 2 and half == pytest.approx(q * math.sqrt(n * (n + 1) / 12 / n))
+
+
+def test_the_interval_of_many_is_not_too_narrow_and_of_one_there_is_none():
+    values = [1.0, 2.0] * 10
+    assert recipe.interval(values)[1] > 2.093 * statistics.stdev(values) / math.sqrt(20)          # t for n = 20
+    assert recipe.interval([3.0])[0] == 3.0 and math.isnan(recipe.interval([3.0])[1])
+
+
+@pytest.mark.parametrize("mean, half, before, after, said", [
+    (0.2, 0.1, 0.75, 0.81, "reproduced"), (-0.2, 0.1, 0.75, 0.63, "reproduced"),
+    (0.2, 0.1, 0.75, 0.63, "contradicted"), (-0.2, 0.1, 0.75, 0.81, "contradicted"),
+    (0.1, 0.2, 0.75, 0.81, "undecided at this scale"), (-0.1, 0.2, 0.75, 0.81, "undecided at this scale"),
+    (0.2, 0.1, 0.75, 0.75, "the paper has no direction"),
+    (0.2, math.nan, 0.75, 0.81, "undecided: no interval"), (0.25, 1e-17, 0.75, 0.81, "undecided: no interval")])
+def test_a_verdict_follows_from_the_interval_and_the_papers_direction(mean, half, before, after, said):
+    assert recipe.verdict(mean, half, before, after) == said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_member_is_compared_with_one_of_its_family_that_has_less_turned(family):
+    for member in FAMILIES[family]:
+        base = recipe.OTHER_BASELINES.get(member, recipe.BASELINES[family])
+        assert base in FAMILIES[family]
+        here, there = (recipe.knobs(config(name, "paper")) for name in (member, base))
+        turned = {knob for knob in here if here[knob] != there[knob]}
+        assert len(turned) == (0 if member in (base, "dense_400m", *SAME) else 1) or family in ("moe", "ladder"), member
+        if family == "ladder" and member not in ("ladder_16", "ladder_32"):
+            path = recipe.arguments(member, "paper")[0]
+            assert base == Path(runpy.run_path(path)["base"]).stem                        # what its config starts from
+
+
+SAME = {"depth_16", "weight_decay_0_1", "context_2048", "gqa_1"}
+
+
+def test_differences_are_paired_by_seed(record, tmp_path):
+    """Seeds differ by more than members do: only pairs see that, and seed 9 has no partner."""
+    for seed in (0, 1, 2):
+        for member, more in (("gqa_1", 0), ("gqa_4", 0.0625 + seed / 1024)):
+            use = {"score": 0.5, "mean_log_ratio": seed + more, "ratio": [1.2, 1.0], "loose_fit": False}
+            record(member, seed, usefulness=use, variance=3.0 * math.exp(seed - more))
+    record("gqa_4", 9, usefulness={"score": 0.5, "mean_log_ratio": 50.0, "ratio": [1, 1], "loose_fit": False})
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    runs = recipe.runs_of("gqa", rows, arguments())
+    values = [0.0625 + seed / 1024 for seed in range(3)]
+    assert recipe.paired(runs["gqa_4"], runs["gqa_1"], "log ratio") == pytest.approx(values, rel=1e-4)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+             recipe.differences("gqa", runs, "laptop").splitlines()]
+    assert lines[0] == ["", "score", "difference", "95% interval", "n", "paper", "verdict"]
+    found = {line[1]: line for line in lines[2:]}
+    half = 4.303 * statistics.stdev(values) / math.sqrt(3)
+    assert lines[2] == ["G 2 (paper: 4) − G 1", "log ratio", f"{values[1]:.3f}",
+                        f"{values[1] - half:.3f} to {values[1] + half:.3f}", "3", "0.81 → 0.87", "reproduced"]
+    assert found["useful"][2:] == ["0.000", "0.000 to 0.000", "3", "0.81 → 0.87", "undecided: no interval"]
+    assert found["ln last var."][2] == f"{-values[1]:.3f}" and found["ln last var."][5:] == ["220 → 125", "reproduced"]
+    assert found["causal"][5:] == ["", ""]                             # of which the paper says nothing here
+
+
+def ranks_by_hand(values):
+    places = {x: [k for k, y in enumerate(sorted(values), 1) if y == x] for x in values}
+    return [statistics.mean(places[x]) for x in values]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_rank_correlation_is_pearsons_of_the_ranks(ties):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=30)
+    y = x ** 3 + rng.normal(size=30)
+    if ties:
+        x, y = np.round(x), np.round(y)
+    assert list(recipe.ranks(x)) == ranks_by_hand(list(x))
+    truth = statistics.correlation(list(x), list(y), method="ranked") if sys.version_info >= (3, 12) else \
+        np.corrcoef(ranks_by_hand(list(x)), ranks_by_hand(list(y)))[0, 1]
+    assert recipe.spearman(x, y) == pytest.approx(truth) and recipe.spearman(np.exp(x), y) == pytest.approx(truth)
+    assert recipe.spearman(x, -x) == pytest.approx(-1) and math.isnan(recipe.spearman(x, np.ones(30)))
+
+
+def test_the_bootstrap_is_as_wide_as_theory_says_and_the_same_every_time():
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    low, high = recipe.bootstrap(x, y)
+    rho = recipe.spearman(x, y)
+    width = math.tanh(math.atanh(rho) + 1.96 / math.sqrt(397)) - math.tanh(math.atanh(rho) - 1.96 / math.sqrt(397))
+    assert low < rho < high and (high - low) == pytest.approx(1.06 * width, rel=0.15)         # Fisher's z, ranks
+    assert recipe.bootstrap(x, y) == (low, high)
+
+
+def test_the_mechanism_counts_every_run_once_and_leaves_out_what_does_not_vary(record, tmp_path):
+    for seed in range(2):
+        record("depth_16", seed, variance=7.0 + seed)                  # is the baseline of five families
+        record("gqa_4", seed, variance=5.0 + seed)
+        record("gqa_16", seed, variance=3.5 + seed / 8)
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "gqa")}
+    lines = recipe.mechanism(found).splitlines()
+    head = [cell.strip() for cell in lines[-10].split("|")[1:-1]]
+    asked = {cells[0].strip(): dict(zip(head, (cell.strip() for cell in cells)))
+             for cells in (line.split("|")[1:-1] for line in lines[-8:])}
+    assert head == ["", "all", "gqa"] and list(asked) == [f"{x} → {y}" for x, y in recipe.QUESTIONS]
+    keys = asked["key heads → growth"]
+    assert keys["all"].endswith("; 6)") and keys["all"] == keys["gqa"]
+    share, growth = [1, 1, .5, .5, .25, .25], [math.log(v / 3) for v in (7, 8, 5, 6, 3.5, 3.625)]
+    truth = np.corrcoef(ranks_by_hand(share), ranks_by_hand(growth))[0, 1]
+    assert keys["all"].startswith(f"{truth:.2f} (")
+    assert asked["active FFN → growth"]["all"] == "" and asked["near zero → growth"]["all"] == ""
+
+
+def test_the_depths_are_put_beside_the_paper_as_defined_and_as_released(record, tmp_path):
+    record("depth_12", useful=0.875)
+    record("depth_32", useful=0.25)
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    text = recipe.definitions(recipe.runs_of("depth", rows, arguments()), "laptop")
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-5:]]
+    assert head == ["", "useful", "rel.useful", "paper: useful", "causal", "rel.causal", "paper: causal"]
+    assert lines[0] == ["L 6 (paper: 12)", "0.875", "1.000", "1", "0.250", "0.375", "0.355"]
+    distances = (0.125 + 0.312) / 2, (0 + 0.438) / 2, (0.105 + 0.009) / 2, (0.02 + 0.116) / 2
+    assert [float(x) for x in lines[2][1:] if x] == pytest.approx(distances, abs=6e-4)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def drawn(invent, tmp_path):
-    """drawn(family, runs) draws runs, the arguments of `invent` for each; returns the three axes of the figure."""
+def drawn(record, tmp_path):
+    """drawn(draw, family, runs) records runs, the arguments of `invent` for each, and draws their family."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
 
-    def draw(family, runs):
-        found = {}
+    def call(draw, family, runs):
         for member, seed, numbers in runs:
-            found.setdefault(member, []).append(outcome(invent(member, seed, **numbers)))
-        figure = recipe.figure(family, found, "laptop")
-        assert figure.get_suptitle() == f"{family}, laptop scale"
-        left, right, marks = figure.axes
-        return left, right, marks
-    return draw
+            record(member, seed, **numbers)
+        rows, _ = read_rows(tmp_path / "out/results.jsonl")
+        return draw(family, recipe.runs_of(family, rows, arguments()), "laptop")
+    return call
 
 
 DEPTH = [("depth_12", 0, dict(useful=0.5, variance=4.0, val_loss=1.5)),
@@ -564,111 +869,121 @@ DEPTH = [("depth_12", 0, dict(useful=0.5, variance=4.0, val_loss=1.5)),
 DEPTH_LABELS = ["L 6 (paper: 12)", "L 16 (paper: 32)"]
 
 
-def one_line(labels):
-    return [label.replace("\n", " ") for label in labels]
+def by_marker(ax, marker, **properties):
+    """The (x, y) of all marks of a kind in a panel."""
+    return [(float(x), float(y)) for line in ax.get_lines() if line.get_marker() == marker
+            and all(getattr(line, f"get_{name}")() == value for name, value in properties.items())
+            for x, y in zip(*line.get_data())]
 
 
-def ticks(ax):
-    return one_line(label.get_text() for label in ax.get_xticklabels())
+def test_the_figure_has_a_panel_per_score_with_seeds_means_intervals_and_the_papers(drawn):
+    fig = drawn(recipe.draw_scores, "depth", DEPTH)
+    shown = {ax.get_title(): ax for ax in fig.axes if ax.get_visible()}
+    assert list(shown) == ["log ratio", "usefulness", "usefulness as released", "causal score", "permutation score",
+                           "last variance", "validation loss"]
+    assert not any(ax.patches for ax in fig.axes)                                       # no bars
+    boxes = [tuple(np.round(ax.get_position().bounds, 3)) for ax in shown.values()]
+    assert len(set(boxes)) == len(boxes)                                                # no second axis in any panel
+    useful = shown["usefulness"]
+    assert by_marker(useful, "o", fillstyle="none") == [(0.5, 0.2), (1.0, 0.2), (0.25, 1.2)]
+    assert by_marker(useful, "o", fillstyle="full") == [(0.75, 0.0), (0.25, 1.0)]
+    assert by_marker(useful, "D") == [(1.0, -0.2), (0.562, 0.8)]
+    halves = [np.ptp(bars.get_segments()[0][:, 0]) / 2 for container in useful.containers
+              for bars in container.lines[2]]
+    assert halves == [pytest.approx(12.706 * statistics.stdev([0.5, 1.0]) / math.sqrt(2)), 0]
+    assert by_marker(shown["validation loss"], "D") == [] and shown["last variance"].get_xscale() == "log"
+    assert by_marker(shown["last variance"], "D") == [(400.0, -0.2), (1200.0, 0.8)]
+    assert [x.get_text().replace("\n", " ") for x in fig.axes[0].get_yticklabels()] == DEPTH_LABELS
+    low, high = fig.axes[0].get_ylim()
+    assert low > high                                                                   # the first member is on top
 
 
-def errors(container):
-    """The values, and the half lengths of the error bars, 0 where there is none."""
-    data, _, (bars,) = container.lines
-    halves = [np.ptp(segment[:, 1]) / 2 if len(segment) and not np.isnan(segment).any() else 0.0
-              for segment in bars.get_segments()]
-    return list(data.get_ydata()), halves
+def test_accuracy_has_a_panel_where_there_is_one_and_norms_have_no_paper(drawn):
+    fig = drawn(recipe.draw_scores, "ladder", [("ladder_32", 0, dict(accuracy=0.25))])
+    accuracy, = (ax for ax in fig.axes if ax.get_title() == "accuracy")
+    assert by_marker(accuracy, "o", fillstyle="none") == [(0.25, 0.2)]
+    fig = drawn(recipe.draw_scores, "norms", [("gqa_16,norm=peri", 0, {})])
+    assert not any(by_marker(ax, "D") for ax in fig.axes)
 
 
-def test_the_figure_shows_every_seeds_variance_over_training(drawn):
-    left, _, _ = drawn("depth", DEPTH)
-    curves = left.get_lines()
-    assert [list(zip(*line.get_data())) for line in curves] == [
-        [(10, 90.0), (20, 4.0)], [(10, 90.0), (20, 6.0)], [(10, 90.0), (20, 8.0)]]
-    assert [line.get_alpha() for line in curves] == [None, 0.35, None]              # further seeds are pale
-    assert curves[0].get_color() is not curves[2].get_color()
-    np.testing.assert_array_equal(curves[0].get_color(), curves[1].get_color())
-    assert not np.array_equal(curves[0].get_color(), curves[2].get_color())
-    assert left.get_yscale() == "log" and left.get_xlabel() == "step"
-    assert one_line(left.get_legend_handles_labels()[1]) == DEPTH_LABELS
+def test_every_line_of_the_variance_over_training_is_named_where_it_ends(drawn):
+    fig = drawn(recipe.draw_variance, "depth", DEPTH)
+    ax, = fig.axes
+    thin = [list(zip(*line.get_data())) for line in ax.get_lines() if line.get_linewidth() < 1]
+    thick = [list(zip(*line.get_data())) for line in ax.get_lines() if line.get_linewidth() > 1]
+    assert thin == [[(10, 90.0), (20, 4.0)], [(10, 90.0), (20, 6.0)], [(10, 90.0), (20, 8.0)]]
+    assert thick == [[(10, pytest.approx(90)), (20, pytest.approx(math.sqrt(24)))],
+                     [(10, pytest.approx(90)), (20, pytest.approx(8))]]
+    assert not fig.legends and ax.get_legend() is None and ax.get_yscale() == "log"
+    names = {text.get_text(): text for text in ax.texts}
+    assert list(names) == DEPTH_LABELS
+    assert [text.xy for text in ax.texts] == [(20, pytest.approx(math.sqrt(24))), (20, pytest.approx(8))]
+    assert names[DEPTH_LABELS[1]].xyann[1] - names[DEPTH_LABELS[0]].xyann[1] > 0.04           # none over another
 
 
-def test_the_figures_bars_are_the_mean_validation_losses(drawn):
-    _, right, _ = drawn("depth", DEPTH)
-    assert ticks(right) == DEPTH_LABELS
-    bars = right.patches
-    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx([0, 1])
-    assert list(right.get_xticks()) == [0, 1]
-    assert [bar.get_height() for bar in bars] == [1.625, 1.0]
-    deviation = statistics.stdev([1.5, 1.75])
-    (bar_errors,) = (container for container in right.containers if hasattr(container, "lines"))
-    assert np.ptp(bar_errors.lines[2][0].get_segments()[0][:, 1]) / 2 == pytest.approx(deviation)
-    assert right.get_ylim() == pytest.approx((0.95, (1.625 + deviation) * 1.02))
-    assert "validation loss" in right.get_ylabel()
+def test_each_norm_has_a_panel_of_its_own(drawn):
+    fig = drawn(recipe.draw_variance, "norms", [(f"{cure},norm={norm}", 0, {}) for cure in ("gqa_16", "moe_1b")
+                                                for norm in ("lns", "peri")])
+    assert [[text.get_text().split(",")[0] for text in ax.texts] for ax in fig.axes] == [["norm lns"] * 2,
+                                                                                       ["norm peri"] * 2]
 
 
-def test_the_figures_marks_are_mean_scores_and_the_hollow_ones_the_papers(drawn):
-    _, _, marks = drawn("depth", DEPTH)
-    filled = {container.get_label(): errors(container) for container in marks.containers}
-    assert filled == {
-        "useful": ([0.75, 0.25], [pytest.approx(statistics.stdev([0.5, 1.0])), 0.0]),
-        "released: useful": ([1.0, 1.0], [0.0, 0.0]),
-        "causal": ([0.25, 0.25], [0.0, 0.0]),
-        "permuted": ([0.75, 0.75], [0.0, 0.0])}
-    hollow = {line.get_label(): line for line in marks.get_lines() if line.get_fillstyle() == "none"}
-    assert {name: list(line.get_ydata()) for name, line in hollow.items()} == {
-        "useful, paper": [1.0, 0.562], "causal, paper": [0.355, 0.259], "permuted, paper": [0.985, 0.306]}
-    colors = {container.get_label(): container.lines[0].get_color() for container in marks.containers}
-    assert len(set(colors.values())) == 4
-    for name, line in hollow.items():
-        assert list(line.get_xdata()) == [0, 1] and line.get_linestyle() == "None"
-        assert line.get_color() == colors[name.removesuffix(", paper")]
-    assert sorted(marks.get_legend_handles_labels()[1]) == sorted([*filled, *hollow])
-    assert marks.get_ylim()[0] == 0
-
-
-@pytest.mark.parametrize("family, members, joined", [
-    ("depth", ["depth_12", "depth_32"], True), ("ladder", ["ladder_32", "ladder_moe"], False)])
-def test_a_line_joins_the_members_of_a_sweep_alone(drawn, family, members, joined):
-    _, right, marks = drawn(family, [(member, 0, {}) for member in members])
-    assert {container.lines[0].get_linestyle() for container in marks.containers} == {"-" if joined else "None"}
-    assert ticks(right) == [label(family, member, "laptop") for member in members]
-
-
-@pytest.mark.parametrize("second, heights, meaning", [
-    (0.5, [0.25, 0.5], "accuracy"), (None, [1.25, 1.25], "validation loss")])
-def test_the_bars_are_accuracies_if_all_runs_have_one(drawn, second, heights, meaning):
-    _, right, marks = drawn("ladder", [("ladder_32", 0, dict(accuracy=0.25)),
-                                       ("ladder_g2", 0, dict(accuracy=second))])
-    assert [bar.get_height() for bar in right.patches] == heights and meaning in right.get_ylabel()
-    hollow = {line.get_label(): list(line.get_ydata()) for line in marks.get_lines() if line.get_fillstyle() == "none"}
-    assert hollow == {"useful, paper": [0.53, 0.66]}                # of causal and permuted the ladder says nothing
-
-
-def test_what_the_paper_does_not_report_has_no_hollow_mark(drawn):
-    _, right, marks = drawn("norms", [("dense_1b,norm=lns", 0, {}), ("gqa_16,norm=peri", 0, {})])
-    assert not [line for line in marks.get_lines() if line.get_fillstyle() == "none"]
-    assert ticks(right) == ["norm lns", "norm peri, G 4 (paper: 16)"]
-
-
-def test_every_family_has_a_figure(invent, tmp_path, capsys):
+def test_everything_is_reported_from_results_alone(record, tmp_path, run_main, monkeypatch):
     pytest.importorskip("matplotlib", reason="figures need matplotlib")
     found = folders(tmp_path / "out", "laptop")
-    for member in {folder: member for member, folder in found.items()}.values():
-        invent(member)
-    report(tmp_path / "out", "laptop", [*FAMILIES])
-    said = capsys.readouterr().out
+    for k, member in enumerate({folder: member for member, folder in found.items()}.values()):
+        record(member, variance=5.0 + k)
+    (tmp_path / "out/results.jsonl").rename(tmp_path / "results.jsonl")
+    monkeypatch.chdir(tmp_path)
+    said = run_main(recipe, "report", "--results=results.jsonl", "--out=elsewhere")
+    assert said.status == 0, said
     for family in FAMILIES:
-        path = tmp_path / f"out/laptop/{family}.png"
-        assert path.stat().st_size > 10_000 and path.read_bytes().startswith(b"\x89PNG") and str(path) in said
+        assert (tmp_path / f"elsewhere/laptop/{family}.md").read_text().strip() in said.out
+    for name in (*FAMILIES, *(f"{family}_variance" for family in FAMILIES), "mechanism"):
+        path = tmp_path / f"elsewhere/laptop/{name}.png"
+        assert path.stat().st_size > 10_000 and path.read_bytes().startswith(b"\x89PNG") and str(path.name) in said.out
+        assert "<svg" in path.with_suffix(".svg").read_text()[:500]
+    assert (tmp_path / "elsewhere/laptop/mechanism.md").read_text().strip() in said.out
+    fig = recipe.draw_mechanism({family: recipe.runs_of(family, read_rows(Path("results.jsonl"))[0], arguments())
+                                 for family in FAMILIES})
+    for ax in (ax for ax in fig.axes if ax.get_visible()):
+        marks = sum(len(line.get_xdata()) for line in ax.get_lines())
+        assert marks in (0, len(set(found.values())))                                   # each run once; 0: not measured
 
 
-def test_without_matplotlib_there_is_a_table_and_the_remedy(invent, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_is_a_table_and_the_remedy(record, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    invent("gqa_4")
-    report(tmp_path / "out", "laptop", ["gqa"])
+    record("gqa_4")
+    report(arguments(out=str(tmp_path / "out")), ["gqa"])
     assert "no figure: pip install matplotlib" in capsys.readouterr().out
     assert (tmp_path / "out/laptop/gqa.md").exists() and not (tmp_path / "out/laptop/gqa.png").exists()
+
+
+# ---- the course of a run ---------------------------------------------------------------------------------------------
+def test_the_course_of_runs_is_drawn_from_their_logs(tmp_path, run_main):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    logs = {}
+    for name, steps in (("a", 4), ("b", 6)):
+        logs[name] = [{"step": k, "loss": 3.0 / k, "lr": 0.1 * k, "grad_norm": 2.0 * k} for k in range(1, steps + 1)]
+        logs[name][-1] |= {"val_loss": 0.5, "variance": [1.0, 7.0 * steps]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[name]))
+    fig = recipe.draw_course(logs)
+    shown = {ax.get_title(): [list(zip(*line.get_data())) for line in ax.get_lines()] for ax in fig.axes}
+    assert shown["training loss"] == [[(line["step"], line["loss"]) for line in log] for log in logs.values()]
+    assert shown["learning rate"][0] == [(k, 0.1 * k) for k in range(1, 5)]
+    assert shown["validation loss"] == [[(4, 0.5)], [(6, 0.5)]] and shown["gradient norm"][1][5] == (6, 12.0)
+    assert shown["variance of the last layer"] == [[(4, 28.0)], [(6, 42.0)]]
+    said = run_main(recipe, "plot", tmp_path / "a", tmp_path / "b/log.jsonl")
+    assert said.status == 0 and (tmp_path / "a/training.png").read_bytes().startswith(b"\x89PNG")
+    assert run_main(recipe, "plot", tmp_path / "b", "--out", tmp_path / "c.png").status == 0
+    assert (tmp_path / "c.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", ["", "{\n", "[1]\n", '{"loss": 1}\n'])
+def test_a_log_that_cannot_be_drawn_is_one_line(text, tmp_path, run_main):
+    (tmp_path / "log.jsonl").write_text(text)
+    assert_mistake(run_main(recipe, "plot", tmp_path), "log.jsonl is damaged or empty")
 
 
 # ---- the rule of thumb: the recipe at another size -------------------------------------------------------------------
@@ -735,12 +1050,20 @@ def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(asked, advise)
 
 @pytest.mark.parametrize("asked, names", [
     (dict(n_layer=48), ["n_layer"]), (dict(params=7e9), ["n_embd", "active"]), (dict(tokens=1e11), ["tokens"]),
-    (dict(n_layer=200, params=1e5), ["n_layer", "n_embd", "active"]),        # no width is so small: 9M are built
+    (dict(n_layer=200, params=1e8), ["n_layer", "n_embd", "active"]),
     (dict(n_layer=12, params=4e8, tokens=2e7, gpus=128), ["tokens", "block_size"])])
 def test_advice_says_where_it_extrapolates(asked, names, advise):
     _, said = advise(**asked)
     assert [line.split()[1] for line in said.splitlines() if "EXTRAPOLATES" in line] == names
-    assert ("1e+05 were asked for" in said) == (asked.get("params") == 1e5)
+    assert "were asked for" not in said
+
+
+@pytest.mark.parametrize("asked", [dict(n_layer=200, params=1e5), dict(n_layer=8, params=1e6),
+                                   dict(n_layer=16, params=8e6)])
+def test_where_experts_would_be_as_narrow_as_a_head_there_is_no_advice(asked, advise, tmp_path):
+    with pytest.raises(UserError, match="below the range: with .* configs/laptop/"):
+        advise(**asked)
+    assert not (tmp_path / "advised.py").exists()
 
 
 def test_advice_keeps_the_context_of_the_recipe_on_many_gpus(advise):
@@ -758,8 +1081,8 @@ def test_an_advised_config_stands_alone(advise, tmp_path):
 # ---- the rule of thumb: what would help a run ------------------------------------------------------------------------
 def checkpoint(out, **changes):
     """The checkpoint of an invented run, with its settings or these."""
-    c = dict(n_layer=2, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1, learning_rate=4e-4,
-             max_steps=4768) | changes
+    c = dict(n_layer=2, n_embd=1024, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1,
+             learning_rate=4e-4, max_steps=4768) | changes
     torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
     os.utime(out / "ckpt.pt", (0, 0))                                                        # probed later
     return out
@@ -769,7 +1092,7 @@ def test_a_diagnosis_says_what_the_run_and_its_probe_hold(invent):
     out = checkpoint(invent("gqa_4", variance=9.0))
     said = diagnose(out)
     assert said == diagnose(out / "ckpt.pt").replace(f"{out}/ckpt.pt: 1 of", f"{out}: 1 of")
-    assert "1 of 2 blocks are useful" in said and "x3.0 from the first block to the last, 3 to 9" in said
+    assert "1 of 2 blocks are useful: 0\n" in said and "x3.0 from the first block to the last, 3 to 9" in said
     assert "peaked at 90, step 10" in said and "near the identity (influence below 0.02): 1\n" in said
     assert f"cheapest run of 1: blocks 1, perplexity x{math.exp(0.02):.3f}" in said and "--drop 1" in said
 
@@ -797,8 +1120,29 @@ DECAYED = {"block_size": 4096, "weight_decay": 0.3}
     (DECAYED | {"n_kv_head": 2}, 9.0, ["n_experts"])])
 def test_the_next_knob_is_the_first_step_of_the_ladder_not_taken(invent, changes, variance, knobs):
     *_, first, then = diagnose(checkpoint(invent("gqa_4", variance=variance), **changes)).splitlines()
-    assert first.startswith(f"next in the paper's ladder: {knobs[0]}, here ") and recipe.LADDER[knobs[0]] in first
-    assert then == f"then: {', '.join(knobs[1:]) or 'nothing'}"
+    assert first.startswith(f"next in the paper's ladder: {knobs[0]} ") and recipe.LADDER[knobs[0]] in first
+    assert re.findall("[a-z]+_[a-z_]+", then) == knobs[1:] and (len(knobs) > 1 or then == "then: nothing")
+
+
+@pytest.mark.parametrize("width, T, decay, experts", [(64, 256, 0.192, 16), (1024, 4096, 0.3, 64)])
+def test_the_next_step_is_as_far_as_it_is_in_models_of_this_size(invent, width, T, decay, experts):
+    ladder = config("ladder_moe", "laptop" if width == 64 else "paper")
+    out = checkpoint(invent("gqa_4"), n_embd=width, learning_rate=2 * ladder.learning_rate,
+                     max_steps=ladder.max_steps)
+    *_, first, then = diagnose(out).splitlines()
+    assert first.startswith(f"next in the paper's ladder: block_size {T:.3g}, here 128; in the paper T = 4096: ")
+    goal = f"weight_decay {decay / 2:.3g}, " if decay / 2 > 0.1 / 0.95 else ""      # at twice the learning rate
+    assert then == f"then: {goal}n_kv_head 2, n_experts {experts}"
+
+
+def test_a_model_of_others_is_told_what_the_ladder_has(invent):
+    """No learning rate, no steps, no decay is known of it; of five heads only one key head can be shared."""
+    out = invent("gqa_4")
+    c = dict(n_layer=2, n_embd=640, n_head=5, n_kv_head=5, n_experts=0, block_size=8192)
+    torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
+    os.utime(out / "ckpt.pt", (0, 0))
+    *_, first, then = diagnose(out).splitlines()
+    assert "ladder: weight_decay 0.3, here None" in first and then == "then: n_kv_head 1, n_experts 64"
 
 
 def test_a_run_that_has_taken_every_step_is_told_so(invent):
@@ -818,22 +1162,27 @@ def test_a_run_that_uses_its_depth_is_left_alone(invent, useful):
     assert diagnose(checkpoint(invent("gqa_4", useful=useful))).endswith("next: its depth is used")
 
 
+def test_a_run_that_is_not_probed_is_told_how(invent):
+    out = checkpoint(invent("gqa_4"))
+    (out / "probe.json").unlink()
+    with pytest.raises(UserError, match=f"not probed yet: python probe.py {out}/ckpt.pt"):
+        diagnose(out)
+
+
 @pytest.mark.parametrize("file, text", [
-    ("probe.json", None), ("probe.json", "{"), ("probe.json", '{"loss": 1}'), ("log.jsonl", "{\n"),
+    ("probe.json", "{"), ("probe.json", '{"loss": 1}'), ("log.jsonl", "{\n"),
     ("log.jsonl", '{"variance": [1.0]}\n')])
 def test_a_run_without_a_whole_probe_names_the_command(invent, file, text):
     out = checkpoint(invent("gqa_4"))
-    if text is None:
-        (out / file).unlink()
-    else:
-        (out / file).write_text(text)
+    (out / file).write_text(text)
     with pytest.raises(UserError, match=f"python probe.py {out}/ckpt.pt"):
         diagnose(out)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 MISTAKES = {
-    "nothing to report": (["report"], "no finished run in out/recipe/laptop"),
+    "nothing to report": (["report", "--results=none.jsonl"], "no finished run in none.jsonl"),
+    "misspelt setting": (["report", "--sedes=2"], "--sedes"),
     "unknown family": (["run", "width"], "width"),
     "misspelt flag": (["run", "gqa", "--sedes=2"], "seed"),
     "no such run": (["diagnose", "nowhere"], "nowhere"),
@@ -850,6 +1199,7 @@ MISTAKES = {
     "the seed": (["run", "gqa", "--seed=3"], "--seeds"),
     "two families": (["run", "gqa", "depth"], "depth"),
     "no seeds": (["run", "gqa", "--seeds=0"], "--seeds"),
+    "no log": (["plot", "nowhere"], "nowhere has no log.jsonl"),
 }
 
 
