@@ -92,6 +92,9 @@ class TrainConfig(ModelConfig):
         check(self.keep_checkpoints <= 10,
               f"keep_checkpoints={self.keep_checkpoints} must be at most 10")
 
+# FLOPs of a run from which on torch.compile wins back its half minute on a CPU. Measured on two
+# cores, for 16 blocks 64 wide: TODO
+COMPILING_PAYS = 8e12
 PYTHON_CORPUS = Path("data/python")      # is prepared on first use, as bytes
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -423,16 +426,20 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
 
 def check_compiler(c: TrainConfig, here: Process) -> None:
     """UserError if torch.compile is asked for on a CPU and would find no C++ compiler."""
-    if not c.compile or here.device.type != "cpu":
-        return
-    usual, package = {
-        "darwin": ("clang++", "xcode-select --install"),
-        "win32": ("cl", "install the Build Tools for Visual Studio"),
-    }.get(sys.platform, ("g++", "install g++, for example with: apt install build-essential"))
-    compiler = os.environ.get("CXX", usual)      # as torch looks for it
-    check(shutil.which(compiler) is not None,
-          f"compile=True needs a C++ compiler, and there is no {compiler}: {package}; "
+    install = {"darwin": "xcode-select --install",
+               "win32": "install the Build Tools for Visual Studio"}
+    remedy = install.get(sys.platform, "install g++, for example with: apt install build-essential")
+    check(not c.compile or here.device.type != "cpu" or compiler_found(),
+          f"compile=True needs a C++ compiler, and there is no {cpp_compiler()}: {remedy}; "
           "or leave --compile out")
+
+def cpp_compiler() -> str:
+    """The C++ compiler that torch.compile would call on a CPU."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return os.environ.get("CXX", usual)
+
+def compiler_found() -> bool:
+    return shutil.which(cpp_compiler()) is not None
 
 def prepare_python_corpus(c: TrainConfig) -> None:
     """Prepare the one corpus that needs no download, if the run is on it and it is not there yet."""
@@ -470,10 +477,12 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
 
     The second is compiled, if asked, and parallel, if there are several ranks.
     """
-    compiled = c.compile if c.compile is not None else here.device.type == "cuda"
     sharded = here.world > 1 and c.parallel == "fsdp"
     raw = bare(c)                                # what fits no single GPU is never whole on one
     raw.recompute = c.recompute
+    compiled = c.compile
+    if compiled is None:
+        compiled = worth_compiling(c, raw, here)
     if compiled and here.world > 1:
         compile_blocks(raw)
     if sharded:
@@ -493,6 +502,17 @@ def bare(c: ModelConfig) -> GPT:
     """The model without storage."""
     with torch.device("meta"):
         return GPT(c)
+
+def worth_compiling(c: TrainConfig, model: GPT, here: Process) -> bool:
+    """compile=auto: will the whole run be faster, with the time that compiling takes?"""
+    if here.device.type != "cpu":
+        return here.device.type == "cuda"
+    flops = model.flops_per_token() * c.tokens_per_step * c.max_steps
+    worth = here.world == 1 and flops > COMPILING_PAYS and compiler_found()
+    if worth:
+        print("compiling: about half a minute, once for models of this shape (--compile=false: none)",
+              flush=True)
+    return worth
 
 def compile_blocks(model: GPT) -> None:
     """torch.compile, a block at a time: one graph serves them all, and between two of them the

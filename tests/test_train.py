@@ -1096,3 +1096,28 @@ def test_a_compiled_run_gives_the_losses_of_an_eager_one(begin, monkeypatch, fre
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
     one, two = (load_checkpoint(out / "ckpt.pt")["model"] for out in (eager, compiled))
     assert one.keys() == two.keys()                                  # no "_orig_mod." prefix
+
+    # In two parts, the second compiled anew, it comes to the same bits.
+    torch._dynamo.reset()
+    in_two = told | {"compile": True, "out_dir": str(tmp_path / "in two")}
+    spy_on_steps(monkeypatch, lambda _: signal.raise_signal(signal.SIGTERM))     # noticed in step 2
+    folder = begin(**in_two)
+    assert load_checkpoint(folder / "ckpt.pt")["step"] == 2
+    torch._dynamo.reset()
+    c = TrainConfig(**load_checkpoint(folder / "ckpt.pt")["settings"])
+    train.train(c, resume=True)
+    resumed = load_checkpoint(folder / "ckpt.pt")
+    assert resumed["step"] == 3 and all(torch.equal(w, two[name]) for name, w in resumed["model"].items())
+
+
+@pytest.mark.parametrize("steps, there, where, compiles", [
+    (10**9, True, {}, True), (10**9, False, {}, False), (3, True, {}, False), (10**9, True, {"world": 2}, False),
+    (3, False, {"device": torch.device("cuda", 0)}, True), (10**9, True, {"device": torch.device("mps")}, False),
+], ids=str)
+def test_auto_compiles_on_cuda_and_in_long_runs_on_a_cpu(monkeypatch, capsys, steps, there, where, compiles):
+    monkeypatch.setattr(shutil, "which", lambda name: name if there else None)
+    c = TrainConfig(**TINY | {"vocab_size": VOCAB, "max_steps": steps, "compile": None})
+    here = train.Process(0, 1, torch.device("cpu"), torch.float32)._replace(**where)
+    assert train.worth_compiling(c, train.bare(c), here) == compiles
+    said = capsys.readouterr().out
+    assert said.startswith("compiling: about half a minute") == (compiles and here.device.type == "cpu")
