@@ -512,9 +512,10 @@ def logits_at_once(device: torch.device) -> int:
     """How many logits a loss has at a time, unless it is told.
 
     On a CPU 32 MB of float32: what is larger, malloc takes from the system anew each time. On a GPU
-    1 GB, so that its products are large.
+    0.5 GB, so that its products are large: of 16,384 tokens, 50,304 wide, an H200 takes 28, 25 and
+    24 ms for the loss of a model 2,048 wide with 2^26, 2^27 and 2^28, and 24 with all at once.
     """
-    return 2**23 if device.type == "cpu" else 2**28
+    return 2**23 if device.type == "cpu" else 2**27
 
 class CrossEntropy(torch.autograd.Function):
     """-log p summed over the targets (N,) in nats, of the logits x W^T, x (N, d), W (V, d).
@@ -530,7 +531,7 @@ class CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for x, targets, grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
             x = x.to(dtype)                                               # (rows, d)
-            log_p = wide(x @ w.T).log_softmax(-1)                         # (rows, V)
+            log_p = (x @ w.T).log_softmax(-1, dtype=total.dtype)          # (rows, V)
             row = torch.arange(len(x), device=x.device)
             total = total - log_p[row, targets].sum()
             slope = log_p.exp_()
