@@ -29,6 +29,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -119,6 +120,7 @@ def config(member: str, scale: str, settings: Sequence[str] = ()) -> TrainConfig
     """The settings of a member, with these of the command line; out_dir is the same for all."""
     return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
 
+@cache
 def label(family: str, member: str, scale: str) -> str:
     """What makes a member: its knob, and what the value stands for, as in "L 16 (paper: 32)"."""
     here = knobs(config(member, scale))
