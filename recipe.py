@@ -978,11 +978,11 @@ def advise(args: Any) -> None:
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
-    least = 2 * config("ladder_moe", "paper").head_dim
-    check(c.n_embd >= least,
-          f"--params {args.params:g}: below the range: with {args.n_layer} blocks a width of "
-          f"{c.n_embd} is left, less than two of the ladder's heads ({least}), and experts as "
-          "narrow; configs/laptop/ has the paper's knobs in small models")
+    least = config("ladder_moe", "laptop").expert_hidden
+    check(c.expert_hidden >= least,
+          f"--params {args.params:g}: below the range: with {args.n_layer} blocks it leaves "
+          f"{c.n_experts} experts of width {c.expert_hidden}, and configs/laptop/, which has the "
+          f"paper's knobs in small models, has {least}")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
