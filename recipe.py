@@ -29,6 +29,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
@@ -119,6 +120,7 @@ def config(member: str, scale: str, settings: Sequence[str] = ()) -> TrainConfig
     """The settings of a member, with these of the command line; out_dir is the same for all."""
     return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
 
+@cache
 def label(family: str, member: str, scale: str) -> str:
     """What makes a member: its knob, and what the value stands for, as in "L 16 (paper: 32)"."""
     here = knobs(config(member, scale))
@@ -980,11 +982,11 @@ def advise(args: Any) -> None:
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
-    least = 2 * config("ladder_moe", "paper").head_dim
-    check(c.n_embd >= least,
-          f"--params {args.params:g}: below the range: with {args.n_layer} blocks a width of "
-          f"{c.n_embd} is left, less than two of the ladder's heads ({least}), and experts as "
-          "narrow; configs/laptop/ has the paper's knobs in small models")
+    least = config("ladder_moe", "laptop").expert_hidden
+    check(c.expert_hidden >= least,
+          f"--params {args.params:g}: below the range: with {args.n_layer} blocks it leaves "
+          f"{c.n_experts} experts of width {c.expert_hidden}, and configs/laptop/, which has the "
+          f"paper's knobs in small models, has {least}")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
