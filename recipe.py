@@ -258,10 +258,10 @@ def probe_command(job: Job, args: Any, T: int, experiments: Sequence[str],
     samples = 100
     if args.scale == "laptop":
         samples = max(2, 8192 // T)         # 8,192 tokens whatever T is: 64 sequences of 128
-    only = ",".join([*experiments, "tasks"] if tasks else experiments)
-    command = [sys.executable, str(ROOT / "probe.py"), str(job.out / "ckpt.pt"), f"--only={only}"]
-    if experiments:
+    command = [sys.executable, str(ROOT / "probe.py"), str(job.out / "ckpt.pt")]
+    if experiments:                         # tasks alone take no samples
         command.append(f"--samples={samples}")
+    command.append("--only=" + ",".join([*experiments, "tasks"] if tasks else experiments))
     if tasks:
         command += ["--tasks", *tasks]
     return command

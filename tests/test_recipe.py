@@ -367,11 +367,17 @@ def test_another_experiment_does_not_lose_those_that_are_there(ran):
     before = json.loads((out / "probe.json").read_text())
     job, args = Job("gqa_4", 0, out), arguments(only="lens", settings=settings)
     probe = recipe.commands(job, args)["probe"]
+    assert "--only=lens" in probe                          # and measures nothing twice
     assert run_python(*probe[1:], cwd=where).status == 0
     after = json.loads((out / "probe.json").read_text())
     assert after["lens"] and after["run"]["experiments"] == ["variance", "usefulness", "lens"]
     for name in ("variance", "usefulness", "loss"):
         assert after[name] == before[name]
+    r = json.loads((out / "probe.json").read_text())
+    del r["run"]["weights"]                                # probe.py would put such a file aside
+    assert recipe.commands(job, arguments(only="variance,lens", settings=settings)) == {"record": []}
+    (out / "probe.json").write_text(json.dumps(r))
+    assert "--only=variance,lens" in recipe.commands(job, arguments(only="variance,lens", settings=settings))["probe"]
     os.utime(out / "ckpt.pt")                              # trained on since: what was probed is of the past
     with pytest.raises(ValueError, match="older than the checkpoint"):
         row_of(job, config("gqa_4", "laptop"))
@@ -453,7 +459,7 @@ def run_by_hand(command, stdout, **_):
     if "probe.py" in command[1]:
         (out / "probe.json").write_text(json.dumps({
             "usefulness": {"score": 0.5, "mean_log_ratio": 0.25}, "usefulness_heldout": {"mean_log_ratio": 0.25},
-            "variance": [1.0, 2.0], "run": {"experiments": ["variance"]}}))
+            "variance": [1.0, 2.0], "run": {"experiments": ["variance"], "weights": 1}}))
         (out / "log.jsonl").write_text(json.dumps({"step": 1, "variance": [1.0], "val_loss": 2.0}) + "\n")
     else:
         c = load_settings([x for x in command[2:] if x not in ("--resume", "--overwrite")])[0]
