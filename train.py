@@ -495,8 +495,9 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
     if sharded:
         return raw, raw
     ids = [here.device.index] if here.device.type == "cuda" else None
-    return raw, DDP(raw, device_ids=ids, gradient_as_bucket_view=True,
-                    forward_sync_buffers=False)  # the only buffers are RoPE's tables
+    model = DDP(raw, device_ids=ids, gradient_as_bucket_view=True)
+    model.broadcast_buffers = False              # in a pass: the only buffers are RoPE's tables
+    return raw, model
 
 def bare(c: ModelConfig) -> GPT:
     """The model without storage."""
