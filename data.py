@@ -60,6 +60,7 @@ DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: one
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has to do so much again
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
+CLASS_BOS = {"LlamaTokenizer": "<s>", "GPT2Tokenizer": EOT, "GPTNeoXTokenizer": EOT}   # transformers'
 METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
@@ -720,6 +721,9 @@ def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
     inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
     inner.add_special_tokens([token for token in special if token not in there])
+    default = CLASS_BOS.get(str(said.get("tokenizer_class")).removesuffix("Fast"), "")
+    if "bos_token" not in said and inner.token_to_id(default) is not None:
+        roles["bos_token"] = default
     return {role: inner.token_to_id(token) for role, token in roles.items()}
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -1428,6 +1432,14 @@ def need(package: str, purpose: str) -> Any:
         return __import__(package)
     except ImportError as e:
         raise UserError(f"{purpose} needs {package}: pip install {package.split('.')[0]}") from e
+
+def choose_device(asked: str) -> torch.device:
+    """Where to compute; auto: the accelerator that torch sees, else the CPU. UserError for one that
+    it does not see."""
+    seen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    check(asked in ("auto", "cpu", seen.type),
+          f"--device={asked}: torch sees none here, use --device={seen.type}")
+    return torch.device("cpu") if asked == "cpu" else seen
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: a UserError is one line on stderr and exit status 2, Ctrl-C is status

@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import (METRICS, Corpus, Parser, Task, copy_tokenizer, documents, export, get_tokenizer,
-                  load_model, read_tasks, run, same_tokenizer, save_checkpoint, write_json)
+from data import (METRICS, Corpus, Parser, Task, choose_device, copy_tokenizer, documents, export,
+                  get_tokenizer, load_model, read_tasks, run, same_tokenizer, save_checkpoint,
+                  write_json)
 from model import (GPT, LOGITS_AT_ONCE, Block, Detail, UserError, check, cross_entropy, generate,
                    token_variance, wide)
 
@@ -1475,7 +1476,7 @@ def read_arguments() -> tuple[Any, str]:
     add("--temperature", type=float, default=0.8, help="of --sample; 0: always the likeliest (default 0.8)")
     add("--top_k", type=int, default=50, help="of --sample: draw among the likeliest k (default 50)")
     add("--export", metavar="DIR", help="write a Hugging Face folder")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
     args = parser.parse_args()
     unset = object()                              # once more, to tell what is given from defaults
@@ -1495,17 +1496,17 @@ def read_arguments() -> tuple[Any, str]:
     check(args.seed >= 0, "--seed must not be negative")
     return args, does
 
-def join_ranks(device: str, does: str) -> str:
+def join_ranks(device: torch.device, does: str) -> torch.device:
     """Find torchrun's other processes, if there are any; returns the device of this one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return device
     check(does == "measure", f"--{does} takes one process: start it with python, not torchrun")
-    if device == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.type != "cpu":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
         check(local < gpus, f"torchrun starts more processes than there are GPUs: "
-                            f"use --nproc-per-node={gpus}")
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+                            f"use --nproc-per-node={gpus}, or --device=cpu")
+        device = torch.device(device.type, local)
+        torch.accelerator.set_device_index(local)
     dist.init_process_group("gloo")               # on GPUs too: the sums are added on the CPU
     atexit.register(dist.destroy_process_group)
     return device
@@ -1528,8 +1529,9 @@ def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[s
 
 def main() -> None:
     args, does = read_arguments()
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    check(args.device in ("auto", device), "--device cuda: torch sees no GPU here, use --device cpu")
+    device = choose_device(args.device)
+    check(device.type != "mps" or args.dtype != "float64",
+          "--dtype=float64: Apple's GPUs have none, use --device=cpu")
     device = join_ranks(device, does)
     several = len(args.checkpoints) > 1
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")

@@ -48,8 +48,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import (Corpus, Parser, check_weights, copy_tokenizer, eval_windows, load_checkpoint,
-                  prepare, run, same_tokenizer, save_checkpoint, train_windows, write_json)
+from data import (Corpus, Parser, check_weights, choose_device, copy_tokenizer, eval_windows,
+                  load_checkpoint, prepare, run, same_tokenizer, save_checkpoint, train_windows,
+                  write_json)
 from model import GPT, ModelConfig, UserError, check, setting
 
 @dataclass
@@ -76,9 +77,9 @@ class TrainConfig(ModelConfig):
     parallel: str = setting("ddp", "with several ranks; fsdp: FSDP2, weights, gradients, optimizer sharded", "ddp/fsdp")
     recompute: bool = setting(False, "recompute a block's activations in the backward pass: less memory, more FLOPs")
     seed: int = setting(0, "of the weights and of the order of the data")
-    device: str = setting("auto", "auto: every GPU there is, else the CPU", "auto/cpu/cuda")
-    dtype: str = setting("auto", "bfloat16 is autocast, weights float32; auto: that on a GPU", "auto/float32/bfloat16")
-    compile: bool | None = setting(None, "true | false | auto: torch.compile; auto: on GPU")
+    device: str = setting("auto", "auto: every GPU there is, else the CPU; mps: Apple's", "auto/cpu/cuda/mps")
+    dtype: str = setting("auto", "bfloat16 is autocast, weights float32; auto: that on cuda", "auto/float32/bfloat16")
+    compile: bool | None = setting(None, "true | false | auto: torch.compile; auto: on cuda")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +146,7 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
         saving = saver.submit(lambda: None)      # nothing yet
         for step in range(done + 1, c.max_steps + 1):
             begun = time.time()
-            batches = [(x.to(here.device), y.to(here.device)) for x, y in upcoming.result()]
+            batches = [to_device(batch, here.device) for batch in upcoming.result()]
             upcoming = loader.submit(read, step)
             waited += time.time() - begun
 
@@ -206,7 +207,21 @@ def read_batches(corpus: Corpus, c: TrainConfig, per_step: int, size: int, here:
     n_windows = corpus.n_windows("train", c.block_size)
     passes = train_windows(c.seed, step, per_step, n_windows).reshape(-1, size)     # of all ranks
     mine = passes[here.rank::here.world]
-    return [corpus.batch("train", windows, c.block_size) for windows in mine]
+    return [pinned(corpus.batch("train", ids, c.block_size), here.device) for ids in mine]
+
+def pinned(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The batch in memory from which CUDA copies by itself, if that is where it goes."""
+    x, y = batch
+    return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else batch
+
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The batch on the device.
+
+    On CUDA the CPU goes on while the copy waits for the step before; it must be `pinned`. Elsewhere
+    such a copy can read memory that is freed: https://github.com/pytorch/pytorch/issues/189690.
+    """
+    x, y = (t.to(device, non_blocking=device.type == "cuda") for t in batch)
+    return x, y
 
 def learning_rate(step: int, c: TrainConfig) -> float:
     """Linear warm-up, then a cosine to min_lr_ratio of the peak; step counts from 0."""
@@ -261,7 +276,7 @@ def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
 
     One exchange and one synchronisation, however many values there are.
     """
-    flat = torch.cat([v.flatten().double() for v in values.values()])
+    flat = torch.cat([v.flatten() for v in values.values()])
     if world > 1:
         dist.all_reduce(flat)
         flat /= world
@@ -285,17 +300,19 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, size: int,
     windows = eval_windows(count, corpus.n_windows("val", c.block_size))
     batches = [windows[i:i + size] for i in range(0, len(windows), size)]
     mine = batches[here.rank::here.world]
-    total = torch.zeros((), dtype=torch.float64, device=here.device)
+    sums = [torch.zeros((), device=here.device)]        # of a pass each; added up pairwise
     model.eval()
     for i in range(math.ceil(len(batches) / here.world)):
         counts = i < len(mine)      # else a pass of no account: FSDP needs as many from every rank
         ids = mine[i] if counts else batches[0]
-        x, y = corpus.batch("val", ids, c.block_size)
+        batch = pinned(corpus.batch("val", ids, c.block_size), here.device)
+        x, y = to_device(batch, here.device)
         with autocast(here.device, here.dtype):
-            _, loss = model(x.to(here.device), y.to(here.device), return_logits=False)
+            _, loss = model(x, y, return_logits=False)
         if counts:
-            total += loss.double() * len(ids)
+            sums.append(loss * len(ids))
     model.train()
+    total = torch.stack(sums).sum()
     mean = average_over_ranks({"loss": total}, here.world)["loss"]
     return mean * here.world / len(windows)
 
@@ -309,30 +326,32 @@ class Process(NamedTuple):
 
 def set_up(c: TrainConfig) -> Process:
     """Join the process group if torchrun made one."""
-    cuda = c.device != "cpu" and torch.cuda.is_available()
-    check(cuda or c.device != "cuda", "device=cuda, but torch sees no GPU: use --device=cpu")
+    device = choose_device(c.device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     bare_torchrun = world == 1 and "TORCHELASTIC_RUN_ID" in os.environ
-    if cuda and bare_torchrun and torch.cuda.device_count() > 1:
-        start_over_on_every_gpu()
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    if device.type != "cpu":
+        gpus = torch.accelerator.device_count()
+        if bare_torchrun and gpus > 1:
+            start_over_on_every_gpu(gpus)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check(ranks <= gpus, f"{ranks} ranks on a machine where torch sees {gpus} x {device.type}: "
+                             f"--nproc-per-node={gpus}, or --device=cpu")
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")
-    else:
-        device = torch.device("cpu")
     if world > 1:
-        join_group("nccl" if cuda else "gloo", world)
+        join_group(dist.get_default_backend_for_device(device), world)
     if c.dtype != "auto":
         dtype = getattr(torch, c.dtype)
-    else:                       # on a CPU bfloat16 is anything from faster to 100 times slower
-        dtype = torch.bfloat16 if cuda else torch.float32
+    else:       # On a CPU bfloat16 is anything from faster to 100 times slower. Apple's GPUs can
+                # have it too, but nobody has measured there what it gains or loses.
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Process(int(os.environ.get("RANK", "0")), world, device, dtype)
 
-def start_over_on_every_gpu() -> None:
+def start_over_on_every_gpu(gpus: int) -> None:
     """Replace the one process of a bare `torchrun train.py` by one per GPU that is visible."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc-per-node={torch.cuda.device_count()}"]
+                f"--nproc-per-node={gpus}"]
     os.execv(sys.executable, [*torchrun, *sys.argv])
 
 def join_group(backend: str, world: int) -> None:
@@ -782,7 +801,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for name, peak in PEAK.items():
             if name in torch.cuda.get_device_name(device):
                 return peak
-    return gemm_rate(device, dtype, 8192 if device.type == "cuda" else 1024)
+    return gemm_rate(device, dtype, 1024 if device.type == "cpu" else 8192)
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, n: int) -> float:
     """FLOP/s of an n x n matrix product, best of ten."""

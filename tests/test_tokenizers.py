@@ -168,6 +168,21 @@ def test_a_folder_with_another_kind_of_tokenizer_says_how_to_convert_it(tmp_path
         tokenizer_of(tmp_path)
 
 
+@pytest.mark.parametrize("names, prefix", [
+    ({"tokenizer_class": "LlamaTokenizer"}, 1), ({"tokenizer_class": "LlamaTokenizerFast"}, 1),
+    ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, 2), ({"tokenizer_class": "Qwen2Tokenizer"}, 12),
+    ({"tokenizer_class": "LlamaTokenizer", "bos_token": "b"}, 4), ({"tokenizer_class": "GPT2TokenizerFast"}, 12),
+    ({"tokenizer_class": "GPTNeoXTokenizer"}, 12), ({"tokenizer_class": "PreTrainedTokenizerFast"}, 2)], ids=str)
+def test_a_bos_that_the_folder_does_not_name_is_the_default_of_its_tokenizers_class(names, prefix, tmp_path):
+    names |= {"added_tokens_decoder": {"12": added("<|endoftext|>", True)}}
+    if names["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer"):      # have no BOS
+        names |= {"eos_token": "</s>" if prefix == 2 else "<|endoftext|>"}
+    folder = write_tokenizer(tmp_path / "hf", files={"tokenizer_config.json": names})
+    auto, enc = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(folder)
+    assert prefix == (auto.eos_token_id if auto.bos_token_id is None else auto.bos_token_id)
+    assert D.encode_pair(enc, "", "a") == ([prefix], [3])
+
+
 @pytest.mark.parametrize("spoil", ["[]", '{"added_tokens_decoder": {"x": 1}}', '{"bos_token": "<s>", "add', "7"])
 def test_damaged_files_beside_a_tokenizer_are_one_line(spoil, tmp_path):
     folder = write_tokenizer(tmp_path / "hf")

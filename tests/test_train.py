@@ -694,6 +694,14 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(tokens, batch_s
         train.batch_shape(c, ranks)
 
 
+def see(monkeypatch, kind, count):
+    """From here on torch sees `count` devices of this kind, and may not be asked to compute on them."""
+    seen = torch.device(kind) if count else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: seen)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+
+
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A machine that looks as if it had two GPUs, under a bare `torchrun train.py`; returns the calls of execv."""
@@ -703,9 +711,7 @@ def two_gpus(monkeypatch):
         calls.append(args)
         raise InterruptedError("execv does not return")
     precision = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    see(monkeypatch, "cuda", 2)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(sys, "argv", ["train.py", "configs/moe.py", "--seed=1"])
     for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
@@ -732,18 +738,34 @@ def test_torchrun_does_not_start_over_for_the_cpu(two_gpus):
 
 def test_one_process_stays_one_where_it_is_all_that_was_asked_for(two_gpus, monkeypatch):
     one = (0, 1, torch.device("cuda:0"), torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    see(monkeypatch, "cuda", 1)
     assert train.set_up(TrainConfig()) == one                        # there is no other GPU, or none is visible
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    see(monkeypatch, "cuda", 2)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     assert train.set_up(TrainConfig()) == one                        # plain python
     assert two_gpus == []
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="device=cuda.*--device=cpu"):
-        train.set_up(TrainConfig(device="cuda"))
+@pytest.mark.parametrize("asked, kind, count, named", [
+    ("cuda", "", 0, "--device=cuda.*--device=cpu"), ("mps", "", 0, "--device=mps.*--device=cpu"),
+    ("mps", "cuda", 2, "--device=mps.*--device=cuda"), ("cuda", "mps", 1, "--device=cuda.*--device=mps"),
+])
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, asked, kind, count, named):
+    see(monkeypatch, kind, count)
+    with pytest.raises(UserError, match=named):
+        train.set_up(TrainConfig(device=asked))
+
+
+@pytest.mark.parametrize("asked", ["auto", "mps"])
+def test_an_apple_gpu_is_used_in_float32_and_uncompiled_and_by_one_rank(two_gpus, monkeypatch, asked):
+    see(monkeypatch, "mps", 1)
+    assert train.set_up(TrainConfig(device=asked)) == (0, 1, torch.device("mps:0"), torch.float32)
+    assert train.set_up(TrainConfig(device=asked, dtype="bfloat16")).dtype == torch.bfloat16
+    assert train.set_up(TrainConfig(device="cpu")).device == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 ranks.*1 x mps.*--nproc-per-node=1, or --device=cpu"):
+        train.set_up(TrainConfig(device=asked))
+    assert two_gpus == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -820,6 +842,7 @@ def test_the_peak_is_the_data_sheets_in_bfloat16_on_a_gpu_it_knows_and_else_meas
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Quadro")
     assert train.peak_flops(gpu, torch.bfloat16) == 7.0 and asked == [8192, 8192]
     assert train.peak_flops(cpu, torch.bfloat16) == 7.0 and asked == [8192, 8192, 1024]
+    assert train.peak_flops(torch.device("mps"), torch.bfloat16) == 7.0 and asked[3:] == [8192]
 
 
 @pytest.mark.parametrize("settings, corpus_tokens, want", [
