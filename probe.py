@@ -177,8 +177,8 @@ EXPERIMENTS: dict[str, Experiment] = {}
 def exact(x: Tensor | list[Tensor]) -> Tensor:
     """A tensor, or several of one shape stacked, in float64 on the CPU: once per micro-batch and sum,
     not per intervention."""
-    if isinstance(x, list):
-        x = torch.stack(x) if x else torch.zeros(0)
+    if isinstance(x, list):                       # with --spread on several devices
+        x = torch.stack([y.to(x[0].device) for y in x]) if x else torch.zeros(0)
     return x.cpu().double()
 
 def finest(device: torch.device) -> torch.dtype:
@@ -1260,9 +1260,9 @@ def heat(results: dict[str, Result], matrix_of: Callable[[Result], Sequence[Sequ
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
 USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
-                   "device dtype",
+                   "device dtype spread",
         "drop": "save data samples length tokens seed device dtype",
-        "sample": "new_tokens temperature top_k seed device dtype",
+        "sample": "new_tokens temperature top_k seed device dtype spread",
         "export": ""}
 
 def read_tokens(args: Any, model: GPT, saved: dict[str, Any]) -> tuple[Tensor, str]:
@@ -1478,6 +1478,7 @@ def read_arguments() -> tuple[Any, str]:
     add("--export", metavar="DIR", help="write a Hugging Face folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    add("--spread", action="store_true", help="a model too large for one GPU: its blocks on all of them")
     args = parser.parse_args()
     unset = object()                              # once more, to tell what is given from defaults
     given = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -1495,6 +1496,14 @@ def read_arguments() -> tuple[Any, str]:
           "--new_tokens and --temperature must not be negative, --top_k must be positive")
     check(args.seed >= 0, "--seed must not be negative")
     return args, does
+
+def devices_to_spread_over(device: torch.device) -> list[torch.device]:
+    """For --spread: all devices of this kind."""
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    check(count > 1, f"--spread takes two GPUs or more, and there is one {device.type}: leave it out")
+    check(os.environ.get("WORLD_SIZE", "1") == "1",
+          "--spread takes one process: start it with python, not torchrun")
+    return [torch.device(device.type, i) for i in range(count)]
 
 def join_ranks(device: torch.device, does: str) -> torch.device:
     """Find torchrun's other processes, if there are any; returns the device of this one."""
@@ -1532,7 +1541,8 @@ def main() -> None:
     device = choose_device(args.device)
     check(device.type != "mps" or args.dtype != "float64",
           "--dtype=float64: Apple's GPUs have none, use --device=cpu")
-    device = join_ranks(device, does)
+    spread = devices_to_spread_over(device) if args.spread else []
+    device = spread[0] if spread else join_ranks(device, does)
     several = len(args.checkpoints) > 1
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
     check(not (several and args.save), "--save goes with one checkpoint")
@@ -1542,7 +1552,7 @@ def main() -> None:
 
     results: dict[str, Result] = {}
     for path in args.checkpoints:
-        model, saved = load_model(path, device, getattr(torch, args.dtype))
+        model, saved = load_model(path, device, getattr(torch, args.dtype), spread)
         check(all(p.isfinite().all() for p in model.parameters()),
               f"{path} is damaged, it has weights that are nan or infinite: use another copy")
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]

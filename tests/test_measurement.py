@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import probe
-from helpers import (ROOT, Outcome, checkpoint_of, differences, loss_by_hand, make_model, make_tokens, run_python,
-                     run_script, streams_by_hand)
+from helpers import (ROOT, Outcome, assert_mistake, checkpoint_of, differences, loss_by_hand, make_model,
+                     make_tokens, run_python, run_script, streams_by_hand)
 from model import Block
 from probe import EXPERIMENTS, Experiment, cheapest_drops
 from test_experiments import MODELS, T, mean_norm, own_tokens
@@ -606,3 +606,48 @@ def test_ranks_say_a_mistake_in_one_line(tmp_path):
         done = torchrun(2, ROOT / "probe.py", "ckpt.pt", *mistake, "--device", "cpu", cwd=tmp_path)
         errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and words in errors[0] and done.status == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks spread over devices
+
+# Half of the blocks on a device that fails where it meets the CPU: see stand_in.py.
+SPREAD = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+import data, model, probe, stand_in
+from helpers import make_tokens
+from test_experiments import T
+from test_measurement import OF_PAIRS
+torch.set_num_threads(1)
+found = {{}}
+for name, spread in (("whole", ()), ("spread", ("cpu", stand_in.DEVICE))):
+    gpt, _ = data.load_model(sys.argv[1], "cpu", torch.float32, spread)
+    text = model.generate(gpt, make_tokens(2, 5), 6, temperature=0)
+    found[name] = {{"places": [block.ffn_norm.weight.device.type for block in gpt.blocks],
+                   "probe": probe.probe(gpt, make_tokens(4, T), remove=(1, 2)),
+                   "nats": probe.loglikelihoods(gpt, OF_PAIRS)[0], "text": text.tolist()}}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_model_whose_blocks_are_spread_over_devices_computes_the_same(kind, tmp_path):
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS[kind])), tmp_path / "ckpt.pt")
+    (tmp_path / "script.py").write_text(SPREAD)
+    done = run_python("script.py", "ckpt.pt", cwd=tmp_path)
+    assert done.status == 0, done.err
+    whole, spread = json.loads(done.out).values()
+    n = len(whole["places"])
+    assert whole.pop("places") == ["cpu"] * n
+    assert spread.pop("places") == ["cpu"] * math.ceil(n / 2) + ["stand_in"] * (n // 2)
+    del whole["probe"]["seconds"]
+    assert differences(whole, spread, lambda path: 1e-5, 1e-7) == []
+
+
+@pytest.mark.parametrize("what", [[], ["--sample", "a"]])
+def test_to_spread_over_one_device_is_refused(what, tmp_path, run_main):
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")
+    outcome = run_main(probe, tmp_path / "ckpt.pt", "--spread", "--device", "cpu", *what)
+    assert_mistake(outcome, "--spread takes two GPUs or more")
