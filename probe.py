@@ -807,8 +807,9 @@ def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
     watch: with the statistics of the blocks' attention.
     """
     B, T = run.mine.shape
-    on_cpu = run.tokens.device.type == "cpu"
-    at_once = TOKENS_AT_ONCE if on_cpu else 2 * TOKENS_AT_ONCE
+    at_once = TOKENS_AT_ONCE
+    if run.tokens.device.type != "cpu":            # measured: a narrow model does not fill a GPU with fewer
+        at_once = max(2 * TOKENS_AT_ONCE, 2**20 // run.d)
     cuts = {*range(0, B, max(1, at_once // T)), B}
     if fit:
         cuts.add(run.my_half)                      # so that no micro-batch is in both halves
@@ -1477,7 +1478,8 @@ def read_arguments() -> tuple[Any, str]:
     add("--top_k", type=int, default=50, help="of --sample: draw among the likeliest k (default 50)")
     add("--export", metavar="DIR", help="write a Hugging Face folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
+        help="of the weights and the stream; float32 on a GPU is float32, not TF32 (default: %(default)s)")
     add("--spread", action="store_true", help="a model too large for one GPU: its blocks on all of them")
     args = parser.parse_args()
     unset = object()                              # once more, to tell what is given from defaults
