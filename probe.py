@@ -809,7 +809,7 @@ def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
     B, T = run.mine.shape
     at_once = TOKENS_AT_ONCE
     if run.tokens.device.type != "cpu":            # measured: a narrow model does not fill a GPU with fewer
-        at_once = max(2 * TOKENS_AT_ONCE, 2**20 // run.d)
+        at_once *= max(2, 512 // run.d)
     cuts = {*range(0, B, max(1, at_once // T)), B}
     if fit:
         cuts.add(run.my_half)                      # so that no micro-batch is in both halves
@@ -1455,7 +1455,7 @@ def read_arguments() -> tuple[Any, str]:
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
     add("--only", default=",".join(EXPERIMENTS),
         help="experiments, or tasks for --tasks alone; usefulness and released fit affine maps, which "
-             "takes 32 n_layer n_embd^2 bytes of the CPU's memory (default: %(default)s)")
+             "takes each process 32 n_layer n_embd^2 bytes of the CPU's memory (default: %(default)s)")
     add("--data", help="prepared corpus, its validation split is used, or a text (default: the run's; "
                        "of a model without one Python's documentation)")
     add("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
