@@ -457,8 +457,8 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
     model = torch.compile(raw, dynamic=False) if compiled else raw
     if here.world > 1:
         ids = [here.device.index] if here.device.type == "cuda" else None
-        model = DDP(model, device_ids=ids, gradient_as_bucket_view=True,
-                    forward_sync_buffers=False)  # the only buffers are RoPE's tables
+        model = DDP(model, device_ids=ids, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False          # in a pass: the only buffers are RoPE's tables
     return raw, model
 
 def bare(c: ModelConfig) -> GPT:

@@ -1,9 +1,10 @@
-"""Run a script of ours on a stand-in for a GPU: `auto` finds it, it computes on the CPU, and torch takes it for another device.
+"""Run a script of ours on a stand-in for a GPU, which `auto` finds, and which computes on the CPU.
 
     python tests/stand_in.py train.py configs/gqa_deep.py --max_steps=3
 
-An operation that mixes it with the CPU fails, and so does float64 on it, which Apple's GPUs lack. The last line says how
-often the script waited for it: every value and every decision that comes back to the host is a wait.
+To torch it is another device: an operation that mixes it with the CPU fails, and so does float64 on it, which Apple's
+GPUs lack. The last line says how often the script waited for it: for every value, and every decision, that comes back
+to the host.
 """
 from __future__ import annotations
 
@@ -43,6 +44,9 @@ class OnDevice(Tensor):
                                             storage_offset=host.storage_offset())
         out.host = host
         return out
+
+    def tolist(self) -> list:                                # torch has none for a subclass
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -89,10 +93,12 @@ LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
 
 if __name__ == "__main__":
     import data
+    import probe
     import train
 
     generator = torch.Generator                              # torch has none for such a device
     torch.Generator = lambda device="cpu": generator()
+    probe.TOKENS_AT_ONCE = 64                                # several micro-batches of a tiny model
     train.gemm_rate = lambda *_: 1e11                        # only scales the MFU, and would take minutes
     sys.argv = sys.argv[1:]
     try:

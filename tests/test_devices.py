@@ -1,0 +1,151 @@
+"""The scripts on a device that is not the CPU, and which they take for a GPU: tests/stand_in.py.
+
+    python -m pytest -q tests/test_devices.py
+"""
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from helpers import ROOT, checkpoint_of, make_model, run_python, run_script
+from test_tasks import QUESTIONS, write_task
+from test_train import MOE, TINY, no_measuring, read_log, without_rates  # noqa: F401
+
+import probe
+import train
+from data import Corpus
+from train import TrainConfig
+
+KINDS = {"dense": dict(n_kv_head=1, recompute=True), "moe": MOE | dict(norm="peri", qk_norm="head", shared_hidden=8)}
+
+
+def on_device(cwd, script, *args):
+    """Run a script on the stand-in; returns what it printed, and how often it waited for the device."""
+    status, out, err = run_script("tests/stand_in.py", script, *args, cwd=cwd)
+    assert status == 0, err
+    *printed, last = out.splitlines(keepends=True)
+    return "".join(printed), int(re.fullmatch(r"waited (\d+) times: .*\n", last)[1])
+
+
+def told(kind, corpus, **given):
+    return TINY | KINDS[kind] | {"data": str(corpus), "stats_interval": 1, "eval_interval": 100} | given
+
+
+# ---- the instrument ----------------------------------------------------------------------------------------------
+SEEN = {                                                        # lines about x on the device, and what comes of them
+    "x + torch.ones(3)": "aten::add mixes the device with the CPU",
+    "x.double()": "float64 on a device that has none",
+    "torch.zeros(3, dtype=torch.float64, device=x.device)": "float64 on a device that has none",
+    "x[1].item()": 1, "float(x.sum())": 1, "x.cpu()": 1, "x.tolist()": 1, "torch.zeros(3).copy_(x)": 1, "x[x > 0]": 1,
+    "x.nonzero()": 1, "bool((x > 0).all())": 1, "x.add_(1).mul(2).view(3, 1).sum()": 0, "x + torch.tensor(1.0)": 0,
+    "x.copy_(torch.ones(3))": 0, "torch.ones(3).to(x.device)": 0}
+TRY = """
+import json, sys, torch, stand_in
+seen = {}
+for line in json.loads(sys.argv[1]):
+    x = torch.ones(3, device="stand_in")
+    stand_in.waits.clear()
+    try:
+        eval(line)
+        seen[line] = stand_in.waits.total()
+    except (RuntimeError, TypeError) as e:
+        seen[line] = str(e)
+print(json.dumps(seen))
+"""
+
+
+def test_the_stand_in_sees_what_a_gpu_would_mind():
+    done = run_python("-c", TRY, json.dumps([*SEEN]), env={"PYTHONPATH": str(ROOT / "tests")})
+    assert json.loads(done.out) == SEEN
+
+
+# ---- train.py ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_on_a_device_waits_once_a_step_and_goes_as_on_the_cpu_also_after_a_resume(kind, corpus, tmp_path):
+    def waits(name, steps, *more):
+        given = told(kind, corpus, device="auto", compile="auto", out_dir=name, max_steps=steps)
+        return on_device(tmp_path, "train.py", *(f"--{name}={value}" for name, value in given.items()), *more)[1]
+
+    whole, first = waits("whole", 5), waits("parts", 2)
+    assert whole - first == 5 - 2
+    assert waits("parts", 5, "--resume") - first == 3 - 2             # it takes 3 steps; weights wait for nothing
+    train.train(TrainConfig(**told(kind, corpus, out_dir=str(tmp_path / "cpu"), max_steps=5)))
+    log, parts, cpu = (without_rates(read_log(tmp_path / name)) for name in ("whole", "parts", "cpu"))
+    del parts[1]["val_loss"]                                          # as at the end of every run
+    assert parts == log
+    for ours, theirs in zip(log, cpu, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert torch.allclose(torch.tensor(ours[name]), torch.tensor(value), rtol=1e-4, atol=1e-6), name
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["device"] == "stand_in:0"
+
+
+@pytest.mark.parametrize("kind, asynchronous", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_batches_are_pinned_and_copied_while_the_cpu_goes_on_only_on_cuda(kind, asynchronous, corpus, monkeypatch):
+    """Elsewhere such a copy can read memory that is freed."""
+    pins, copies = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pins.append(t) or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *how, **more: copies.append((t, *how, more)) or t)
+    here = train.Process(0, 1, torch.device(kind), torch.float32)
+    c = TrainConfig(**TINY | {"data": str(corpus)})
+    (batch, *_) = batches = train.read_batches(Corpus(corpus), c, 8, 2, here, 0)
+    x, y = train.to_device(batch, here.device)
+    assert len(pins) == (2 * len(batches) if asynchronous else 0)
+    assert [copied for copied in copies if copied[0] is x or copied[0] is y] == [
+        (t, here.device, {"non_blocking": asynchronous}) for t in (x, y)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_lie_in_pinned_memory_and_arrive_there(corpus):
+    here = train.Process(0, 1, torch.device("cuda", 0), torch.float32)
+    c = TrainConfig(**TINY | {"data": str(corpus)})
+    for batch in train.read_batches(Corpus(corpus), c, 8, 2, here, 0):
+        there = train.to_device(batch, here.device)
+        assert all(t.is_pinned() for t in batch) and all(torch.equal(a, b.cpu()) for a, b in zip(batch, there))
+
+
+# ---- probe.py ----------------------------------------------------------------------------------------------------
+def assert_alike(ours, theirs, name=""):
+    """The same numbers up to float32's precision, in the same places."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key in theirs.keys() - {"seconds", "device"}:
+            assert_alike(ours[key], theirs[key], f"{name}.{key}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), name
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            assert_alike(a, b, f"{name}[{i}]")
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-5, nan_ok=True), name
+    else:
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_measures_scores_and_writes_as_the_cpu_does(kind, corpus, tmp_path, run_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train(TrainConfig(**told(kind, corpus, out_dir="run", max_steps=20, learning_rate=1e-2)))
+    task = write_task(tmp_path / "task", QUESTIONS)
+    measure = "run/ckpt.pt", "--samples=4", "--jacobian_samples=1", "--tasks", task
+    on_device(tmp_path, "probe.py", *measure, "--out=ours")
+    assert run_main(probe, *measure, "--out=theirs", "--device=cpu").status == 0
+    ours, theirs = (json.loads((tmp_path / name / "probe.json").read_text()) for name in ("ours", "theirs"))
+    assert ours["run"]["device"] == "stand_in" and "tasks" in ours and "jacobian" in ours
+    assert_alike(ours, theirs)
+
+    write = "run/ckpt.pt", "--sample=abc de", "--new_tokens=9"
+    assert on_device(tmp_path, "probe.py", *write)[0] == run_main(probe, *write, "--device=cpu").out
+
+
+def test_measuring_waits_for_the_device_a_few_times_per_micro_batch_and_not_per_intervention(corpus, tmp_path):
+    """Per block it may wait for what is fitted on the CPU, where the device has no float64."""
+    waits = {}
+    for n_layer in (2, 6):
+        model = make_model(torch.float32, vocab_size=320, n_layer=n_layer)
+        torch.save(checkpoint_of(model), tmp_path / "ckpt.pt")
+        few, many = (on_device(tmp_path, "probe.py", "ckpt.pt", f"--data={corpus}", f"--samples={n}",
+                               "--jacobian_samples=1")[1] for n in (10, 20))
+        waits[n_layer] = (many - few) / 2                             # micro-batches, of 5 sequences of 12 tokens
+    assert waits[2] < 30 and waits[6] - waits[2] <= 3 * 4             # blocks; there are 15 pairs, 11 runs, 15 updates
