@@ -484,7 +484,8 @@ def test_after_the_first_micro_batch_it_is_said_how_long_all_take(monkeypatch, c
                      "streams, micro-batch 3/5, 72 s, about 2.0 min in all"]      # 21 s and 5 times 20 s
 
 
-@pytest.mark.parametrize("only, sequences", [("causal", [2, 2, 2, 1]), ("usefulness", [2, 1, 1, 2, 1]), ("causal", [7])])
+@pytest.mark.parametrize("only, sequences", [("causal", [2, 2, 2, 1]), ("usefulness", [2, 1, 1, 2, 1]),
+                                             ("causal", [7])])
 def test_the_estimate_sees_the_lines_of_a_real_measurement(only, sequences, cli, workplace, monkeypatch, no_matplotlib):
     """A clock on which a micro-batch takes a minute for each of its sequences."""
     now = [0.0]
