@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, checkpoint_of, make_model, run_python, run_script
 from test_tasks import QUESTIONS, write_task
-from test_train import MOE, TINY, no_measuring, read_log, without_rates  # noqa: F401
+from test_train import MOE, TINY, read_log, without_rates
 
 import probe
 import train
