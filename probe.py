@@ -1436,7 +1436,7 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
 
 def first_share(only: Sequence[str], B: int, T: int) -> float:
     """The share of the B sequences that the first micro-batch of `passes` takes."""
-    size = min(B, max(1, TOKENS_AT_ONCE // T))
+    size = min(B, max(1, TOKENS_AT_ONCE // max(1, T)))       # what is empty is refused later
     if any(EXPERIMENTS[name].fits for name in only if name in EXPERIMENTS):
         size = min(size, max(1, B // 2))
     return size / max(1, B)
