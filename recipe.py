@@ -380,9 +380,12 @@ def default_results(args: Any) -> Path:
 
 def read_rows(path: Path) -> tuple[list[Row], list[int]]:
     """The rows in a results.jsonl, if there is one; and the numbers of lines that are damaged, as
-    the last one is where a machine stopped."""
+    one is that a machine was writing when it stopped."""
     rows, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             whole = all(row[name] for name in ("member", "settings", "experiments", "scores"))

@@ -12,6 +12,7 @@ import string
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -631,6 +632,20 @@ def test_a_row_goes_to_a_line_of_its_own_after_one_that_was_cut(record, tmp_path
     record("gqa_16")
     rows, damaged = read_rows(path)
     assert damaged == [1] and rows[0] == row and [row["member"] for row in rows] == ["gqa_4", "gqa_16"]
+
+
+def test_rows_that_are_recorded_at_the_same_time_do_not_mix(tmp_path, monkeypatch):
+    """Long ones, so that a buffer would be written in pieces."""
+    def long_row(job, c):
+        text = chr(ord("a") + job.seed) * 300_000
+        return {"member": job.member, "seed": job.seed, "settings": {"x": 1}, "experiments": [text], "scores": {"y": 2}}
+    monkeypatch.setattr(recipe, "row_of", long_row)
+    args = arguments(out=str(tmp_path / "out"))
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda seed: recipe.record(Job("gqa_4", seed, tmp_path), args), range(24)))
+    rows, damaged = read_rows(args.results)
+    assert not damaged and sorted(row["seed"] for row in rows) == list(range(24))
+    assert all(set(row["experiments"][0]) == {chr(ord("a") + row["seed"])} for row in rows)
 
 
 def test_what_cannot_be_recorded_is_said_and_is_not_done(invent, tmp_path, capsys):
