@@ -550,7 +550,7 @@ def report(args: Any, families: Sequence[str]) -> None:
     check(found, f"no finished run in {args.results}: "
           f"python recipe.py run depth --scale {args.scale}")
     out = Path(args.out, args.scale)
-    make_folder(out)
+    make_folder(out, "--out")
     for family, runs in found.items():
         report_family(family, runs, args.scale, out)
     if len(families) < len(FAMILIES):
