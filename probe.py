@@ -30,6 +30,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics as PYTHON_TOPICS     # English that is wherever Python is
@@ -124,8 +125,8 @@ class Run:
         self.totals.append(torch.zeros(shape, dtype=torch.float64))
         return self.totals[-1]
 
-    def add_over_ranks(self, sums: Iterable[Tensor]) -> None:
-        """Make sums those of all ranks, in place."""
+    def make_whole(self, sums: Iterable[Tensor]) -> None:
+        """Make of this rank's sums those of all ranks, in place."""
         for x in sums:
             if not self.counts:
                 x.zero_()
@@ -775,7 +776,7 @@ def probe(model: GPT, tokens: Tensor, experiments: Sequence[str] | None = None, 
                 answer.clear()                     # experiments may keep the list, not its streams
         p.h.clear()
         p.details.clear()
-    run.add_over_ranks(run.totals)
+    run.make_whole(run.totals)
     result = {"loss": plain(loss / run.predictions)}
     for name, experiment in running.items():
         part = plain(result_of(name, experiment))
@@ -871,7 +872,7 @@ def fit_maps(run: Run, bounds: Sequence[tuple[int, int]], watch: bool) -> Forwar
             half = second_half if start >= run.my_half else first_half
             add_moments(half, [x.to(device) for x in h])
             add_moments([to_recorded], [x.to(device) for x in recorded(run, h)[-2:]])
-    run.add_over_ranks([*first_half, *second_half, to_recorded])
+    run.make_whole([*first_half, *second_half, to_recorded])
     run.half_maps = [solved(first) for first in first_half]
     run.maps = [solved(first + second) for first, second in zip(first_half, second_half)]
     run.recorded_map = solved(to_recorded)
@@ -1718,7 +1719,8 @@ def join_ranks(device: torch.device, does: str) -> torch.device:
                             f"use --nproc-per-node={gpus}, or --device=cpu")
         device = torch.device(device.type, local)
         torch.accelerator.set_device_index(local)
-    dist.init_process_group("gloo")               # on GPUs too: the sums are added on the CPU
+    # gloo on GPUs too, for the sums are added on the CPU; who is done may wait long for the slowest
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)
     return device
 
