@@ -935,10 +935,17 @@ def test_every_line_of_the_variance_over_training_is_named_where_it_ends(drawn):
     assert thick == [[(10, pytest.approx(90)), (20, pytest.approx(math.sqrt(24)))],
                      [(10, pytest.approx(90)), (20, pytest.approx(8))]]
     assert not fig.legends and ax.get_legend() is None and ax.get_yscale() == "log"
-    names = {text.get_text(): text for text in ax.texts}
-    assert list(names) == DEPTH_LABELS
+    assert [text.get_text() for text in ax.texts] == DEPTH_LABELS
     assert [text.xy for text in ax.texts] == [(20, pytest.approx(math.sqrt(24))), (20, pytest.approx(8))]
-    assert names[DEPTH_LABELS[1]].xyann[1] - names[DEPTH_LABELS[0]].xyann[1] > 0.04           # none over another
+
+
+def test_names_of_lines_that_end_together_do_not_cover_each_other(drawn):
+    fig = drawn(recipe.draw_variance, "depth", [(member, 0, dict(variance=variance)) for member, variance in (
+        ("depth_12", 5.0), ("depth_16", 5.0), ("depth_24", 5.001), ("depth_32", 4.999))])
+    fig.draw_without_rendering()
+    text_alone = pytest.importorskip("matplotlib.text").Text.get_window_extent          # without the line to it
+    boxes = sorted(text_alone(text).extents.tolist()[1::2] for text in fig.axes[0].texts)
+    assert len(boxes) == 4 and all(top <= bottom for (_, top), (bottom, _) in zip(boxes, boxes[1:]))
 
 
 def test_each_norm_has_a_panel_of_its_own(drawn):
