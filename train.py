@@ -519,7 +519,8 @@ def compile_blocks(model: GPT) -> None:
     """torch.compile, a block at a time: one graph serves them all, and between two of them the
     ranks exchange gradients (DDP) or fetch weights (FSDP2).
 
-    Of a whole model DDP would make a graph for each 25 MB of gradients.
+    Of a whole model DDP makes a graph for each 25 MB of gradients: of configs/paper/dense_1b.py 66,
+    where this makes one, in less than half the time.
     """
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = 4 * len(model.blocks) + 8    # lns: each block is a graph
