@@ -1140,7 +1140,8 @@ def goal_of(name: str, settings: dict[str, Any]) -> float | None:
     if settings.get("learning_rate") and settings.get("max_steps"):
         # What counts is rate x decay x steps.
         decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
-        goal = decayed / settings["learning_rate"] / settings["max_steps"]
+        goal = min(COVERED["weight_decay"].most,               # of a short run it would be huge
+                   decayed / settings["learning_rate"] / settings["max_steps"])
     return None if settings.get("weight_decay", 0) > 0.95 * goal else goal
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -1162,6 +1162,11 @@ def test_the_next_step_is_as_far_as_it_is_in_models_of_this_size(invent, width, 
     assert then == f"then: {goal}n_kv_head 2, n_experts {experts}"
 
 
+def test_no_more_decay_is_advised_than_the_paper_tried(invent):
+    *_, first, _ = diagnose(checkpoint(invent("gqa_4", variance=31.0), max_steps=20)).splitlines()
+    assert first.startswith("next in the paper's ladder: weight_decay 3, here 0.1;")
+
+
 def test_a_model_of_others_is_told_what_the_ladder_has(invent):
     """No learning rate, no steps, no decay is known of it; of five heads only one key head can be shared."""
     out = invent("gqa_4")
