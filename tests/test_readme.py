@@ -1,4 +1,8 @@
-"""The README's worked examples, run as they stand there: its text is what a reader pastes."""
+"""The README's worked examples, run as they stand there: its text is what a reader pastes.
+
+And what it and the pages that it leads to say of the files: links, names, columns, times.
+"""
+import ast
 import json
 import re
 import shutil
@@ -9,6 +13,8 @@ import torch
 from helpers import ROOT, assert_mistake, run_python
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *ROOT.glob("configs/*/README.md"), *ROOT.glob("assets/*.md"),
+         ROOT / "tests/bench/README.md"]
 TINY = ["--n_layer=3", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokens_per_step=64", "--max_steps=4",
         "--eval_tokens=160", "--device=cpu", "--compile=false"]
 
@@ -129,3 +135,76 @@ with torch.no_grad():
             x = y
 print(json.dumps((cosines / idx.numel()).tolist()))
 """
+
+
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 250 and len(README.encode()) <= 14_000
+
+
+def without_code(text):
+    return re.sub(r"```.*?```|^    .*?$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = without_code(page.read_text())
+    targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
+    targets = [inline or reference for inline, reference in targets]
+    assert targets or page.parent.name == "bench"
+    for target in targets:
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (page.parent / file).resolve() if file else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_cell_of_a_table_is_too_wide_to_read(page):
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    cells = [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row.strip("|"))]
+    assert [cell for cell in cells if len(cell) > 120] == []
+
+
+def test_what_the_readme_looks_for_is_where_it_says():
+    places = re.findall(r"`(\w+)` in\s`(\w+\.py)`", README)
+    assert len(places) >= 8
+    for name, file in places:
+        tree = ast.parse((ROOT / file).read_text())
+        named = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for node in tree.body:
+            if isinstance(node, ast.Assign):
+                named |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        assert name in named, f"{name} is not in {file}"
+
+
+def test_every_experiment_and_every_column_of_the_tables_is_in_the_readme():
+    from probe import EXPERIMENTS
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    explained = set(re.findall(r"`([^`]+)`", "\n".join(rows).replace("\\|", "|")))
+    for name, experiment in EXPERIMENTS.items():
+        columns = {column for column, _, _ in experiment.columns} | set(experiment.scores)
+        missing = {column for column in columns if not column.startswith("rel.")} - explained
+        assert name in explained and not missing, (name, missing)
+
+
+def test_the_first_run_takes_as_long_wherever_its_time_is_said():
+    said = {}
+    for file in ("README.md", "train.py", "configs/gqa_deep.py"):
+        said[file] = set(re.findall(r"[\w.]+ to [\w.]+ minutes on two cores", (ROOT / file).read_text()))
+    assert len(set.union(*said.values())) == 1 and all(said.values()), said
+
+
+def test_the_pages_of_configs_name_every_config():
+    page = (ROOT / "configs/paper/README.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    for scale in ("paper", "laptop"):
+        configs = {file.stem for file in (ROOT / "configs" / scale).glob("*.py")} - {"base"}
+        assert configs and configs <= named
