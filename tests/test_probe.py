@@ -138,7 +138,7 @@ def shapes_of(result: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
 def test_probe_json_holds_every_promised_key(kind, cli, workplace, corpus):
     pytest.importorskip("matplotlib")
     code, out, err = cli(f"{kind}/ckpt.pt", "--samples", 7)
-    assert (code, err) == (0, "")
+    assert code == 0 and all(", micro-batch " in line for line in err.splitlines())    # progress, where it takes long
     r = strict_json(workplace / kind / "probe.json")
     n, one = 4, [4]
     of_jacobian = dict.fromkeys(("deviation", "diagonal_mean", "diagonal_std", "off_diagonal", "spectral"), one)
