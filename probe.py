@@ -812,7 +812,7 @@ def passes(run: Run, fit: bool, watch: bool) -> Iterator[Pass]:
     """
     B, T = run.mine.shape
     at_once = TOKENS_AT_ONCE
-    if run.tokens.device.type != "cpu":            # a narrow model does not fill a GPU with fewer
+    if run.tokens.device.type != "cpu":            # measured on an H200: a narrow model does not fill it
         at_once *= max(2, 512 // run.d)
     cuts = {*range(0, B, max(1, at_once // T)), B}
     if fit:
