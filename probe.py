@@ -407,7 +407,7 @@ EXPERIMENTS["usefulness"] = Experiment(
             "log ratio": lambda r: r["usefulness"]["mean_log_ratio"],
             "heldout": lambda r: r["usefulness_heldout"]["mean_log_ratio"]},
     figure=lambda results: lollipops(
-        results, affine_ratios, "Loss with a block replaced by its best affine map",
+        results, affine_ratios, "Loss with a block's best affine map instead",
         "block", "loss with the map / loss", line=USEFUL, line_label=f"useful\nabove {USEFUL}"),
     fits=True)
 
@@ -1395,10 +1395,10 @@ def curves(results: dict[str, Result], lines_of: Named, title: str, xlabel: str,
             ax.plot(shown, color=color, marker="o", markersize=3, **look)
         ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if scale == "log" else "linear")
         if scale == "percent":
-            lowest = min(0, *(np.nanmin(line.get_ydata()) for line in ax.lines))
+            shown = np.concatenate([line.get_ydata() for line in ax.lines])
             ax.axhline(0, color="black", linewidth=0.5)
-            ax.set_yscale("symlog", linthresh=1)
-            ax.set_ylim(bottom=2 * lowest - 0.3)         # of itself it shows as much below 0 as above
+            ax.set_yscale("symlog", linthresh=1)         # which shows as much below 0 as above
+            ax.set_ylim(2 * min(np.nanmin(shown), 0) - 0.3, 2 * max(np.nanmax(shown), 0) + 0.3)
             ax.yaxis.set_major_formatter(lambda x, _: f"{x:+,.0f}%" if x else "0%")
     return Panel(title, onto)
 
