@@ -1333,8 +1333,14 @@ def picture(results: dict[str, Result], names: Sequence[str]) -> Any:
     rows += [[panel] for panel in panels if panel.count > 1]
     heights = [2.9 * math.ceil(row[0].count / 3) for row in rows]
     heading = heading_of(results, names)
-    fig = Figure(figsize=(8, sum(heights) + 0.2 * heading.count("\n") + 0.8), layout="constrained")
-    fig.suptitle(heading, fontsize=9)
+    room = 0.16 * sum(line.count("\n") + 1 for line in heading) + 0.6
+    fig = Figure(figsize=(8, sum(heights) + room), layout="constrained")
+    if len(results) > 1 and single:              # then the colors tell the results
+        colors = [*in_turn(COLORS, len(results)), "none"]
+        fig.legend(handles=line_samples(heading, [{"color": color} for color in colors]),
+                   loc="outside upper center")
+    else:
+        fig.suptitle("\n".join(heading), fontsize=9)
     strips = fig.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
     for strip, row in zip(strips, rows):
         for place, panel in zip(strip.subfigures(1, len(row), squeeze=False)[0], row):
@@ -1346,9 +1352,18 @@ def picture(results: dict[str, Result], names: Sequence[str]) -> Any:
             panel.draw(axes[:panel.count])
     return fig
 
-def heading_of(results: dict[str, Result], names: Sequence[str]) -> str:
-    """What was measured, what it comes to, and on what: of one experiment all its scores, of several
-    the HEADLINES."""
+def in_turn(things: Sequence[Any], count: int) -> list[Any]:
+    """So many of the things, from the first again after the last."""
+    return [things[i % len(things)] for i in range(count)]
+
+def line_samples(labels: Sequence[str], looks: Sequence[dict[str, Any]]) -> list[Any]:
+    """Entries of a legend."""
+    from matplotlib.lines import Line2D
+    return [Line2D([], [], label=label, **look) for label, look in zip(labels, looks)]
+
+def heading_of(results: dict[str, Result], names: Sequence[str]) -> list[str]:
+    """What was measured and what it comes to, a line per result, and on what. Of one experiment all
+    its scores, of several the HEADLINES."""
     columns = {"loss", *EXPERIMENTS[names[0]].scores} if len(names) == 1 else HEADLINES
     lines, tokens = [], []
     for label, r in results.items():
@@ -1364,13 +1379,13 @@ def heading_of(results: dict[str, Result], names: Sequence[str]) -> str:
         lines.append(f"{label}: {', '.join(said)}")
     if tokens:
         lines.append(f"on {listed(dict.fromkeys(tokens))}")
-    return "\n".join(textwrap.fill(line, 115) for line in lines)
+    return [textwrap.fill(line, 112) for line in lines]
 
 def settings_of(c: dict[str, Any]) -> list[str]:
     """A model's size, and what makes it another than the plain dense one."""
     said = [f"{c['n_layer']} layers {c['n_embd']} wide"]
     if c["n_kv_head"] != c["n_head"]:
-        said.append(f"{c['n_head']} heads on {c['n_kv_head']}")
+        said.append(f"GQA {c['n_head']}:{c['n_kv_head']}")
     if c["n_experts"]:
         said.append(f"{c['n_experts']} experts, top {c['top_k']}")
     if c["norm"] != "pre":
@@ -1404,32 +1419,23 @@ def curves(results: dict[str, Result], lines_of: Named, title: str, xlabel: str,
 
 def in_looks(ax: Any, results: dict[str, Result], values_of: Named,
              looks: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, str, dict[str, Any]]]:
-    """The values of each result and name, with the color and the look to draw them in; and their
-    legend. The look tells the name, the color the result or, where there is one, again the name."""
+    """The values of each result and name, with the color and the look to draw them in. The look tells
+    the name, the color the result (see the heading) or, where there is one, again the name."""
     found = [values_of(r) for r in results.values()]
     names = list(dict.fromkeys(name for values in found for name in values))
     several = len(results) > 1
-    add_legend(ax, list(results) if several else [], names if len(names) > 1 else [], looks)
+    colors = in_turn(COLORS, max(len(found), len(names)))
+    if len(names) > 1:                           # below the axes: curves may be anywhere above
+        own = [{"color": "gray" if several else color} for color in colors]
+        samples = line_samples(names, [a | b for a, b in zip(in_turn(looks, len(names)), own)])
+        ax.figure.legend(handles=samples, loc="outside lower center", ncols=3, columnspacing=1.2)
     # Ticks at whole blocks only, and none where there is no block
     ax.set_xlim(-0.5, max(len(x) for values in found for x in values.values()) - 0.5)
     ax.locator_params("x", integer=True)
     for k, values in enumerate(found):
         for name, x in values.items():
             i = names.index(name)
-            color = COLORS[(k if several else i) % len(COLORS)]
-            yield np.array(x, dtype=float), color, looks[i % len(looks)]
-
-def add_legend(ax: Any, labels: list[str], names: list[str], looks: list[dict[str, Any]]) -> None:
-    """A legend below the axes, since curves may be anywhere above: an entry per result and one per
-    name, not one for each of both."""
-    from matplotlib.lines import Line2D
-    entries = [Line2D([], [], color=COLORS[k % len(COLORS)], label=label)
-               for k, label in enumerate(labels)]
-    for i, name in enumerate(names):
-        color = "gray" if labels else COLORS[i % len(COLORS)]
-        entries.append(Line2D([], [], color=color, label=name, **looks[i % len(looks)]))
-    if entries:
-        ax.figure.legend(handles=entries, loc="outside lower center", ncols=3, columnspacing=1.2)
+            yield np.array(x, dtype=float), colors[k if several else i], looks[i % len(looks)]
 
 def lollipops(results: dict[str, Result], ratios_of: Named, title: str, xlabel: str, ylabel: str,
               line: float, line_label: str) -> Panel:
@@ -1486,7 +1492,7 @@ def heat(results: dict[str, Result], matrix_of: Callable[[Result], Sequence[Sequ
         for ax, (label, a) in zip(axes, maps.items()):
             shown = np.where(blank[label], np.nan, np.maximum(a, low))
             image = ax.imshow(shown, norm=LogNorm(low, high), aspect="auto")
-            ax.set(xlabel=xlabel, ylabel=ylabel, title=label if len(results) > 1 else "")
+            ax.set(xlabel=xlabel, ylabel=ylabel, title=textwrap.fill(label, 26) if len(maps) > 1 else "")
             ax.locator_params("both", integer=True)
             hatch(ax, np.isnan(a) & ~blank[label])
         axes[0].figure.colorbar(image, ax=axes, label=f"{unit} (log scale)", format="%g",

@@ -345,6 +345,13 @@ def legend(place: Any) -> list[str]:
     return [text.get_text() for of_panel in place.legends for text in of_panel.get_texts()]
 
 
+def heading(fig: Any) -> list[str]:
+    """What is above all panels, line by line."""
+    lines = [text.get_text() for of_page in fig.legends for text in of_page.get_texts()]
+    assert bool(lines) != bool(fig.get_suptitle())
+    return lines or fig.get_suptitle().splitlines()
+
+
 def look(artist: Any) -> tuple[str, str, str]:
     """How a line is told from others."""
     return artist.get_color(), artist.get_linestyle(), artist.get_markerfacecolor()
@@ -394,8 +401,11 @@ def test_curves_are_drawn_of_all_results(name, labels):
         styles.setdefault(called, set()).add(line.get_linestyle())
     for looks in (colors, styles):                                   # the color is the model's, the style the line's
         assert all(len(of_one) == 1 for of_one in looks.values()) and len(set.union(*looks.values())) == len(looks)
-    entries = [*labels] if len(labels) > 1 else []
-    assert legend(place) == entries + (list(styles) if len(styles) > 1 else [])
+    assert legend(place) == (list(styles) if len(styles) > 1 else [])
+    if len(labels) > 1:                                              # the heading tells the colors
+        samples = place.figure.figure.legends[0].legend_handles
+        told = {text.split(":")[0]: {line.get_color()} for text, line in zip(heading(place.figure.figure), samples)}
+        assert told == colors
     assert_not_on_the_frame(ax, [y for line in lines for y in line.get_ydata()])
 
 
@@ -450,7 +460,7 @@ def test_usefulness_is_drawn_in_sample_and_held_out_as_points_on_stems_that_begi
         assert ends[below, 1] == pytest.approx(np.stack([np.array(x)[below], np.array(ratio)[below]], 1), rel=1e-4)
         assert set(line.get_xdata()) <= set(ends[:, 1, 0])
     assert len({look(line) for line in points}) == len(points)               # no two alike
-    assert legend(place) == [*(labels if len(labels) > 1 else []), "in-sample", "held out"]
+    assert legend(place) == ["in-sample", "held out"]
     assert [1.1, 1.1] in [list(line.get_ydata()) for line in ax.lines]
     assert "useful\nabove 1.1" in [text.get_text() for text in ax.texts]
 
@@ -557,8 +567,8 @@ def test_the_heading_tells_model_tokens_loss_and_scores():
     s = {name: f"{score:.4g}" for name, score in scores_by_hand("dense").items()}
 
     def said(results, names):
-        return page(results, names).get_suptitle().replace("\n", " ")
-    size = "5 layers 64 wide, 4 heads on 1, 8 experts, top 2, norm lns"
+        return " ".join(heading(page(results, names))).replace("\n", " ")
+    size = "5 layers 64 wide, GQA 4:1, 8 experts, top 2, norm lns"
     assert said({"deep": r}, PAGE) == (
         f"deep: {size}, loss {s['loss']}, causal {s['causal']}, permutation {s['permuted']}, usefulness {s['useful']}, "
         "accuracy 0.342 (chance 0.333) on 7 x 16 tokens of my.txt")
@@ -574,7 +584,7 @@ def test_no_line_of_a_heading_or_title_is_wider_than_its_place():
     """Whatever models are called; at 9 points a page takes some 120 characters."""
     labels = {"a_model_with_quite_a_long_name" + "_" * i: measured("dense") for i in range(4)}
     fig = page(labels, PAGE)
-    assert max(map(len, fig.get_suptitle().splitlines())) <= 115
+    assert max(len(line) for text in heading(fig) for line in text.splitlines()) <= 112
     for strip in fig.subfigs:
         for place in strip.subfigs:
             assert max(map(len, place.get_suptitle().splitlines())) <= 92 / len(strip.subfigs)
