@@ -224,14 +224,20 @@ def variance(run: Run) -> Questions:
     return {"variance": of_streams, "attn_variance": attn / run.positions,
             "ffn_variance": ffn / run.positions, "variance_growth": growth}
 
+def added_variances(r: Result) -> dict[str, Sequence[float]]:
+    """The variance of the stream after each block, and of what joined it there."""
+    lines = {"stream": r["variance"][1:], "attention adds": r.get("attn_variance"),
+             "FFN adds": r.get("ffn_variance")}
+    return {name: values for name, values in lines.items() if values is not None}
+
 EXPERIMENTS["variance"] = Experiment(
     variance,
     columns=[("variance", lambda r: r["variance"][1:], "of the stream after the block"),
              ("growth", lambda r: r["variance_growth"], "of the variance in the block")],
     scores={"last var.": lambda r: r["variance"][-1]},
     figure=lambda results: curves(
-        results, lambda r: {"": r["variance"]}, "Variance of the residual stream",
-        "blocks passed (0: embedding)", "variance", log=True))
+        results, added_variances, "Variance of the stream after each block",
+        "block (not shown: the embedding's output h_0)", "variance", scale="log"))
 
 # ---- causal score --------------------------------------------------------------------------------
 def causal(run: Run) -> Questions:
@@ -275,7 +281,8 @@ EXPERIMENTS["causal"] = Experiment(
     columns=[("causal", lambda r: later_means(r["causal"]), "later updates without it")],
     scores={"causal": lambda r: r["causal_mean"]},
     figure=lambda results: heat(
-        results, lambda r: r["causal"], "Causal score C[s, l]", "later block l", "skipped block s"))
+        results, lambda r: r["causal"], "Causal score: how block l's update changes without block s",
+        "later block l", "skipped block s", "change / update", empty=np.tri))
 
 # ---- permutation score ---------------------------------------------------------------------------
 def permutation(run: Run) -> Questions:
@@ -319,8 +326,9 @@ EXPERIMENTS["permutation"] = Experiment(
     columns=[("permuted", lambda r: swap_means(r["permutation"]), "loss change of its swaps")],
     scores={"permuted": lambda r: r["permutation_mean"]},
     figure=lambda results: heat(
-        results, lambda r: r["permutation"], "Relative change of the loss by a swap", "block j",
-        "block i"))
+        results, lambda r: r["permutation"],
+        "Permutation score: how the loss changes when blocks i and j are swapped",
+        "block j", "block i", "change of the loss / loss", empty=np.eye))
 
 # ---- usefulness ----------------------------------------------------------------------------------
 def usefulness(run: Run) -> Questions:
@@ -385,6 +393,11 @@ def affine_map(moments: Tensor) -> Map:
     W = scale[:, None] * (inverse @ (scale[:, None] * cov_xy))
     return W, mean_y - mean_x @ W
 
+def affine_ratios(r: Result) -> dict[str, Sequence[float]]:
+    """The loss ratios with each block's affine map, by what it was fitted to."""
+    found = {"in-sample": "usefulness", "held out": "usefulness_heldout"}
+    return {name: r[key]["ratio"] for name, key in found.items() if key in r}
+
 EXPERIMENTS["usefulness"] = Experiment(
     usefulness,
     columns=[("affine", lambda r: r["usefulness"]["ratio"],
@@ -394,9 +407,9 @@ EXPERIMENTS["usefulness"] = Experiment(
     scores={"useful": lambda r: r["usefulness"]["score"],
             "log ratio": lambda r: r["usefulness"]["mean_log_ratio"],
             "heldout": lambda r: r["usefulness_heldout"]["mean_log_ratio"]},
-    figure=lambda results: bars(
-        results, lambda r: r["usefulness"]["ratio"], "Loss with a block replaced by its best affine map",
-        "block", "loss ratio", line=USEFUL, line_label=f"useful above {USEFUL}"),
+    figure=lambda results: lollipops(
+        results, affine_ratios, "Loss with a block's best affine map instead",
+        "block", "loss with the map / loss", line=USEFUL, line_label=f"useful\nabove {USEFUL}"),
     fits=True)
 
 # ---- the scores as the released scripts compute them ---------------------------------------------
@@ -516,8 +529,8 @@ EXPERIMENTS["removal"] = Experiment(
              ("influence", lambda r: r["block_influence"], "1 - cosine of its input and output")],
     scores={"influence": lambda r: float(np.mean(r["block_influence"]))},
     figure=lambda results: curves(
-        results, removed_runs, "Perplexity without a run of blocks", "first removed block",
-        "perplexity ratio", log=True))
+        results, removed_runs, "How much the perplexity grows without a block or a run of blocks",
+        "block, of a run the first", "growth of the perplexity", scale="percent"))
 
 # ---- Jacobian ------------------------------------------------------------------------------------
 def jacobian(run: Run) -> Questions:
@@ -568,7 +581,8 @@ EXPERIMENTS["jacobian"] = Experiment(
     scores={"|J-I|/d": lambda r: float(np.mean(r["jacobian"]["deviation"]))},
     figure=lambda results: curves(
         results, lambda r: {"": r["jacobian"]["deviation"]},
-        "Distance of the Jacobian from the identity", "block", r"$\|J - I\|_F\,/\,d$"))
+        "How far each block's mean Jacobian J is from the identity", "block",
+        r"$\|J - I\|_F\,/\,d$", scale="log"))
 
 # ---- what the streams say, and what blocks add ---------------------------------------------------
 def lens(run: Run) -> Questions:
@@ -602,8 +616,9 @@ EXPERIMENTS["lens"] = Experiment(
     columns=[("lens KL", lambda r: r["lens"]["kl"][1:],
               "from the model's output to the one read after it")],
     figure=lambda results: curves(
-        results, lambda r: {"": r["lens"]["kl"]}, "What each stream already says",
-        "blocks passed (0: embedding)", "KL to the model's output (nats)"))
+        results, lambda r: {"": r["lens"]["kl"][1:]},
+        "Lens: how far what the head reads after each block is from the model's output",
+        "block (not shown: the embedding's output h_0)", "KL divergence (nats)"))
 
 def contribution(run: Run) -> Questions:
     """How large is what attention and FFN add, and does it point where the stream points?  (after
@@ -1269,76 +1284,231 @@ def say_without_figures() -> None:
     except ImportError:
         print("no figures without matplotlib: pip install matplotlib", file=sys.stderr, flush=True)
 
+# A panel is drawn by one function, onto axes that it is given: `picture` puts one on a page, or many.
+class Panel(NamedTuple):
+    """A drawing that has no place yet."""
+    title: str
+    draw: Callable[[list[Any]], None]       # onto so many axes
+    count: int = 1
+
+PAGE = ("variance", "usefulness", "removal", "lens", "causal", "permutation")    # of probe.png
+HEADLINES = {"loss", "causal", "permuted", "useful", "accuracy"}                  # its scores
+IN_FULL = {"permuted": "permutation", "useful": "usefulness", "log ratio": "mean log ratio",
+           "heldout": "held out", "last var.": "last variance", "influence": "mean block influence"}
+# Told apart by all eyes (Okabe and Ito)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = [{"linestyle": style} for style in ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))]
+POINTS = [{"linestyle": "", "marker": "o", "markersize": 4, "markerfacecolor": face}
+          for face in (None, "white")]
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+         "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.2}
+
 def draw(results: dict[str, Result], out: Path) -> str:
-    """The figure of each experiment that all results have, as a PNG in the folder `out`. Says where
-    they are; empty where there are none."""
+    """The figure of each experiment that all results have, and probe.png with those of PAGE, as PNG
+    and SVG in the folder `out`. Says where they are; empty where there are none."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
     except ImportError:
         return ""
     names = [name for name, experiment in EXPERIMENTS.items()
              if experiment.figure and all(name in r for r in results.values())]
-    for name in names:
-        EXPERIMENTS[name].figure(results).savefig(out / f"{name}.png", dpi=130)
-    return f"figures in {out}" if names else ""
+    pictures = {name: [name] for name in names}
+    of_page = [name for name in PAGE if name in names]
+    if of_page:
+        pictures["probe"] = of_page
+    with matplotlib.rc_context(STYLE):
+        for file, shown in pictures.items():
+            fig = picture(results, shown)
+            for ending in ("png", "svg"):
+                fig.savefig(out / f"{file}.{ending}", dpi=150)
+    on_a_page = f", on one page in {out / 'probe.png'}" if of_page else ""
+    return f"figures in {out}{on_a_page}" if names else ""
 
-def new_figure(title: str, columns: int = 1) -> tuple[Any, list[Any]]:
-    """An empty figure and its axes, so many side by side."""
+def picture(results: dict[str, Result], names: Sequence[str]) -> Any:
+    """The panels of these experiments under one heading, in a figure that is 8 inches wide: two in
+    a row, one that has several axes in a row of its own."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(2 + 4 * columns, 4), layout="constrained")
-    fig.suptitle(title)
-    return fig, list(fig.subplots(1, columns, squeeze=False)[0])
+    panels = [EXPERIMENTS[name].figure(results) for name in names]
+    single = [panel for panel in panels if panel.count == 1]
+    rows = [single[i:i + 2] for i in range(0, len(single), 2)]
+    rows += [[panel] for panel in panels if panel.count > 1]
+    heights = [2.9 * math.ceil(row[0].count / 3) for row in rows]
+    heading = heading_of(results, names)
+    room = 0.16 * sum(line.count("\n") + 1 for line in heading) + 0.6
+    fig = Figure(figsize=(8, sum(heights) + room), layout="constrained")
+    if len(results) > 1 and single:              # then the colors tell the results
+        colors = [*in_turn(COLORS, len(results)), "none"]
+        fig.legend(handles=line_samples(heading, [{"color": color} for color in colors]),
+                   loc="outside upper center")
+    else:
+        fig.suptitle("\n".join(heading), fontsize=9)
+    strips = fig.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for strip, row in zip(strips, rows):
+        for place, panel in zip(strip.subfigures(1, len(row), squeeze=False)[0], row):
+            place.suptitle(textwrap.fill(panel.title, 92 // len(row)), weight="bold", fontsize=9)
+            across = min(panel.count, 3)
+            axes = list(place.subplots(math.ceil(panel.count / 3), across, squeeze=False).flat)
+            for ax in axes[panel.count:]:
+                ax.set_visible(False)
+            panel.draw(axes[:panel.count])
+    return fig
 
-def add_legend(fig: Any, ax: Any) -> None:
-    """A legend below the axes, since curves may be anywhere above; none for a single entry."""
-    if len(ax.get_legend_handles_labels()[1]) > 1:
-        fig.legend(fontsize=8, loc="outside lower center", ncols=4)
+def in_turn(things: Sequence[Any], count: int) -> list[Any]:
+    """So many of the things, from the first again after the last."""
+    return [things[i % len(things)] for i in range(count)]
 
-def curves(results: dict[str, Result], lines_of: Callable[[Result], dict[str, Sequence[float]]],
-           title: str, xlabel: str, ylabel: str, log: bool = False) -> Any:
-    """The lines of all results in one plot, each by its name and, where there are several, the
-    result's label."""
-    fig, (ax,) = new_figure(title)
+def line_samples(labels: Sequence[str], looks: Sequence[dict[str, Any]]) -> list[Any]:
+    """Entries of a legend."""
+    from matplotlib.lines import Line2D
+    return [Line2D([], [], label=label, **look) for label, look in zip(labels, looks)]
+
+def heading_of(results: dict[str, Result], names: Sequence[str]) -> list[str]:
+    """What was measured and what it comes to, a line per result, and on what. Of one experiment all
+    its scores, of several the HEADLINES."""
+    columns = {"loss", *EXPERIMENTS[names[0]].scores} if len(names) == 1 else HEADLINES
+    lines, tokens = [], []
     for label, r in results.items():
-        for name, values in lines_of(r).items():
-            names = [name] if len(results) == 1 else [label, name]
-            shown = np.minimum(np.array(values, dtype=float), 1e9)
-            ax.plot(shown, marker="o", markersize=3.5, label=", ".join(filter(None, names)))
-    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    ax.locator_params("x", integer=True)
-    add_legend(fig, ax)
-    return fig
+        ran, said = r.get("run", {}), []
+        if "settings" in ran:
+            said = settings_of(ran["settings"])
+        if "tokens" in ran:
+            tokens.append(f"{ran['samples']} x {ran['length']} tokens of {ran['tokens']}")
+        found = {column: value for column, value in scores(r).items() if column in columns}
+        said += [f"{IN_FULL.get(column, column)} {value:.4g}" for column, value in found.items()]
+        if "accuracy" in found:
+            said[-1] += f" (chance {r['tasks']['average']['chance']:.4g})"
+        lines.append(f"{label}: {', '.join(said)}")
+    if tokens:
+        lines.append(f"on {listed(dict.fromkeys(tokens))}")
+    return [textwrap.fill(line, 112) for line in lines]
 
-def bars(results: dict[str, Result], ratios_of: Callable[[Result], Sequence[float]], title: str,
-         xlabel: str, ylabel: str, line: float, line_label: str) -> Any:
-    """A bar per block and result, of ratios, so that they begin at 1; and a line to compare them with."""
-    fig, (ax,) = new_figure(title)
-    width = 0.8 / len(results)
-    for k, (label, r) in enumerate(results.items()):
-        ratios = np.array(ratios_of(r), dtype=float)
-        left = np.arange(len(ratios)) - 0.4 + k * width
-        ax.bar(left, ratios - 1, width, bottom=1, align="edge", label=label)
-    ax.axhline(line, color="black", linestyle="--", linewidth=1, label=line_label)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+def settings_of(c: dict[str, Any]) -> list[str]:
+    """A model's size, and what makes it another than the plain dense one."""
+    said = [f"{c['n_layer']} layers {c['n_embd']} wide"]
+    if c["n_kv_head"] != c["n_head"]:
+        said.append(f"GQA {c['n_head']}:{c['n_kv_head']}")
+    if c["n_experts"]:
+        said.append(f"{c['n_experts']} experts, top {c['top_k']}")
+    if c["norm"] != "pre":
+        said.append(f"norm {c['norm']}")
+    return said
+
+Named = Callable[[Result], dict[str, Sequence[float]]]      # a value per block, by name
+
+def curves(results: dict[str, Result], lines_of: Named, title: str, xlabel: str, ylabel: str,
+           scale: str = "linear") -> Panel:
+    """The lines of all results.
+
+    scale: linear; log; percent, where values are ratios and their growth is drawn, up to 1% linear
+    and beyond that logarithmic.
+    """
+    def onto(axes: list[Any]) -> None:
+        ax = axes[0]
+        for values, color, look in in_looks(ax, results, lines_of, LINES):
+            shown = np.minimum(values, 1e9)
+            if scale == "percent":
+                shown = 100 * (shown - 1)
+            ax.plot(shown, color=color, marker="o", markersize=3, **look)
+        ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if scale == "log" else "linear")
+        if scale == "percent":
+            shown = np.concatenate([line.get_ydata() for line in ax.lines])
+            ax.axhline(0, color="black", linewidth=0.5)
+            ax.set_yscale("symlog", linthresh=1)         # which shows as much below 0 as above
+            ax.set_ylim(2 * min(np.nanmin(shown), 0) - 0.3, 2 * max(np.nanmax(shown), 0) + 0.3)
+            ax.yaxis.set_major_formatter(lambda x, _: f"{x:+,.0f}%" if x else "0%")
+    return Panel(title, onto)
+
+def in_looks(ax: Any, results: dict[str, Result], values_of: Named,
+             looks: list[dict[str, Any]]) -> Iterator[tuple[np.ndarray, str, dict[str, Any]]]:
+    """The values of each result and name, with the color and the look to draw them in. The look tells
+    the name, the color the result (see the heading) or, where there is one, again the name."""
+    found = [values_of(r) for r in results.values()]
+    names = list(dict.fromkeys(name for values in found for name in values))
+    several = len(results) > 1
+    colors = in_turn(COLORS, max(len(found), len(names)))
+    if len(names) > 1:                           # below the axes: curves may be anywhere above
+        own = [{"color": "gray" if several else color} for color in colors]
+        samples = line_samples(names, [a | b for a, b in zip(in_turn(looks, len(names)), own)])
+        ax.figure.legend(handles=samples, loc="outside lower center", ncols=3, columnspacing=1.2)
+    # Ticks at whole blocks only, and none where there is no block
+    ax.set_xlim(-0.5, max(len(x) for values in found for x in values.values()) - 0.5)
     ax.locator_params("x", integer=True)
-    add_legend(fig, ax)
-    return fig
+    for k, values in enumerate(found):
+        for name, x in values.items():
+            i = names.index(name)
+            yield np.array(x, dtype=float), colors[k if several else i], looks[i % len(looks)]
+
+def lollipops(results: dict[str, Result], ratios_of: Named, title: str, xlabel: str, ylabel: str,
+              line: float, line_label: str) -> Panel:
+    """Ratios of all results as points on stems that begin at 1, and a line to compare them with. A
+    few that are far above the others are arrows at the rim, with their values."""
+    def onto(axes: list[Any]) -> None:
+        ax, shift = axes[0], 0.7 / len(results)
+        drawn = list(in_looks(ax, results, ratios_of, POINTS))
+        rim = rim_of(np.concatenate([ratios for ratios, _, _ in drawn]), line)
+        above: Counter[int] = Counter()          # how many texts there are above each block
+        for number, (ratios, color, look) in enumerate(drawn):
+            result = number * len(results) // len(drawn)
+            x = np.arange(len(ratios)) + shift * (result - (len(results) - 1) / 2)
+            over, shown = ratios > rim, np.minimum(ratios, rim)
+            ax.vlines(x, 1, shown, color=color, linewidth=1, zorder=1)
+            ax.plot(x[~over], shown[~over], color=color, **look)
+            ax.plot(x[over], shown[over], color=color, **look | {"marker": "^"})
+            for l in np.flatnonzero(over):
+                ax.annotate(f"{ratios[l]:.3g}", (x[l], rim), color=color, fontsize=7,
+                            xytext=(0, 5 + 8 * above[l]), textcoords="offset points")
+                above[l] += 1
+        ax.axhline(1, color="black", linewidth=0.5)
+        ax.axhline(line, color="black", linestyle="--", linewidth=1)
+        ax.annotate(line_label, (1, line), xycoords=("axes fraction", "data"), fontsize=8,
+                    va="center", xytext=(3, 0), textcoords="offset points")
+        ax.margins(y=0.1)                        # so that neither line lies on the frame
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+    return Panel(title, onto)
+
+def rim_of(ratios: np.ndarray, line: float) -> float:
+    """Where to end an axis of ratios: most of them and the line are below, what is far above would
+    flatten them."""
+    usual = float(np.nanquantile(ratios, 0.85))
+    return 1 + 3 * max(usual - 1, line - 1)
 
 def heat(results: dict[str, Result], matrix_of: Callable[[Result], Sequence[Sequence[float]]],
-         title: str, xlabel: str, ylabel: str) -> Any:
-    """A heat map per result, side by side, all on one scale."""
-    from matplotlib.colors import PowerNorm
-    fig, axes = new_figure(title, len(results))
-    arrays = [np.array(matrix_of(r), dtype=float) for r in results.values()]
-    norm = PowerNorm(0.5, 0, max(np.nanmax(a, initial=1e-9) for a in arrays))
-    for ax, label, a in zip(axes, results, arrays):
-        image = ax.imshow(np.where(a == 0, np.nan, a), norm=norm)         # 0: the diagonal, before s
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.locator_params("both", integer=True)
-        if len(results) > 1:
-            ax.set_title(label)
-    fig.colorbar(image, ax=axes, shrink=0.85)
-    return fig
+         title: str, xlabel: str, ylabel: str, unit: str,
+         empty: Callable[[int], np.ndarray]) -> Panel:
+    """A heat map per result, all on one scale, which is logarithmic and at most three decades long.
+
+    empty: what is 1 where an (n, n) matrix has nothing to show, np.eye or np.tri. Elsewhere nan is
+    what was not sampled, and hatched.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
+
+    def onto(axes: list[Any]) -> None:
+        maps = {label: np.array(matrix_of(r), dtype=float) for label, r in results.items()}
+        blank = {label: empty(len(a)).astype(bool) for label, a in maps.items()}
+        values = np.concatenate([a[~blank[label]] for label, a in maps.items()])
+        high = np.nanmax(values, initial=0) or 1.0
+        lowest = np.nanmin(values, initial=high)
+        low = min(max(lowest, high / 1000), high / 2)
+        for ax, (label, a) in zip(axes, maps.items()):
+            shown = np.where(blank[label], np.nan, np.maximum(a, low))
+            image = ax.imshow(shown, norm=LogNorm(low, high), aspect="auto")
+            ax.set(xlabel=xlabel, ylabel=ylabel, title=textwrap.fill(label, 26) if len(maps) > 1 else "")
+            ax.locator_params("both", integer=True)
+            hatch(ax, np.isnan(a) & ~blank[label])
+        axes[0].figure.colorbar(image, ax=axes, label=f"{unit} (log scale)", format="%g",
+                                ticks=LogLocator(subs=(1, 2, 5)),
+                                extend="min" if lowest < low else "neither")
+    return Panel(title, onto, len(results))
+
+def hatch(ax: Any, missing: np.ndarray) -> None:
+    """Mark the pairs (n, n) of a heat map that were not sampled."""
+    from matplotlib.colors import ListedColormap
+    if missing.any():
+        edges = np.arange(len(missing) + 1) - 0.5
+        ax.pcolor(edges, edges, np.ma.array(missing, mask=~missing), hatch="////",
+                  cmap=ListedColormap(["0.9"]), edgecolor="0.6", linewidth=0)
+        ax.set_xlabel(f"{ax.get_xlabel()} (hatched: not sampled)")
 
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
@@ -1508,7 +1678,6 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     earlier = read_earlier(out / "probe.json", ran)
 
     result: Result = {"run": ran}
-    drawn = ""
     if only:
         progress = make_progress()
         result |= probe(model, tokens, only, seed=args.seed, progress=progress, **options)
@@ -1517,14 +1686,14 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
             print(block_table(result, len(model.blocks)), "", score_table({label: result}), sep="\n")
             for line in remarks(result, str(path)):
                 print(line)
-            drawn = draw({label: result}, out)
     if tasks:
         result["tasks"] = run_tasks(model, tasks, make_progress())
         if first:
             print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
     if not first:
         return result
-    write_result(out / "probe.json", earlier, result)
+    whole = write_result(out / "probe.json", earlier, result)
+    drawn = draw({label: whole}, out)
     for line in filter(None, [f"{out / 'probe.json'} written", drawn, verdict(result)]):
         print(line)
     return result
@@ -1568,9 +1737,9 @@ def read_earlier(file: Path, ran: dict[str, Any]) -> Result:
                             "as well, or --out DIR to write elsewhere")
     return earlier
 
-def write_result(file: Path, earlier: Result, result: Result) -> None:
+def write_result(file: Path, earlier: Result, result: Result) -> Result:
     """Write probe.json: the result on top of the earlier one; a file that is no part of it is put
-    aside."""
+    aside. Returns what is in it now."""
     strict = json.loads(json.dumps(result), parse_constant=lambda nan: None)      # null for nan
     whole = earlier | strict
     if earlier:
@@ -1584,6 +1753,7 @@ def write_result(file: Path, earlier: Result, result: Result) -> None:
     elif file.exists():
         os.replace(file, f"{file}.old")
     write_json(file, whole)
+    return whole
 
 def draw_again(args: Any) -> None:
     """--figures: draw what lies in probe.json."""

@@ -329,7 +329,7 @@ def run_all(work: Work, args: Any) -> list[Job]:
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 # Settings that change how a run is computed and not what it is; the seed is in the folder's name.
 NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel", "recompute",
-             "save_interval", "keep_checkpoints"}
+             "save_interval", "keep_checkpoints", "wandb"}
 def differing(c: TrainConfig, settings: dict[str, Any]) -> list[str]:
     """The settings in which a run that was trained with `settings` is another one than c."""
     return [name for name, value in asdict(c).items()

@@ -53,7 +53,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import (Corpus, Parser, check_weights, choose_device, copy_tokenizer, eval_windows,
-                  load_checkpoint, prepare, run, same_tokenizer, save_checkpoint, train_windows,
+                  load_checkpoint, need, prepare, run, same_tokenizer, save_checkpoint, train_windows,
                   write_json)
 from model import GPT, ModelConfig, UserError, check, logits_at_once, setting
 
@@ -62,6 +62,7 @@ class TrainConfig(ModelConfig):
     """Every setting of a run: the model's and these. The optimizer's defaults are the paper's."""
     data: str = setting("data/python", "prepared corpus, see data.py; data/python is prepared on first use")
     out_dir: str = setting("", "where log.jsonl and ckpt.pt go; empty: out/NAME of the config")
+    wandb: str = setting("", "project of Weights & Biases that log.jsonl is sent to as well; empty: none")
     init_from: str = setting("", "checkpoint whose architecture and weights to start from")
     max_steps: int = setting(1000, "optimizer steps", 1)
     tokens_per_step: int = setting(2048, "tokens in the global batch of a step, whatever block_size is", 1)
@@ -107,6 +108,8 @@ def train(c: TrainConfig, resume: bool = False, overwrite: bool = False,
     here = set_up(c)
     batch_shape(c, here.world)                   # refuses now what does not divide
     check_compiler(c, here)
+    if c.wandb:
+        need("wandb", "--wandb")
     if here.rank == 0:
         prepare_python_corpus(c)
     resume = agree_to_resume(resume, here)       # the others wait here while rank 0 prepares
@@ -151,7 +154,8 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
     waited = 0.0                                 # seconds for batches
     saving_took = 0.0                            # and for checkpoints
     stopped_by = ""                              # the name of a signal
-    with catch_signals() as caught, ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver:
+    with (wandb_run(c, done, here) as sent, catch_signals() as caught,
+          ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as saver):
         # While a step computes, the next one's batches are read and the last checkpoint is written.
         read = partial(read_batches, corpus, c, per_step, size, here)
         upcoming = loader.submit(read, done)
@@ -185,6 +189,8 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, resume: bool, over
                 mfu = flops * record["tokens_per_s"] / peak if peak else None
                 left = seconds_since(started) / (step - done) * (c.max_steps - step)
                 report(record, out, c, mfu, left)
+                if sent:
+                    sent.log(dict(numbers("", record)), step=step)
 
             begun = time.perf_counter()
             last = stopped_by != "" or step == c.max_steps
@@ -844,6 +850,31 @@ def report(record: dict[str, Any], out: Path, c: TrainConfig, mfu: float | None,
     if "variance" in record:
         variances = " ".join(f"{v:.2g}" for v in record["variance"])
         print(f"  variance of h_0 .. h_{c.n_layer}: {variances}", flush=True)
+
+def wandb_run(c: TrainConfig, done: int, here: Process) -> Any:
+    """The run of Weights & Biases that records are sent to, which ends with the context; None in a
+    context if there is none. What is resumed goes on in the run of out_dir/wandb_id."""
+    if not c.wandb or here.rank > 0:
+        return contextlib.nullcontext()
+    wandb, file = need("wandb", "--wandb"), Path(c.out_dir, "wandb_id")
+    earlier = file.read_text() if done > 0 and file.exists() else None
+    try:
+        sent = wandb.init(project=c.wandb, name=c.out_dir, dir=c.out_dir, config=asdict(c),
+                          id=earlier, resume="allow")
+    except wandb.Error as e:
+        first_line = str(e).partition("\n")[0]
+        raise UserError(f"--wandb={c.wandb}: {first_line} (`wandb login` logs in, with "
+                        "WANDB_MODE=offline nothing leaves this machine)") from e
+    file.write_text(sent.id)
+    return sent
+
+def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in a record, each by its own name: of a list name/0, name/1, ..."""
+    if isinstance(value, (dict, list)):
+        for key, x in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(f"{name}/{key}" if name else str(key), x)
+    else:
+        yield name, value
 
 def closing_lines(ckpt: Path, corpus: Corpus, seconds: float, waited: float,
                   saving_took: float) -> str:

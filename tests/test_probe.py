@@ -453,7 +453,7 @@ def test_figures_are_drawn_again_without_the_model(names, cli, workplace, monkey
     checkpoints = [f"{name}/ckpt.pt" for name in names]
     assert cli(*checkpoints, "--samples", 4, "--only", "permutation,usefulness,lens", "--pairs", 3).status == 0
     drawn = {path: path.read_bytes() for path in workplace.glob("**/*.png")}
-    assert len(drawn) == 3 * (1 if len(names) == 1 else 3)           # the comparison's
+    assert len(drawn) == 4 * (1 if len(names) == 1 else 3)           # the page with them, and the comparison's
     for path in (*drawn, *checkpoints):
         (workplace / path).unlink()
     for name in names:

@@ -12,6 +12,8 @@ from typing import Any, Sequence
 
 import numpy as np
 import pytest
+import torch
+from helpers import checkpoint_of, make_model, make_tokens
 
 import probe
 from probe import EXPERIMENTS
@@ -316,118 +318,288 @@ def test_the_verdict_on_a_real_measurement_is_that_of_the_naive_losses():
 
 TWO = {"dense": "dense", "a moe": "moe"}                  # label: kind; of 5 and 4 layers
 ONE_OR_TWO = pytest.mark.parametrize("labels", [{"dense": "dense"}, TWO], ids=["one", "two"])
+PAGE = ["variance", "usefulness", "removal", "lens", "causal", "permutation"]
+
+
+def page(results: dict[str, Any], names: Sequence[str]) -> Any:
+    pytest.importorskip("matplotlib")
+    return probe.picture(results, names)
 
 
 def figure(name: str, labels: dict[str, str]) -> Any:
-    pytest.importorskip("matplotlib")
-    return EXPERIMENTS[name].figure({label: measured(kind) for label, kind in labels.items()})
+    return page({label: measured(kind) for label, kind in labels.items()}, [name])
 
 
-def legend(fig: Any) -> list[str]:
-    assert not any(ax.get_legend() for ax in fig.axes)
-    return [text.get_text() for of_figure in fig.legends for text in of_figure.get_texts()]
+def panels(fig: Any) -> list[Any]:
+    """The parts of a page that hold one panel each."""
+    return [place for strip in fig.subfigs for place in strip.subfigs]
+
+
+def panel(fig: Any) -> Any:
+    place, = panels(fig)
+    return place
+
+
+def legend(place: Any) -> list[str]:
+    assert not any(ax.get_legend() for ax in place.axes)
+    return [text.get_text() for of_panel in place.legends for text in of_panel.get_texts()]
+
+
+def heading(fig: Any) -> list[str]:
+    """What is above all panels, line by line."""
+    lines = [text.get_text() for of_page in fig.legends for text in of_page.get_texts()]
+    assert bool(lines) != bool(fig.get_suptitle())
+    return lines or fig.get_suptitle().splitlines()
+
+
+def look(artist: Any) -> tuple[str, str, str]:
+    """How a line is told from others."""
+    return artist.get_color(), artist.get_linestyle(), artist.get_markerfacecolor()
+
+
+def assert_not_on_the_frame(ax: Any, ys: Sequence[float]) -> None:
+    """Nor outside of it: at least a fiftieth of the height away."""
+    low, high = ax.transData.transform([(0, y) for y in ax.get_ylim()])[:, 1]
+    places = ax.transData.transform([(0, y) for y in ys])[:, 1]
+    assert (places > low + 0.02 * (high - low)).all() and (places < high - 0.02 * (high - low)).all()
 
 
 def curves_by_hand(name: str, kind: str) -> dict[str, list[float]]:
-    """The lines of a figure, by what they are called among several of one model."""
+    """The lines of a figure, by what they are called among several of one model, a value per block."""
     r = naive_scores(kind)
     if name == "removal":
-        return {f"run of {length}": growths(r, r["removal"][str(length)]) for length in REMOVE}
-    return {"": {"variance": r["variance"], "lens": r["lens"]["kl"], "jacobian": r["jacobian"]["deviation"]}[name]}
+        return {f"run of {length}": [100 * (x - 1) for x in growths(r, r["removal"][str(length)])] for length in REMOVE}
+    if name == "variance":
+        return {"stream": r["variance"][1:], "attention adds": r["attn_variance"], "FFN adds": r["ffn_variance"]}
+    return {"": {"lens": r["lens"]["kl"][1:], "jacobian": r["jacobian"]["deviation"]}[name]}
 
 
-PASSED = "blocks passed (0: embedding)"
-CURVES = {"variance": ("Variance of the residual stream", PASSED, "variance", "log"),
-          "removal": ("Perplexity without a run of blocks", "first removed block", "perplexity ratio", "log"),
-          "jacobian": ("Distance of the Jacobian from the identity", "block", r"$\|J - I\|_F\,/\,d$", "linear"),
-          "lens": ("What each stream already says", PASSED, "KL to the model's output (nats)", "linear")}
+AFTER = "block (not shown: the embedding's output h_0)"
+CURVES = {"variance": ("Variance of the stream after each block", AFTER, "variance", "log"),
+          "removal": ("How much the perplexity grows without a block or a run of blocks", "block, of a run the first",
+                      "growth of the perplexity", "symlog"),
+          "jacobian": ("How far each block's mean Jacobian J is from the identity", "block",
+                       r"$\|J - I\|_F\,/\,d$", "log"),
+          "lens": ("Lens: how far what the head reads after each block is from the model's output", AFTER,
+                   "KL divergence (nats)", "linear")}
 
 
 @ONE_OR_TWO
 @pytest.mark.parametrize("name", CURVES)
 def test_curves_are_drawn_of_all_results(name, labels):
-    fig = figure(name, labels)
-    ax, = fig.axes
-    assert (fig.get_suptitle(), ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == CURVES[name]
+    place = panel(figure(name, labels))
+    ax, = place.axes
+    assert (place.get_suptitle(), ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == CURVES[name]
     want = [(label, line, y) for label, kind in labels.items() for line, y in curves_by_hand(name, kind).items()]
-    assert len(ax.lines) == len(want)
-    entries = []
-    for line, (label, called, y) in zip(ax.lines, want):
+    lines = ax.lines[:len(want)]
+    assert [list(line.get_ydata()) for line in ax.lines[len(want):]] == [[0, 0]] * (name == "removal")    # 0%
+    colors, styles = {}, {}
+    for line, (label, called, y) in zip(lines, want):
         assert line.get_xdata().tolist() == list(range(len(y)))
-        assert line.get_ydata() == pytest.approx(y, rel=1e-6, abs=1e-12)
-        entries.append(", ".join(filter(None, [label, called])) if len(labels) > 1 else called)
-    assert legend(fig) == (entries if len(entries) > 1 else [])
-    assert not fig.axes[0].get_title()
+        assert line.get_ydata() == pytest.approx(y, rel=1e-6, abs=1e-5)
+        colors.setdefault(label if len(labels) > 1 else called, set()).add(line.get_color())
+        styles.setdefault(called, set()).add(line.get_linestyle())
+    for looks in (colors, styles):                                   # the color is the model's, the style the line's
+        assert all(len(of_one) == 1 for of_one in looks.values()) and len(set.union(*looks.values())) == len(looks)
+    assert legend(place) == (list(styles) if len(styles) > 1 else [])
+    if len(labels) > 1:                                              # the heading tells the colors
+        samples = place.figure.figure.legends[0].legend_handles
+        told = {text.split(":")[0]: {line.get_color()} for text, line in zip(heading(place.figure.figure), samples)}
+        assert told == colors
+    assert_not_on_the_frame(ax, [y for line in lines for y in line.get_ydata()])
 
 
-def test_a_perplexity_that_explodes_is_drawn_at_the_rim():
-    pytest.importorskip("matplotlib")
-    r = {"loss": 1.0, "removal": {"1": [2.0, 3000.0, 30.0]}, "block_influence": []}
-    fig = EXPERIMENTS["removal"].figure({"x": r})
-    assert fig.axes[0].lines[0].get_ydata() == pytest.approx([math.exp(1), 1e9, 1e9])
+@pytest.mark.parametrize("name", ["variance", "usefulness", "removal", "jacobian", "lens"])
+def test_ticks_are_at_blocks(name):
+    """Of 16 blocks none is number 16."""
+    n = 16
+    r = {"loss": 1.0, "variance": [1.0 + l for l in range(n + 1)], "lens": {"kl": [0.1] * (n + 1)},
+         "usefulness": {"ratio": [1.01] * n, "score": 0.0, "mean_log_ratio": 0.01},
+         "usefulness_heldout": {"ratio": [1.01] * n, "mean_log_ratio": 0.01},
+         "removal": {"1": [2.0] * n}, "block_influence": [0.1] * n, "jacobian": {"deviation": [0.1] * n}}
+    ax, = panel(page({"x": r}, [name])).axes
+    low, high = ax.get_xlim()
+    ticks = [x for x in ax.get_xticks() if low <= x <= high]
+    assert len(ticks) > 3 and all(x in range(n) for x in ticks)
+
+
+def test_what_attention_and_ffn_add_is_in_no_legend_where_it_was_not_measured():
+    place = panel(page({"x": {"variance": [0.1, 1.0, 2.0]}}, ["variance"]))
+    assert len(place.axes[0].lines) == 1 and legend(place) == []
+
+
+def test_a_perplexity_that_explodes_is_drawn_at_the_rim_and_growth_is_in_plain_percent():
+    r = {"loss": 1.0, "removal": {"1": [2.0, 3000.0, 30.0, 1.0 + math.log(0.95)]}, "block_influence": [0.1]}
+    ax = panel(page({"x": r}, ["removal"])).axes[0]
+    assert ax.lines[0].get_ydata() == pytest.approx([100 * (math.e - 1), 1e11, 1e11, -5.0])
+    assert [ax.yaxis.get_major_formatter()(x) for x in (-10, 0, 1, 1000)] == ["-10%", "0%", "+1%", "+1,000%"]
+
+
+def points_of(ax: Any) -> list[Any]:
+    """The points of a lollipop figure in order; not the arrows, nor the lines across."""
+    return [line for line in ax.lines if line.get_marker() == "o"]
 
 
 @ONE_OR_TWO
-def test_usefulness_is_drawn_as_bars_that_begin_at_1_beside_each_other(labels):
-    fig = figure("usefulness", labels)
-    ax, = fig.axes
-    assert fig.get_suptitle() == "Loss with a block replaced by its best affine map"
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("block", "loss ratio", "linear")
-    width = 0.8 / len(labels)
-    assert len(ax.containers) == len(labels)
-    for k, (bars, (label, kind)) in enumerate(zip(ax.containers, labels.items())):
-        ratio = naive_scores(kind)["usefulness"]["ratio"]
-        assert bars.get_label() == label
-        assert [bar.get_y() for bar in bars] == [1] * len(ratio)
-        assert [bar.get_height() for bar in bars] == pytest.approx([x - 1 for x in ratio], rel=1e-4)
-        assert [bar.get_width() for bar in bars] == pytest.approx([width] * len(ratio))
-        lefts = [l - 0.4 + k * width for l in range(len(ratio))]             # together they are centred on l
-        assert [bar.get_x() for bar in bars] == pytest.approx(lefts)
-    line, = ax.lines
-    assert list(line.get_ydata()) == [1.1, 1.1]
-    assert sorted(legend(fig)) == sorted([*labels, "useful above 1.1"])
+def test_usefulness_is_drawn_in_sample_and_held_out_as_points_on_stems_that_begin_at_1(labels):
+    place = panel(figure("usefulness", labels))
+    ax, = place.axes
+    assert place.get_suptitle() == "Loss with a block's best affine map instead"
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("block", "loss with the map / loss", "linear")
+    assert not ax.containers and not ax.patches                              # no bars
+    want = [(k, naive_scores(kind)[key]["ratio"])
+            for k, kind in enumerate(labels.values()) for key in ("usefulness", "usefulness_heldout")]
+    points = points_of(ax)
+    assert len(points) == len(want) == len(ax.collections)
+    for line, stems, (k, ratio) in zip(points, ax.collections, want):
+        x = [l + (k - (len(labels) - 1) / 2) * 0.7 / len(labels) for l in range(len(ratio))]    # in the midst: l
+        ends = np.array([segment for segment in stems.get_segments()])
+        assert ends[:, 0] == pytest.approx(np.stack([x, np.ones(len(x))], 1))
+        rim = ends[:, 1, 1].max()
+        below = [l for l in range(len(ratio)) if ratio[l] <= rim * (1 + 1e-4)]
+        assert ends[below, 1] == pytest.approx(np.stack([np.array(x)[below], np.array(ratio)[below]], 1), rel=1e-4)
+        assert set(line.get_xdata()) <= set(ends[:, 1, 0])
+    assert len({look(line) for line in points}) == len(points)               # no two alike
+    assert legend(place) == ["in-sample", "held out"]
+    assert [1.1, 1.1] in [list(line.get_ydata()) for line in ax.lines]
+    assert "useful\nabove 1.1" in [text.get_text() for text in ax.texts]
 
 
-HEAT = {"causal": ("Causal score C[s, l]", "later block l", "skipped block s"),
-        "permutation": ("Relative change of the loss by a swap", "block j", "block i")}
+def usefulness_of(ratio: Sequence[float]) -> dict[str, Any]:
+    scores = {"ratio": list(ratio), "score": 0.0, "mean_log_ratio": 0.0}
+    return {"loss": 1.0, "usefulness": scores, "usefulness_heldout": scores}
+
+
+def test_a_ratio_far_above_the_others_is_an_arrow_with_its_value():
+    ratio = [7.25] + [1.02] * 14 + [1.2]
+    ax, = panel(page({"x": usefulness_of(ratio)}, ["usefulness"])).axes
+    assert ax.get_ylim()[1] < 2 and {"7.25"} == {text.get_text() for text in ax.texts} - {"useful\nabove 1.1"}
+    for points, arrows in zip(points_of(ax), [line for line in ax.lines if line.get_marker() == "^"], strict=True):
+        assert list(points.get_xdata()) == list(range(1, 16)) and list(arrows.get_xdata()) == [0]
+        assert list(points.get_ydata()) == ratio[1:] and 1.2 < arrows.get_ydata()[0] < ax.get_ylim()[1]
+
+
+@pytest.mark.parametrize("ratio", [[1.01] * 6, [0.97, 1.0, 1.02], [1.5, 1.4, 1.3], [1.1]], ids=str)
+def test_the_line_of_usefulness_does_not_lie_on_the_frame(ratio):
+    ax, = panel(page({"x": usefulness_of(ratio)}, ["usefulness"])).axes
+    assert_not_on_the_frame(ax, [1.0, 1.1, *ratio])
+
+
+HEAT = {"causal": ("Causal score: how block l's update changes without block s", "later block l", "skipped block s",
+                   "change / update (log scale)"),
+        "permutation": ("Permutation score: how the loss changes when blocks i and j are swapped", "block j", "block i",
+                        "change of the loss / loss (log scale)")}
 
 
 @ONE_OR_TWO
 @pytest.mark.parametrize("name", HEAT)
 def test_heat_maps_are_drawn_side_by_side_on_one_scale(name, labels):
-    fig = figure(name, labels)
-    *axes, bar = fig.axes
-    assert len(axes) == len(labels) and legend(fig) == [] and fig.get_suptitle() == HEAT[name][0]
+    place = panel(figure(name, labels))
+    *axes, bar = place.axes
+    assert len(axes) == len(labels) and legend(place) == [] and place.get_suptitle() == HEAT[name][0]
     want = [np.array(naive_scores(kind)[name]) for kind in labels.values()]
     for ax, a, label in zip(axes, want, labels):
         image, = ax.images
         shown = image.get_array()
-        assert (ax.get_xlabel(), ax.get_ylabel()) == HEAT[name][1:]
+        assert (ax.get_xlabel(), ax.get_ylabel()) == HEAT[name][1:3]
         assert ax.get_title() == (label if len(labels) > 1 else "")
         assert image.origin == "upper" and shown.shape == a.shape             # row s is row s, column l column l
         blank = np.ma.getmaskarray(shown) | np.isnan(np.ma.getdata(shown))
         assert (blank == (a == 0)).all() and a.diagonal().sum() == 0          # nothing is drawn where nothing is
-        assert shown[~blank].data == pytest.approx(a[~blank], rel=1e-7)
-        assert (image.norm.vmin, image.norm.vmax) == pytest.approx((0, max(map(np.max, want))))
-    assert bar.get_ylim() == pytest.approx((0, max(map(np.max, want))))
+        low, high = image.norm.vmin, image.norm.vmax
+        assert shown[~blank].data == pytest.approx(np.maximum(a[~blank], low), rel=1e-7)
+        largest = max(map(np.max, want))
+        assert high == pytest.approx(largest) and low >= high / 1001
+        assert image.norm(math.sqrt(low * high)) == pytest.approx(0.5)        # logarithmic
+        assert not ax.collections                                             # and nothing is hatched
+    assert bar.get_ylabel() == HEAT[name][3] and bar.get_ylim() == pytest.approx((low, high))
 
 
-def test_pairs_that_were_not_sampled_are_blank_and_do_not_set_the_scale():
-    pytest.importorskip("matplotlib")
+def test_pairs_that_were_not_sampled_are_hatched_and_the_diagonal_is_not():
     nan = math.nan
     P = [[0.0, 0.5, nan], [0.5, 0.0, 0.25], [nan, 0.25, 0.0]]
-    fig = EXPERIMENTS["permutation"].figure({"x": {"permutation": P}})
-    shown = fig.axes[0].images[0].get_array()
-    blank = np.ma.getmaskarray(shown) | np.isnan(np.ma.getdata(shown))
-    assert (~blank).tolist() == [[False, True, False], [True, False, True], [False, True, False]]
-    assert fig.axes[0].images[0].norm.vmax == 0.5
+    for r in ({"permutation": P, "permutation_mean": 0.4},
+              json.loads(json.dumps({"permutation": P, "permutation_mean": 0.4}), parse_constant=lambda _: None)):
+        ax = panel(page({"x": r}, ["permutation"])).axes[0]
+        image, = ax.images
+        shown = image.get_array()
+        blank = np.ma.getmaskarray(shown) | np.isnan(np.ma.getdata(shown))
+        assert (~blank).tolist() == [[False, True, False], [True, False, True], [False, True, False]]
+        assert image.norm.vmax == 0.5
+        hatched, = ax.collections
+        centers = {tuple(path.get_extents().get_points().mean(0)) for path in hatched.get_paths()}
+        assert hatched.get_hatch() and centers == {(2, 0), (0, 2)} and "hatched: not sampled" in ax.get_xlabel()
+
+
+def test_a_swap_that_changes_nothing_is_drawn():
+    P = [[0.0, 0.0, 0.5], [0.0, 0.0, 0.25], [0.5, 0.25, 0.0]]
+    image, = panel(page({"x": {"permutation": P, "permutation_mean": 0.2}}, ["permutation"])).axes[0].images
+    assert image.get_array()[0, 1] == image.norm.vmin == pytest.approx(0.0005)
 
 
 @pytest.mark.parametrize("name", ["causal", "permutation"])
 def test_a_model_of_one_layer_has_a_figure_too(name, tmp_path):
-    pytest.importorskip("matplotlib")
     r = {"loss": 1.0, "causal": [[0.0]], "permutation": [[0.0]], "causal_mean": 0.0, "permutation_mean": 0.0}
-    EXPERIMENTS[name].figure({"one": r}).savefig(tmp_path / "x.png")
+    page({"one": r}, [name]).savefig(tmp_path / "x.png")
+
+
+@ONE_OR_TWO
+def test_one_page_shows_which_layers_are_used(labels):
+    """The panels of the single figures, each with what it has there, and none with a second axis."""
+    fig = page({label: measured(kind) for label, kind in labels.items()}, PAGE)
+    titles = {place.get_suptitle().replace("\n", " "): place for place in panels(fig)}
+    order = sorted(PAGE, key=lambda name: len(labels) > 1 and name in HEAT)     # maps of several take rows of their own
+    assert list(titles) == [panel(figure(name, labels)).get_suptitle() for name in order]
+    assert [len(strip.subfigs) for strip in fig.subfigs] == ([2, 2, 2] if len(labels) == 1 else [2, 2, 1, 1])
+    for name, place in zip(order, titles.values()):
+        alone = panel(figure(name, labels))
+        assert legend(place) == legend(alone)
+        assert [(len(ax.lines), len(ax.images), ax.get_ylabel()) for ax in place.axes] == [
+            (len(ax.lines), len(ax.images), ax.get_ylabel()) for ax in alone.axes]
+        assert len(place.axes) == (len(labels) + 1 if name in HEAT else 1)      # a color bar, and no second axis
+
+
+def test_the_heading_tells_model_tokens_loss_and_scores():
+    settings = {"n_layer": 5, "n_embd": 64, "n_head": 4, "n_kv_head": 1, "n_experts": 8, "top_k": 2, "norm": "lns"}
+    ran = {"settings": settings, "samples": 7, "length": 16, "tokens": "my.txt"}
+    tasks = {"tasks": {"average": {"primary": 0.342, "chance": 0.333}}}
+    r = measured("dense") | {"run": ran} | tasks
+    s = {name: f"{score:.4g}" for name, score in scores_by_hand("dense").items()}
+
+    def said(results, names):
+        return " ".join(heading(page(results, names))).replace("\n", " ")
+    size = "5 layers 64 wide, GQA 4:1, 8 experts, top 2, norm lns"
+    assert said({"deep": r}, PAGE) == (
+        f"deep: {size}, loss {s['loss']}, causal {s['causal']}, permutation {s['permuted']}, usefulness {s['useful']}, "
+        "accuracy 0.342 (chance 0.333) on 7 x 16 tokens of my.txt")
+    assert said({"deep": r}, ["causal"]) == (
+        f"deep: {size}, loss {s['loss']}, causal {s['causal']} on 7 x 16 tokens of my.txt")
+    plain = settings | {"n_kv_head": 4, "n_experts": 0, "norm": "pre"}
+    both = said({"deep": r, "plain": r | {"run": ran | {"settings": plain}}}, ["causal"])
+    assert both.endswith(f" plain: 5 layers 64 wide, loss {s['loss']}, causal {s['causal']} on 7 x 16 tokens of my.txt")
+    assert said({"x": measured("dense")}, ["causal"]) == f"x: loss {s['loss']}, causal {s['causal']}"
+
+
+def test_no_line_of_a_heading_or_title_is_wider_than_its_place():
+    """Whatever models are called; at 9 points a page takes some 120 characters."""
+    labels = {"a_model_with_quite_a_long_name" + "_" * i: measured("dense") for i in range(4)}
+    fig = page(labels, PAGE)
+    assert max(len(line) for text in heading(fig) for line in text.splitlines()) <= 112
+    for strip in fig.subfigs:
+        for place in strip.subfigs:
+            assert max(map(len, place.get_suptitle().splitlines())) <= 92 / len(strip.subfigs)
+
+
+def test_the_page_has_what_was_measured_earlier_as_well(run_main, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), "ckpt.pt")
+    np.save("mine.npy", make_tokens(4, 8).numpy())
+    honest, pages = probe.picture, []
+    monkeypatch.setattr(probe, "picture", lambda results, names: pages.append(names) or honest(results, names))
+    for name in ("lens", "variance"):
+        assert run_main(probe, "ckpt.pt", "--only", name, "--tokens", "mine.npy").status == 0
+    assert pages == [["lens"], ["lens"], ["variance"], ["lens"], ["variance", "lens"]]
 
 
 WITH_FIGURE = {*CURVES, *HEAT, "usefulness"}
@@ -439,16 +611,25 @@ def test_every_experiment_has_a_figure_but_three():
 
 
 @pytest.mark.parametrize("results, names", [
-    ({"dense": {"loss", "variance", "causal"}}, {"variance", "causal"}),
-    ({"dense": {"loss", "variance", "causal"}, "moe": {"loss", "variance", "lens"}}, {"variance"}),
+    ({"dense": {"loss", "variance", "causal", "causal_mean"}}, {"variance", "causal", "probe"}),
+    ({"dense": {"loss", "variance", "causal", "causal_mean"}, "moe": {"loss", "variance", "lens"}},
+     {"variance", "probe"}),
+    ({"dense": {"loss", "jacobian"}}, {"jacobian"}),
     ({"dense": {"loss"}}, set()),
-    ({"dense": None, "moe": None}, WITH_FIGURE),
-], ids=["one", "two", "none", "all"])
+    ({"dense": None, "moe": None}, WITH_FIGURE | {"probe"}),
+], ids=["one", "two", "none of the page's", "none", "all"])
 def test_what_all_results_have_is_drawn_into_the_folder(results, names, tmp_path):
     pytest.importorskip("matplotlib")
     of_kinds = {kind: {key: value for key, value in measured(kind).items() if keys is None or key in keys}
                 for kind, keys in results.items()}
-    assert probe.draw(of_kinds, tmp_path) == (f"figures in {tmp_path}" if names else "")
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
+    said = f"figures in {tmp_path}" if names else ""
+    if "probe" in names:
+        said += f", on one page in {tmp_path / 'probe.png'}"
+    assert probe.draw(of_kinds, tmp_path) == said
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{end}" for name in names for end in ("png", "svg")}
     for path in tmp_path.iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+        content = path.read_bytes()
+        assert path.stat().st_size > 5000 and (content.startswith(b"\x89PNG") or b"<svg" in content[:1000])
+    if "probe" in names:
+        width, _ = np.frombuffer((tmp_path / "probe.png").read_bytes()[16:24], dtype=">u4")
+        assert width == 1200                                                     # 8 inches at 150 dots each
