@@ -166,8 +166,8 @@ class Experiment(NamedTuple):
     columns: Sequence[tuple[str, Callable[[Result], Sequence[float] | None], str]] = ()
     # Numbers for the whole model, by the name of their column.
     scores: dict[str, Callable[[Result], float]] = {}
-    # Draws one or several results, by label.
-    figure: Callable[[dict[str, Result]], Any] | None = None
+    # The panel that shows one or several results, by label.
+    figure: Callable[[dict[str, Result]], Panel] | None = None
     # Does it use the affine maps? They take another round through the tokens.
     fits: bool = False
     # Does it use p.attention? It takes T x T numbers per head.
