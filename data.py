@@ -473,7 +473,8 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
         else:
             found = Source(source, (), None, {}, TEXT_FIELDS, encoding)
             todo = docs(source)
-        request = {"source": found.name, "tokenizer": enc.name, "val_fraction": val_fraction,
+        request = {"source": found.name, "tokenizer": known_as(enc.name),
+                   "val_fraction": val_fraction,
                    "max_tokens": str(max_tokens), "field": field, "encoding": encoding,
                    "rules": RULES, "state": found.state}
         if again:
@@ -487,6 +488,8 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
         if not (out / "meta.json").exists():
             finish(todo, out, meta, enc)
     except OSError as e:
+        if e.errno in UNUSABLE:                  # it never will be: see `run`
+            raise
         raise UserError(f"preparing {out} failed ({e}): "
                         "with that mended the same command resumes it") from e
     return out
@@ -794,6 +797,11 @@ def copy_tokenizer(name: str, folder: Path) -> str:
         return name
     return f"{own.name}/tokenizer.json"
 
+def known_as(name: str) -> str:
+    """A name for what is in a tokenizer, the same wherever its files lie."""
+    with tempfile.TemporaryDirectory() as tmp:
+        return copy_tokenizer(name, Path(tmp))
+
 def tokenizer_beside(file: str | Path, name: str) -> str:
     """The tokenizer that a checkpoint or a corpus names: a copy beside it, if it has one."""
     own = Path(file).parent / name
@@ -887,6 +895,8 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                               # damaged bytes make torch raise almost anything
+        unreadable = isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)
+        check(not unreadable, f"cannot read {path} ({e}): mend that, it may well be whole")
         raise UserError(f"{path} is damaged or no checkpoint ({e!r:.90}): use another copy") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     sound = isinstance(saved, dict) and all(isinstance(saved.get(key), kinds[key]) for key in kinds)
@@ -1486,12 +1496,18 @@ def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main: a UserError or an unusable path is one line on stderr and exit status 2,
     Ctrl-C is status 130."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()          # here, where it is noticed that nobody reads on
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)               # what rank 0 says as well is said once: torchrun stops us meanwhile
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:                      # as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # nor at exit
+        sys.exit(141)
     except OSError as e:
         if not e.filename or e.errno not in UNUSABLE:
             raise

@@ -1191,10 +1191,14 @@ def score_table(results: dict[str, Result]) -> str:
     rows = {label: scores(r) for label, r in results.items()}
     width = max(map(len, results))
     columns = [name for name in score_names() if all(name in row for row in rows.values())]
-    lines = [" " * width + "".join(f"{name:>11}" for name in columns)]
-    for label, row in rows.items():
-        lines.append(f"{label:{width}}" + "".join(f" {row[name]:10.4f}" for name in columns))
-    return "\n".join(lines)
+    tables = []
+    for start in range(0, len(columns), COLUMNS_AT_ONCE):
+        some = columns[start:start + COLUMNS_AT_ONCE]
+        lines = [" " * width + "".join(f"{name:>11}" for name in some)]
+        for label, row in rows.items():
+            lines.append(f"{label:{width}}" + "".join(f" {row[name]:10.4f}" for name in some))
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 def remarks(r: Result, path: str) -> Iterator[str]:
     """What to know beside the scores of a model, a line each."""
@@ -1607,7 +1611,8 @@ def sample(args: Any, model: GPT, saved: dict[str, Any]) -> None:
     enc = get_tokenizer(saved["tokenizer"])
     prompt = torch.tensor([enc.encode_ordinary(args.sample) or [enc.eot_token]])  # (1, T)
     check(prompt.max() < model.config.vocab_size,
-          f"--sample has tokens beyond vocab_size={model.config.vocab_size}")
+          f"--sample has tokens beyond vocab_size={model.config.vocab_size}: "
+          f"{saved['tokenizer']!r} is not the tokenizer of this model")
     device = model.embed.weight.device
     text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
                     enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
@@ -1766,6 +1771,8 @@ def draw_again(args: Any) -> None:
         except (OSError, ValueError, TypeError) as e:
             raise UserError(f"no readable {out / 'probe.json'} to draw: measure with "
                             f"`python probe.py {path}`") from e
+        if path.is_file() and path.stat().st_mtime > (out / "probe.json").stat().st_mtime:
+            print(f"{out / 'probe.json'} is older than {path}: of the weights before, perhaps")
         print(draw({label: results[label]}, out) or f"{out / 'probe.json'} has nothing to draw")
     if len(results) > 1:
         compare(args, results)

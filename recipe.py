@@ -22,6 +22,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import platform
 import signal
 import statistics
@@ -1076,6 +1077,12 @@ def diagnose(path: Path) -> str:
     check((home / "probe.json").exists(), f"{path} is not probed yet: python probe.py {ckpt}")
     try:
         result = read_probe(ckpt, home)
+        absent = [name for name in MEASURED.split(",") if name not in result]
+        whole = f"python probe.py {ckpt} --only {','.join(absent)}"
+        for option in ("samples", "length"):
+            whole += f" --{option} {result['run'][option]}" if option in result["run"] else ""
+        check({"variance", "usefulness", "removal"} <= result.keys(),
+              f"{home}: {', '.join(absent)} not measured yet: {whole}")
         found = symptoms(result, read_log(home), ckpt)
         return "\n".join([f"{path}: {found[0]}", *found[1:], *remedies(result, settings)])
     except DAMAGED as e:
@@ -1140,8 +1147,8 @@ def goal_of(name: str, settings: dict[str, Any]) -> float | None:
     if settings.get("learning_rate") and settings.get("max_steps"):
         # What counts is rate x decay x steps.
         decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
-        goal = min(COVERED["weight_decay"].most,               # of a short run it would be huge
-                   decayed / settings["learning_rate"] / settings["max_steps"])
+        most = config("ladder_decay_1", "paper").weight_decay     # of a short run it would be huge
+        goal = min(most, decayed / settings["learning_rate"] / settings["max_steps"])
     return None if settings.get("weight_decay", 0) > 0.95 * goal else goal
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -1184,7 +1191,10 @@ def read_arguments() -> Any:
     add("paths", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
     add("--out", type=Path, help="figure to write (default training.png in the first folder)")
 
-    args, args.settings = parser.parse_known_args()
+    home = os.path.expanduser("~")               # a shell leaves it in --name=~/path
+    words = [re.sub(r"^(--\w+=)?~(?=/|$)", lambda m: (m[1] or "") + home, word)
+             for word in sys.argv[1:]]
+    args, args.settings = parser.parse_known_args(words)
     if args.command == "run":
         check_run(args)
     if args.command in ("run", "report"):

@@ -93,9 +93,10 @@ class TrainConfig(ModelConfig):
         check(self.keep_checkpoints <= 10,
               f"keep_checkpoints={self.keep_checkpoints} must be at most 10")
 
-# FLOPs of a run from which on torch.compile wins back its half minute on a CPU. Measured on two
-# cores, for 16 blocks 64 wide: TODO
-COMPILING_PAYS = 8e12
+# FLOPs of a run from which on torch.compile pays on a CPU. Measured for configs/gqa_deep.py on two
+# cores: a step takes 0.156 s instead of 0.198 s, its three graphs 131 s at first and 45 s from
+# inductor's cache, so it pays from 3,100 steps on (4.7e13), and from the cache 1,100.
+COMPILING_PAYS = 5e13
 PYTHON_CORPUS = Path("data/python")      # is prepared on first use, as bytes
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -401,13 +402,15 @@ SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Inside, SIGNALS do not end the process: they appear in the list. A second Ctrl-C does."""
+    """Inside, SIGNALS do not end the process: they appear in the list. A second Ctrl-C does, of which
+    torchrun makes a SIGTERM."""
     caught: list[int] = []
 
     def catch(number: int, _: Any) -> None:
         caught.append(number)
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)        # the system's: no wait for a step's end
+            for second in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(second, signal.SIG_DFL)    # the system's: no wait for a step's end
 
     before = {s: signal.getsignal(s) for s in SIGNALS}
     for s, handler in before.items():
@@ -517,7 +520,7 @@ def worth_compiling(c: TrainConfig, model: GPT, here: Process) -> bool:
     flops = model.flops_per_token() * c.tokens_per_step * c.max_steps
     worth = here.world == 1 and flops > COMPILING_PAYS and compiler_found()
     if worth:
-        print("compiling: about half a minute, once for models of this shape (--compile=false: none)",
+        print("compiling: about two minutes, once for models of this shape (--compile=false: none)",
               flush=True)
     return worth
 
@@ -588,7 +591,7 @@ def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path:
           "give another --data, or another --out_dir")
     theirs = saved["settings"]
     ours = checksum(corpus)
-    moved = theirs.get("data") != c.data         # is said below
+    moved = os.path.realpath(theirs.get("data", "")) != os.path.realpath(c.data)     # is said below
     check(moved or saved.get("corpus", ours) == ours,    # older checkpoints have none
           f"{c.data} has changed since {path} was trained on it (checksums of its meta.json): "
           "put the old corpus back, or start over in another --out_dir")
@@ -736,6 +739,8 @@ def open_out_dir(out: Path, done: int, overwrite: bool, config: dict[str, Any]) 
                 old = put_aside(path, "old", overwrite)
                 print(f"{path} of an earlier run is now {old.name}")
         write_json(out / "config.json", config)
+    except BrokenPipeError:                      # of what is printed here: see data.run
+        raise
     except OSError as e:
         raise UserError(f"cannot write to out_dir={out} or read its log.jsonl ({e}): "
                         "choose another --out_dir") from e
@@ -771,15 +776,20 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 def check_same_config(out: Path, configs: Sequence[str]) -> None:
-    """UserError if the out_dir that a config's name leads to is a run of its namesake elsewhere."""
+    """UserError if the out_dir that a config's name leads to is a run of its namesake elsewhere.
+
+    A folder that was moved as a whole, configs and a relative out_dir in it, is the same still.
+    """
     try:
-        told = list(json.loads((out / "config.json").read_text())["configs"])
+        told = json.loads((out / "config.json").read_text())
+        theirs = str(told["configs"][-1]) if told["configs"] else "no config"
+        whole = os.path.normpath(os.path.join(told["folder"], theirs))
     except (OSError, ValueError, LookupError, TypeError):
         return                                   # an older run has none
-    theirs, ours = ((str(paths[-1]) if paths else "no config")
-                    for paths in (told, [os.path.relpath(path) for path in configs]))
-    check(theirs == ours, f"{out} is a run of {theirs}, not of {ours}: give another --out_dir "
-                          f"(--out_dir={out} goes on with it all the same)")
+    ours = os.path.relpath(configs[-1]) if configs else "no config"
+    same = whole == os.path.abspath(ours) or (theirs == ours and not out.is_absolute())
+    check(same, f"{out} is a run of {whole}, not of {ours}: give another --out_dir "
+                f"(--out_dir={out} takes it all the same)")
 
 def resuming_command() -> str:
     """What goes on with this run. Of several nodes, each needs its own rendezvous options."""
@@ -798,19 +808,24 @@ def go_on_with_log(path: Path, done: int) -> None:
     if path.exists():
         try:
             wrong = "" if path.stat().st_size > 0 else "is empty"
-            cut_log(path, done)
+            last = cut_log(path, done)
+            if not wrong and last != done:
+                print(f"{path} ends at step {last}: the steps up to {done} are missing in it")
         except (ValueError, LookupError, TypeError):
             wrong = f"is damaged, and now {put_aside(path, 'damaged').name}"
     if wrong:
         print(f"{path} {wrong}: a new one begins after step {done}")
 
-def cut_log(path: Path, done: int) -> None:
-    """Drop the lines of steps after `done`, and a last one that was cut off as it was written."""
-    length = 0
+def cut_log(path: Path, done: int) -> int:
+    """Drop the lines of steps after `done`, and a last one that was cut off as it was written;
+    returns the last step that stays."""
+    length = last = 0
     for line in path.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n") and json.loads(line)["step"] <= done:
             length += len(line)
+            last = json.loads(line)["step"]
     os.truncate(path, length)
+    return last
 
 def opening_line(c: TrainConfig, model: GPT, here: Process, done: int) -> str:
     n = model.count_parameters()
@@ -1050,7 +1065,7 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, Any]:
     if not values.get("out_dir"):
         name = Path(args.configs[-1]).stem if args.configs else "run"
         values["out_dir"] = f"out/{name}"
-    if args.resume and args.out_dir is None:
+    if args.out_dir is None and not args.plan:
         check_same_config(Path(values["out_dir"]), args.configs)
     if values.get("init_from"):
         add_architecture(values, values["init_from"])
@@ -1103,8 +1118,12 @@ def read_config(path: Path, depth: int = 0) -> dict[str, Any]:
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
 
 def check_assignments(path: Path) -> None:
-    """UserError for `name: value` in a config, which Python takes and which assigns nothing."""
+    """UserError for what Python takes in a config and what assigns nothing: `name: value` and
+    `name == value`."""
     for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Compare):
+            raise UserError(f"{path}, line {node.lineno}: `{ast.unparse(node)}` assigns nothing: "
+                            "write one =")
         if isinstance(node, ast.AnnAssign) and node.value is None:
             name, value = ast.unparse(node.target), ast.unparse(node.annotation)
             raise UserError(f"{path}, line {node.lineno}: `{name}: {value}` assigns nothing: "
@@ -1124,7 +1143,8 @@ def kind_of(name: str, where: str) -> str:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]!r}?" if close else "."
         if where != "command line":
-            hint += f" A name of the file's own begins with _, as _{name}."
+            hint += (f" A name of the file's own begins with _, as _{name}, "
+                     f"or `import {name} as _{name}`.")
         raise UserError(f"{where}: no setting {name!r}{hint} All of them: python train.py --help")
     return kinds[name]
 

@@ -1162,9 +1162,9 @@ def test_the_next_step_is_as_far_as_it_is_in_models_of_this_size(invent, width, 
     assert then == f"then: {goal}n_kv_head 2, n_experts {experts}"
 
 
-def test_no_more_decay_is_advised_than_the_paper_tried(invent):
+def test_no_more_decay_is_advised_than_the_papers_ladder_has(invent):
     *_, first, _ = diagnose(checkpoint(invent("gqa_4", variance=31.0), max_steps=20)).splitlines()
-    assert first.startswith("next in the paper's ladder: weight_decay 3, here 0.1;")
+    assert first.startswith("next in the paper's ladder: weight_decay 1, here 0.1;")
 
 
 def test_a_model_of_others_is_told_what_the_ladder_has(invent):
@@ -1199,6 +1199,25 @@ def test_a_run_that_is_not_probed_is_told_how(invent):
     (out / "probe.json").unlink()
     with pytest.raises(UserError, match=f"not probed yet: python probe.py {out}/ckpt.pt"):
         diagnose(out)
+
+
+def test_a_run_that_is_probed_in_part_is_told_what_is_missing_and_on_which_tokens(invent):
+    out = checkpoint(invent("gqa_4"))
+    r = json.loads((out / "probe.json").read_text())
+    r["run"] = {"samples": 8, "length": 32}
+    del r["usefulness"], r["usefulness_heldout"]
+    (out / "probe.json").write_text(json.dumps(r))
+    command = f"python probe.py {out}/ckpt.pt --only .*usefulness.* --samples 8 --length 32$"
+    with pytest.raises(UserError, match=f"usefulness.* not measured yet: {command}"):
+        diagnose(out)
+
+
+def test_a_tilde_is_the_home_folder(run_main, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    seen = []
+    monkeypatch.setattr(recipe, "plot", seen.append)
+    assert run_main(recipe, "plot", "~/a", "b", "--out=~/c.png").status == 0
+    assert ([str(path) for path in seen[0].paths], str(seen[0].out)) == (["/home/me/a", "b"], "/home/me/c.png")
 
 
 @pytest.mark.parametrize("file, text", [

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_mistake
+from helpers import ROOT, assert_mistake
 from test_scale import (RUN, SLOW, assert_same_end, end, errors, launch, logged, read_log, truncate,
                         until, without_rates, workers)
 
@@ -308,6 +308,35 @@ def test_without_its_log_or_with_a_damaged_one_a_run_goes_on_and_says_so(whole, 
         assert ("is not there" if damage == "missing" else f"is {damage}") in said
 
 
+@pytest.mark.parametrize("stays", [0, 3])
+def test_a_log_that_ends_early_goes_on_and_its_hole_is_named(out, resume, stays):
+    log = out / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:stays]) + lines[stays][:9])
+    assert f"{log} ends at step {stays}: the steps up to 8 are missing in it" in resume(out)
+    assert [line["step"] for line in read_log(out)] == [*range(1, stays + 1), 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_after_a_ctrl_c_another_one_is_the_systems_also_as_torchrun_hands_it_on(second):
+    with train.catch_signals() as caught:
+        signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(second) != signal.SIG_DFL
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(second) == signal.SIG_DFL and caught == [signal.SIGHUP, signal.SIGINT]
+    assert signal.getsignal(second) != signal.SIG_DFL or second == signal.SIGTERM
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    """As `train.py ... | head -1` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs/dense.py"), "--plan"]
+    process = subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert process.communicate()[1] == "" and process.returncode == 141
+
+
 def test_a_checkpoint_that_was_copied_alone_goes_on(start, whole, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -402,7 +431,9 @@ def test_configs_of_one_name_do_not_share_an_out_dir_unless_told_to(corpus, tmp_
         Path(folder, "small.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SHORT.items()))
     go = [f"--data={corpus}"]
     assert run_main(train, "a/small.py", *go, "--max_steps=1").status == 0
-    assert_mistake(run_main(train, "b/small.py", *go), "out/small", "--overwrite")
+    assert_mistake(run_main(train, "a/small.py", *go), "out/small", "--overwrite")
+    for switch in ([], ["--overwrite"]):
+        assert_mistake(run_main(train, "b/small.py", *go, *switch), "a/small.py", "b/small.py", "--out_dir=out/small")
     assert_mistake(run_main(train, "b/small.py", *go, "--resume"), "a/small.py", "b/small.py", "--out_dir=out/small")
     assert_mistake(run_main(train, *go, "--resume", "a/../b/small.py"), "a/small.py", "b/small.py")
     for k, args in enumerate([["a/small.py"], ["./a/small.py"], [tmp_path / "a/small.py"], ["b/small.py", "a/small.py"],
@@ -411,6 +442,22 @@ def test_configs_of_one_name_do_not_share_an_out_dir_unless_told_to(corpus, tmp_
         assert done.status == 0 and f", from step {k - 1}" in done.out, done.err
     Path("out/small/config.json").unlink()                           # as of an older run
     assert run_main(train, "a/small.py", *go, "--max_steps=7", "--resume").status == 0
+    shutil.move(tmp_path, tmp_path.with_name("moved"))               # the whole project
+    monkeypatch.chdir(tmp_path.with_name("moved"))
+    assert run_main(train, "a/small.py", *go, "--max_steps=8", "--resume").status == 0
+
+
+def test_an_absolute_out_dir_is_of_one_config_wherever_it_is_started_from(corpus, tmp_path, monkeypatch, run_main):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        settings = SHORT | {"out_dir": str(tmp_path / "out"), "data": str(corpus), "max_steps": 1}
+        (tmp_path / folder / "small.py").write_text("".join(f"{k} = {v!r}\n" for k, v in settings.items()))
+    monkeypatch.chdir(tmp_path / "a")
+    assert run_main(train, "small.py").status == 0
+    monkeypatch.chdir(tmp_path / "b")
+    assert_mistake(run_main(train, "small.py", "--resume"), str(tmp_path / "a/small.py"))
+    monkeypatch.chdir(tmp_path)
+    assert run_main(train, "a/small.py", "--resume", "--max_steps=2").status == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,9 +477,10 @@ def test_a_corpus_that_changed_under_its_path_is_refused(start, whole, out, corp
     shard.write_bytes(tokens)
     meta[split]["shards"][0]["crc32"] = zlib.crc32(tokens)
     (words / "meta.json").write_text(json.dumps(meta))
-    said, err = end(start(out, "--resume", data=words), status=2)
-    assert_mistake((2, said, err), str(words), "has changed", str(out / "ckpt.pt"))
-    assert files(out) == before
+    for spelling in (words, words / ".." / "words"):
+        said, err = end(start(out, "--resume", data=spelling), status=2)
+        assert_mistake((2, said, err), str(spelling), "has changed", str(out / "ckpt.pt"))
+        assert files(out) == before
 
 
 def test_a_checkpoint_from_before_there_were_checksums_goes_on(whole, out, resume):

@@ -188,7 +188,10 @@ def scores_by_hand(kind: str) -> dict[str, float]:
 def assert_scores(want: dict[str, dict[str, float]], table: str) -> None:
     """The columns of a table of scores, a line per label, and four decimals of every number."""
     width = max(map(len, want))
-    header, *rows = [cells(line, width, 11) for line in table.splitlines()]
+    assert all(len(line) <= 120 for line in table.splitlines())
+    parts = [[cells(line, width, 11) for line in part.splitlines()] for part in table.split("\n\n")]
+    joined = [[lines[0][0], *(cell for line in lines for cell in line[1:])] for lines in zip(*parts, strict=True)]
+    header, *rows = joined
     assert header == ["", *next(iter(want.values()))]
     assert [row[0] for row in rows] == list(want)
     for row, scores in zip(rows, want.values(), strict=True):

@@ -1,7 +1,7 @@
 """A training step of ours beside one of the `transformers` Llama of the same shape, optimizer, data.
 
     pip install transformers
-    python tests/bench/beside_transformers.py                               # the two SHAPES
+    python tests/bench/beside_transformers.py                               # the SHAPES
     python tests/bench/beside_transformers.py --n_embd=512 --n_layer=4      # another one
 
 Takes the settings of train.py, on a CPU. Prints tokens/s of both and their ratio, above 1 is ours
@@ -20,7 +20,9 @@ from data import run
 from model import GPT, check
 from train import TrainConfig, clip_gradients, gradients, load_settings, make_optimizer, vocabulary
 
-SHAPES = (["--n_embd=64", "--n_layer=16"], ["--n_embd=256", "--n_layer=8"])
+SHAPES = (["--n_embd=64", "--n_layer=16"], ["--n_embd=256", "--n_layer=8"],
+          ["--n_embd=64", "--n_layer=4", "--vocab_size=50304"],
+          ["--n_embd=256", "--n_layer=4", "--vocab_size=50304"])
 
 
 def llama(c: TrainConfig) -> LlamaForCausalLM:
