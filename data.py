@@ -1370,9 +1370,9 @@ def keep_as_written(folder: Path, family: str) -> None:
     if not (folder / "tokenizer.json").is_file():
         return
     said = read_json(folder / "tokenizer_config.json")
-    kind = said.get("tokenizer_class") or "PreTrainedTokenizerFast"
-    wanted = said | {"tokenizer_class": kind}
-    if family == "qwen2" and "Qwen2" not in kind:
+    # a class with a name of its own may cut texts in its own way, or put its template in
+    wanted = said | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if family == "qwen2":
         # the entry is enough; the class is asked for where remote code is trusted
         name = "tokenization_as_written.AsWritten"
         wanted["auto_map"] = {"AutoTokenizer": [name, name]}

@@ -361,12 +361,38 @@ def test_a_folders_tokenizer_is_taken_as_it_is_written_in_every_family(variant, 
         assert got(text)["input_ids"] == [1, *want.encode(text)]
 
 
-def test_qwen2s_own_tokenizer_needs_no_class_of_ours(tmp_path):
-    source = write_tokenizer(tmp_path / "words", files={"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}})
-    make_checkpoint(tmp_path / "ckpt.pt", str(source), qkv_bias=True)
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory):
+    """A folder with a tokenizer of bytes and merges that splits as GPT-2, and whose <s> begins texts."""
+    from pydoc_data.topics import topics
+    level = tokenizers.pre_tokenizers.ByteLevel
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer, inner.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    inner.train_from_iterator(list(topics.values())[:15], tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", "<|endoftext|>"], initial_alphabet=level.alphabet(),
+        show_progress=False))
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    folder = tmp_path_factory.mktemp("merges")
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer",
+                                  "GPTNeoXTokenizerFast", "TokenizersBackend", None])
+@pytest.mark.parametrize("variant", ["dense", "biases", "head_norm"])
+def test_autotokenizer_has_our_ids_whatever_class_the_folder_named(variant, kind, merges, tmp_path):
+    """Of a class with a name transformers 5 would put in the splitting, or lose tokens, in silence."""
+    source = shutil.copytree(merges, tmp_path / "source")
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | ({"tokenizer_class": kind} if kind else {})
+    (source / "tokenizer_config.json").write_text(json.dumps(names))
+    make_checkpoint(tmp_path / "ckpt.pt", str(source), **VARIANTS[variant][0])
     D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
-    assert not list((tmp_path / "hf").glob("*.py"))
-    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) == {"tokenizer_class": "Qwen2Tokenizer"}
+    auto, enc = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizer_of(source)
+    for text in strings():
+        assert auto(text)["input_ids"] == [1, *enc.encode(text)], text
+        assert auto.decode(enc.encode(text)) == text
+    assert (auto.bos_token_id, auto.eos_token_id) == (1, 2)
 
 
 def test_an_export_of_bytes_begins_and_ends_with_its_own_token(tmp_path):
