@@ -2,11 +2,11 @@
 
     python data.py python                         # the sources of torch and Python, in bytes
     python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
-    python data.py my_rows/ --field story         # .parquet .arrow .csv .json .json.gz .jsonl.zst
+    python data.py my_rows/ --field story         # .csv .json .json.gz .jsonl.zst .parquet .arrow
     python data.py fineweb-edu --max_tokens 10e9  # the paper's, streamed
     python data.py data/python --verify           # read it all again and compare the checksums
 
-Rows and fineweb-edu need: pip install datasets. A prepared corpus is a folder: meta.json and the
+.parquet, .arrow and fineweb-edu need: pip install datasets. A prepared corpus is a folder: meta.json and the
 token files that it lists, train_00000.bin, ..., val_00000.bin, ... The same command goes on where
 it was interrupted, as long as the source is the same; --again prepares anew. Batches are a pure
 function of (seed, step), so that a run can go on exactly where it was.
@@ -14,8 +14,10 @@ function of (seed, step), so that a run can go on exactly where it was.
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import copy
+import csv
 import difflib
 import errno
 import fnmatch
@@ -27,6 +29,7 @@ import importlib.util
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import shutil
@@ -50,11 +53,11 @@ from model import GPT, ModelConfig, UserError, check
 
 EOT = "<|endoftext|>"
 TEXTS = (".txt", ".md", ".py")                               # these files are read as they are,
-LINES = (".jsonl", ".jsonl.gz")                              # these line by line,
+ROWS = (".jsonl", ".json", ".csv")                           # these row by row, also packed,
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}         # and these by the package datasets
-PACKED = ("", ".gz", ".zst", ".xz", ".bz2")
-LOADERS |= {kind + packed: "json" for kind in (".json", ".jsonl") for packed in PACKED}
-LOADERS |= {".csv" + packed: "csv" for packed in PACKED}
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+          ".zst": lambda path, mode: need("pyarrow", f"reading {path}").input_stream(
+              str(path), compression="zstd")}                # zstandard's own takes half for whole
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 TEXT_FIELDS = ("text", "content")        # where the text of a row is looked for without --field
 LISTED_FILES = 1000          # of so many files meta.json lists sizes and times, of more a digest
@@ -253,8 +256,8 @@ def files_to_read(name: str, out: Path | None, unread: dict[str, int], fields: S
     elif without_text:                   # they tell of the data that they lie beside
         unread[f".json without {' or '.join(fields)}"] = len(without_text)
     check(len(files) > 0, f"nothing to read at {name}{say_unread(unread)}. What is read ends in "
-                          f"{' '.join(TEXTS + LINES)}, or for the package datasets in .parquet "
-                          ".arrow .json .csv, the last two also packed as .gz .zst .xz .bz2")
+                          f"{' '.join(TEXTS + ROWS + tuple(LOADERS))}; {' '.join(ROWS)} also "
+                          f"packed as {' '.join(PACKED)}")
     return files
 
 def walk(folder: str, out: Path | None, unread: dict[str, int]) -> list[Path]:
@@ -289,12 +292,12 @@ def why_unread(path: Path) -> str:
     kind = suffix(path)
     if not path.is_file():
         return "broken links or pipes"
-    if kind in TEXTS + LINES:
-        return ""
-    if kind not in LOADERS:
+    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    if kind not in TEXTS + tuple(LOADERS) and kind.removesuffix(packing) not in ROWS:
         return kind
-    needed = ["datasets", "zstandard"] if kind.endswith(".zst") else ["datasets"]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    needed = {".zst": ["pyarrow"], ".parquet": ["datasets"], ".arrow": ["datasets"]}
+    missing = [package for package in needed.get(path.suffix.lower(), ())
+               if importlib.util.find_spec(package) is None]
     return f"{kind} (needs: pip install {' '.join(missing)})" if missing else ""
 
 def say_unread(unread: dict[str, int]) -> str:
@@ -305,7 +308,7 @@ def say_unread(unread: dict[str, int]) -> str:
 def has_text(path: Path, fields: Sequence[str], encoding: str | None) -> bool:
     """Whether the first row of a file has one of the fields."""
     try:
-        _, row = next(read_rows(path, fields, encoding), (0, None))
+        _, row = next(read_rows(path, encoding), (0, None))
     except UserError:
         return False
     return isinstance(row, dict) and any(field in row for field in fields)
@@ -323,35 +326,44 @@ def read_source(source: Source) -> Iterator[str]:
 
 def read_file(path: Path, fields: Sequence[str], encoding: str | None) -> Iterator[str]:
     """The documents of a file."""
-    kind = suffix(path)
-    if kind in TEXTS:
+    if suffix(path) in TEXTS:
         yield from read_text(path, encoding)
-    elif kind in LINES:
-        yield from texts(read_lines(path, encoding), fields, path)
     else:
-        yield from texts(read_rows(path, fields, encoding), fields, path)
+        yield from texts(read_rows(path, encoding), fields, path)
 
-def encoding_of(start: bytes, asked: str | None) -> str:
-    """That which the first bytes of a text show, a BOM or the zeros of UTF-16 and UTF-32; but what
-    is asked for goes before zeros."""
+def encoding_of(start: bytes, asked: str | None, path: Path) -> str:
+    """That which a BOM shows, else what is asked for, else UTF-8; UserError if a text begins with
+    zeros, as UTF-16 does, and nothing is asked for."""
     shown = json.detect_encoding(start)                       # UTF-8 if they show none
-    has_bom = shown in ("utf-8-sig", "utf-16", "utf-32")
-    return shown if has_bom or asked is None else asked
+    if shown in ("utf-8-sig", "utf-16", "utf-32"):            # there is a BOM
+        return shown
+    check(asked is not None or shown == "utf-8",
+          f"{path} begins with zeros, as {shown} does without a byte-order mark: say what it is "
+          f"with --encoding {shown}, or --encoding utf-8")
+    return asked or shown
 
 @contextlib.contextmanager
 def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
-    """A text file, or the one that a .gz holds. What is not in its encoding is refused."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as raw:
-        encoding = encoding_of(raw.read(4), encoding)
-        raw.seek(0)
-        try:
-            yield io.TextIOWrapper(raw, encoding, newline="")
-        except UnicodeError as e:
-            said = str(e)
-            if isinstance(e, UnicodeDecodeError):             # e.object ends where raw is read to
-                said = f"byte {raw.tell() - len(e.object) + e.start}, {e.reason}"
-            raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it is "
-                            "with --encoding") from e
+    """A text file, or the one that is packed in it. What is not in its encoding is refused, as is
+    what cannot be unpacked."""
+    try:
+        with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
+            raw = io.BufferedReader(file)
+            encoding = encoding_of(raw.peek(4)[:4], encoding, path)
+            try:
+                yield io.TextIOWrapper(raw, encoding, newline="")
+            except UnicodeError as e:
+                said = str(e)
+                if isinstance(e, UnicodeDecodeError):
+                    said = e.reason
+                    if raw.seekable():                        # e.object ends where raw is read to
+                        said = f"byte {raw.tell() - len(e.object) + e.start}, {said}"
+                raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it "
+                                "is with --encoding") from e
+    except Exception as e:                          # every way to pack has errors of its own
+        if isinstance(e, UserError) or getattr(e, "errno", None):
+            raise
+        raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
 
 def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
     """A text file as one document, or several if it is long: cut where no token is lost, if such a
@@ -369,13 +381,45 @@ def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
         if text:
             yield text
 
-def read_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, Any]]:
-    """The numbered rows of a .jsonl or .jsonl.gz file."""
-    try:
-        with opened(path, encoding) as lines:
-            yield from parse_lines(lines, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"{path} is damaged ({e}): get it again") from e
+def read_rows(path: Path, encoding: str | None) -> Iterator[tuple[int, Any]]:
+    """The numbered rows of a file."""
+    kind = suffix(path)
+    if kind in LOADERS:
+        # parquet's own batch_size is 0 where there are no rows
+        options = {"batch_size": 1000} if kind == ".parquet" else {}
+        yield from enumerate(load_rows(LOADERS[kind], path, data_files=glob.escape(str(path)),
+                                       **options), 1)
+        return
+    with opened(path, encoding) as f:
+        if kind.startswith(".csv"):
+            yield from parse_csv(f, path)
+        elif kind.startswith(".jsonl"):
+            yield from parse_lines(f, path)
+        else:
+            yield from parse_json(f, path)
+
+def parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The numbered rows of lines of CSV, whose first one names the fields."""
+    csv.field_size_limit(1 << 30)                             # a text may be long
+    rows = csv.reader(lines, strict=True)
+    names = next(rows, [])
+    for row in filter(None, rows):                            # but for lines without anything
+        check(len(row) == len(names), f"{path}:{rows.line_num} has {len(row)} fields, the first "
+                                      f"line names {len(names)}: quote or mend it")
+        yield rows.line_num, dict(zip(names, row))
+
+def parse_json(f: io.TextIOBase, path: Path) -> Iterator[tuple[int, Any]]:
+    """The numbered rows of a file of JSON: one in each line, as Dolma has it, or one array."""
+    first = next((line for line in f if line.strip()), "")
+    if first.rstrip().endswith("}") and first.lstrip().startswith("{"):
+        yield from parse_lines(itertools.chain([first], f), path)
+    elif first:
+        try:
+            rows = json.loads(first + f.read())
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise UserError(f"{path} is neither an array of JSON nor a row in each line ({e}): "
+                            "get it again, or take it away") from e
+        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
 
 def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
     """The numbered values of lines of JSON."""
@@ -388,29 +432,6 @@ def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path}:{number} is no line of JSON ({e})") from e
         yield number, row
 
-def read_rows(path: Path, fields: Sequence[str],
-              encoding: str | None) -> Iterator[tuple[int, Any]]:
-    """The numbered rows of a file that the package datasets reads."""
-    loader, options = LOADERS[suffix(path)], {}
-    options["data_files"] = glob.escape(str(path))
-    if loader in ("csv", "json"):
-        with open(path, "rb") as f:                           # of a packed file they show nothing
-            options["encoding"] = encoding_of(f.read(4), encoding)
-    if loader == "csv":
-        options["converters"] = dict.fromkeys(fields, str)    # 007 is a text
-        options["keep_default_na"] = False                    # and so is NA
-    if loader == "parquet":
-        options["batch_size"] = 1000                          # its own is 0 where there are no rows
-    if loader == "json":
-        lines = (row["text"] for row in load_rows("text", path, **options))
-        first = next(lines, None)
-        if first is None:
-            return
-        if first.startswith("{") and first.endswith("}"):     # a row in each line, as Dolma has it
-            yield from parse_lines(itertools.chain([first], lines), path)
-            return
-    yield from enumerate(load_rows(loader, path, **options), 1)
-
 def load_rows(loader: str, where: str | Path, **options: Any) -> Iterator[Any]:
     """The rows of a data set's train split, streamed: nothing but the current ones is held."""
     datasets = need("datasets", f"reading {where}")
@@ -421,12 +442,7 @@ def load_rows(loader: str, where: str | Path, **options: Any) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(loader, split="train", streaming=True, **options)
     except Exception as e:                                  # its own errors, Arrow's, the network's
-        if isinstance(e, UnicodeError) and suffix(Path(where)) in (".csv", ".json"):
-            with opened(Path(where), options["encoding"]) as text:
-                for _ in text:                               # is refused with the place of the byte
-                    pass
         said = f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r})"
-        check(not isinstance(e, UnicodeError), f"{said}: say what it is with --encoding")
         check(not is_file, f"{said}: get it again, or take it away")
         raise ConnectionError(said) from e                   # what was read before it stays
 
