@@ -67,6 +67,7 @@ SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has t
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
 CLASS_BOS = {"LlamaTokenizer": "<s>", "GPT2Tokenizer": EOT, "GPTNeoXTokenizer": EOT}   # transformers'
+ADDED_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized")
 METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
@@ -724,14 +725,19 @@ def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
     if "added_tokens_decoder" not in said:                    # as transformers before 4.34 wrote it
         said |= read_json(folder / "special_tokens_map.json")
         old = read_json(folder / "added_tokens.json")
-    roles = {}
-    for role, token in said.items():
-        token = token["content"] if isinstance(token, dict) and "content" in token else token
-        if role.endswith("_token") and isinstance(token, str):
-            roles[role] = token
-    more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
-    more = more.values() if isinstance(more, dict) else more
-    special = [*roles.values(), *(t["content"] if isinstance(t, dict) else t for t in more)]
+    def as_token(said: Any) -> Any:
+        """Of its text, or of a dict that says as well what blanks beside it belong to it."""
+        flags = said if isinstance(said, dict) else {"content": said, "normalized": False}
+        return tokenizers.AddedToken(**{key: flags[key] for key in flags if key in ADDED_TOKEN})
+    tokens = {role: as_token(token) for role, token in said.items() if role.endswith("_token")
+              and (isinstance(token, str) or isinstance(token, dict) and "content" in token)}
+    roles = {role: token.content for role, token in tokens.items()}
+    more = []
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        listed_there = said.get(name) or []
+        more += listed_there.values() if isinstance(listed_there, dict) else listed_there
+    tokens = [*tokens.values(), *map(as_token, more)]
+    special = {token.content for token in tokens}
 
     listed = {int(i): token for i, token in said.get("added_tokens_decoder", {}).items()}
     for token, i in old.items():
@@ -739,8 +745,13 @@ def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
         listed[i] = {"content": token, "special": is_special, "normalized": not is_special}
     inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
-    inner.add_special_tokens([token for token in special if token not in there])
-    default = CLASS_BOS.get(str(said.get("tokenizer_class")).removesuffix("Fast"), "")
+    inner.add_special_tokens([token for token in tokens if token.content not in there])
+    kind = str(said.get("tokenizer_class")).removesuffix("Fast")
+    family = read_json(folder / "config.json").get("model_type")
+    # it takes no class at its word for these, nor that of Llama 2 where bytes are letters
+    generic = (family in ("mistral", "mixtral", "qwen2")
+               or kind == "LlamaTokenizer" and "ByteLevel" in repr(inner.pre_tokenizer))
+    default = "" if generic else CLASS_BOS.get(kind, "")
     if "bos_token" not in said and inner.token_to_id(default) is not None:
         roles["bos_token"] = default
     return {role: inner.token_to_id(token) for role, token in roles.items()}

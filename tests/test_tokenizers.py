@@ -63,6 +63,13 @@ FILES = {                                                       # beside tokeniz
     "a list": {"tokenizer_config.json": {"eos_token": "</s>", "additional_special_tokens": ["<|x|>", "<|y|>"]}},
     "a list of transformers 5": {"tokenizer_config.json": {"extra_special_tokens": ["<|x|>"], "eos_token": "</s>"}},
     "a dict": {"tokenizer_config.json": {"extra_special_tokens": {"boi_token": "<|x|>"}, "eos_token": "</s>"}},
+    "a dict and a list": {"tokenizer_config.json": {
+        "extra_special_tokens": {"boi_token": "<|x|>"}, "additional_special_tokens": ["<|y|>"], "eos_token": "</s>"}},
+    "names that are dicts and strip": {"tokenizer_config.json": {
+        "pad_token": added("<|x|>", True, lstrip=True, rstrip=True, __type="AddedToken"),
+        "mask_token": added("<|y|>", True, lstrip=True, __type="AddedToken"), "eos_token": "</s>"}},
+    "a list of dicts that strip": {"tokenizer_config.json": {
+        "additional_special_tokens": [added("<|x|>", True, rstrip=True, __type="AddedToken"), "<|y|>"], "eos_token": "</s>"}},
     "added_tokens_decoder": {"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
         "1": added("<s>", True), "2": added("</s>", True), "13": added("<|y|>", True), "12": added("x b")}}},
     "added_tokens_decoder that strips": {"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
@@ -75,7 +82,7 @@ FILES = {                                                       # beside tokeniz
         "added_tokens.json": {"x b": 13, "<pad>": 12},
         "special_tokens_map.json": {"pad_token": "<pad>", "bos_token": added("<s>"), "eos_token": "</s>"}},
 }
-TEXTS = ["", "a b cat", "x b cat x b", "<s>a</s> b", "a <|x|> b", "a<|x|>b <|y|>", "<pad> a <image>", "a </s> b",
+TEXTS = ["", "a b cat", "x b cat x b", "<s>a</s> b", "a <|x|> b", "a<|x|>b <|y|>", "a <|y|> b", "<pad> a <image>", "a </s> b",
          "x  b", "[unk] a", "<|im_start|>a"]
 
 
@@ -181,6 +188,25 @@ def test_a_bos_that_the_folder_does_not_name_is_the_default_of_its_tokenizers_cl
     auto, enc = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(folder)
     assert prefix == (auto.eos_token_id if auto.bos_token_id is None else auto.bos_token_id)
     assert D.encode_pair(enc, "", "a") == ([prefix], [3])
+
+
+@pytest.mark.parametrize("bytes_are_letters", [True, False])
+@pytest.mark.parametrize("family", D.FAMILIES)
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizerFast"])
+def test_the_bos_of_a_class_counts_where_autotokenizer_takes_the_class_at_its_word(kind, family, bytes_are_letters,
+                                                                                   tmp_path):
+    """Not for every family, and not where it finds that the folder holds another tokenizer than it says."""
+    level = tokenizers.pre_tokenizers.ByteLevel
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(special + sorted(level.alphabet()))},
+                                                       [], unk_token="<unk>"))
+    inner.pre_tokenizer = level(add_prefix_space=False) if bytes_are_letters else tokenizers.pre_tokenizers.Metaspace()
+    inner.add_special_tokens(special)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "eos_token_id": 2}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_of(tmp_path).prefix == (auto.eos_token_id if auto.bos_token_id is None else auto.bos_token_id)
 
 
 @pytest.mark.parametrize("spoil", ["[]", '{"added_tokens_decoder": {"x": 1}}', '{"bos_token": "<s>", "add', "7"])
