@@ -340,7 +340,7 @@ def encoding_of(start: bytes, asked: str | None, path: Path) -> str:
         return shown
     check(asked is not None or shown == "utf-8",
           f"{path} begins with zeros, as {shown} does without a byte-order mark: say what it is "
-          f"with --encoding {shown}, or --encoding utf-8")
+          f"in `python data.py NAME --encoding {shown}`, or --encoding utf-8")
     return asked or shown
 
 @contextlib.contextmanager
@@ -360,7 +360,7 @@ def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
                     if raw.seekable():                        # e.object ends where raw is read to
                         said = f"byte {raw.tell() - len(e.object) + e.start}, {said}"
                 raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it "
-                                "is with --encoding") from e
+                                "is in `python data.py NAME --encoding ENCODING`") from e
     except Exception as e:                          # every way to pack has errors of its own
         if isinstance(e, UserError) or getattr(e, "errno", None):
             raise
@@ -456,13 +456,14 @@ def texts(rows: Iterable[tuple[int, Any]], fields: Sequence[str],
         name = next((field for field in fields if field in there), None)
         if name is None:
             raise UserError(f"{where}:{number} has no field {' or '.join(fields)}, but "
-                            f"{', '.join(there) or 'none'}: name one with --field")
+                            f"{', '.join(there) or 'none'}: name one in `python data.py "
+                            "NAME --field FIELD`")
         text = row[name]
         if text is None:
             continue
         if not isinstance(text, str):
             raise UserError(f"{where}:{number}: the field {name} holds {type(text).__name__}, no "
-                            "text: name another with --field")
+                            "text: name another in `python data.py NAME --field FIELD`")
         # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -657,8 +658,9 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 # What belongs to a tokenizer in a folder of a model, besides the ids in its config.json.
-TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "tekken.json",
-                   "chat_template*", "additional_chat_templates/*", "generation_config.json")
+TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "tokenizer.model.*",
+                   "*.tiktoken", "tokenization_*.py", "tekken.json", "chat_template*",
+                   "additional_chat_templates/*", "generation_config.json")
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -701,11 +703,11 @@ def folder_tokenizer(path: Path) -> FolderTokenizer:
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
         names = add_tokens(inner, tokenizers, folder)
-        end = names.get("eos_token")
+        end, n_vocab = names.get("eos_token"), max(inner.get_vocab().values()) + 1
         for other in ("generation_config.json", "config.json"):           # the last has the say
             ids = read_json(folder / other).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]     # the first, where there are several
-            end = next((i for i in ids if type(i) is int and i >= 0), end)
+            end = next((i for i in ids if type(i) is int and 0 <= i < n_vocab), end)
         inner.encode_special_tokens = True    # spelt: a document that has <|endoftext|> goes on
         inner.no_truncation()
         inner.no_padding()
@@ -714,7 +716,8 @@ def folder_tokenizer(path: Path) -> FolderTokenizer:
         raise UserError(f"{file} is missing or damaged ({e}): get it again, or name another with "
                         "--tokenizer") from e
     check(end is not None,
-          f"{folder}: no config.json there has an eos_token_id, which ends documents")
+          f"{folder}: no config.json there has an eos_token_id, which ends documents, that is one "
+          f"of the {enc.n_vocab} tokens")
     return enc
 
 def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
@@ -841,7 +844,8 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
         if path.is_file():                                    # whatever it is called
             (folder / "tokenizer.json").write_bytes(path.read_bytes())
         said = read_json(source / "config.json")
-        ids = {key: value for key, value in said.items() if key.endswith("_token_id")}
+        ids = {key: value for key, value in said.items() if key.endswith("_token_id")
+               and all(type(i) is int for i in (value if isinstance(value, list) else [value]))}
         if ids.get("eos_token_id") is None:
             with contextlib.suppress(UserError):              # there may be no end, or no tokenizer
                 ids["eos_token_id"] = get_tokenizer(name).eot_token
@@ -935,6 +939,11 @@ def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
         check(have[name] == want[name],
               f"{path}: weights and settings disagree: {name} is {have[name]}, not {want[name]}")
 
+def check_finite(model: GPT, path: str | Path) -> None:
+    """UserError if a weight is nan or infinite."""
+    check(all(p.isfinite().all() for p in model.parameters()),
+          f"{path} is damaged, it has weights that are nan or infinite: use another copy")
+
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32,
                spread: Sequence[str | torch.device] = ()) -> tuple[GPT, dict[str, Any]]:
@@ -1009,9 +1018,10 @@ HARMLESS = """
     _* model_type model_name name_or_path architectures auto_map *_version unsloth_* transformers.*
     dtype torch_dtype use_bfloat16 torchscript use_cache pretraining_tp chunk_size_feed_forward
     attn_implementation experts_implementation is_decoder is_llama_config tie_encoder_decoder
+    cross_attention_hidden_size
     return_dict* output_attentions output_hidden_states output_scores output_logits
     output_router_logits tie_last_hidden_states
-    *dropout router_jitter_noise router_aux_loss_coef tf_legacy_loss
+    *dropout gradient_checkpointing router_jitter_noise router_aux_loss_coef tf_legacy_loss
     id2label label2id num_labels problem_type finetuning_task task_specific_params
     tokenizer tokenizer_class prefix *_token_id *_token_ids max_sequence_length model_max_length
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
@@ -1075,6 +1085,9 @@ def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
     if rope == "llama3":
         known += LLAMA3_FIELDS
     wrong, unknown = [], []
+    layered = [name for name in hf if name.endswith("_attention") and isinstance(hf[name], dict)]
+    if layered:
+        wrong.append(f"rope_parameters per layer type, such as {layered[0]}")
     if rope not in ("default", "llama3"):
         wrong.append(f"rope_type={rope} (only default and llama3 are)")
     for name, value in hf.items():
@@ -1085,9 +1098,7 @@ def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
         elif name == "quantization_config":
             wrong.append(f"{name} (dequantise the weights: in transformers model.dequantize(), "
                          "then save_pretrained)")
-        elif name.endswith("_attention") and isinstance(value, dict):
-            wrong.append(f"rope_parameters per layer type, such as {name}")
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
+        elif name not in layered and not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
             unknown.append(shown)
     said = []
     if wrong:
@@ -1182,10 +1193,11 @@ def on_disk(name: str | Path) -> Path:
     if path.exists() or path.suffix in (".pt", ".json") or not spelt:
         return path
     hub = need("huggingface_hub", f"{name}, which is no path here,")
+    wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
         return Path(hub.snapshot_download(
-            spelt[1], revision=spelt[2], ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+            spelt[1], revision=spelt[2], allow_patterns=wanted,
+            ignore_patterns=["consolidated*", *(f"*/{pattern}" for pattern in wanted)]))
     except Exception as e:                                    # its own and those of the network
         raise UserError(f"no path {name}, nor is it in the Hugging Face hub's cache or to be had "
                         f"from there ({type(e).__name__}): correct it, go online once, or log in "
@@ -1205,14 +1217,23 @@ def check_whole(folder: Path, name: str | Path) -> None:
           "first (peft: model.merge_and_unload(), then save_pretrained)")
     check(not checkpoints or found("*.safetensors") != "",
           f"{name} is no model, but holds {checkpoints}: give that")
-    check((folder / "config.json").is_file(),
+    if found("model*.safetensors*"):
+        check((folder / "config.json").is_file(),
+              f"{name} has no config.json, it is no model: correct the path")
+        return
+    gguf, old = found("*.gguf"), found("pytorch_model*.bin")
+    foreign = found("consolidated*") or found("tf_model*")
+    check((folder / "config.json").is_file() or gguf != "",
           f"{name} has no config.json, it is no model: correct the path")
-    old = found("pytorch_model*.bin")
-    has = f"its weights in {old}: " if old else "no model.safetensors: get it again, or "
+    check(gguf + old != "" or not foreign,
+          f"{name} has its weights in {foreign}, which transformers cannot read: get "
+          "model.safetensors, or all that model.safetensors.index.json names, as well")
+    has = f"its weights in {gguf or old}: " if gguf or old else "no model.safetensors: get it again, or "
+    which = f", gguf_file='{gguf.split(', ')[0]}'" if gguf else ""
     target = name if folder == Path(name) else "converted"
-    check(found("*.safetensors") != "",
-          f"{name} has {has}convert its weights with python -c \"from transformers import "
-          f"AutoModelForCausalLM as M; M.from_pretrained('{name}').save_pretrained('{target}')\"")
+    raise UserError(f"{name} has {has}convert its weights with python -c \"from transformers import "
+                    f"AutoModelForCausalLM as M; M.from_pretrained('{name}'{which})"
+                    f".save_pretrained('{target}')\"")
 
 class Stored(NamedTuple):
     """Where a tensor is stored: in a file under a key, there maybe as rows of one expert."""
@@ -1352,6 +1373,7 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
     safetensors = need("safetensors.torch", "export")
     model, saved = load_model(path)
     family = export_family(model.config, path)
+    check_finite(model, path)
     hf_views(model.config, model.state_dict())               # refuses weights that have no name
     c, weights = as_family(model, family)
     views = {name: view.contiguous() for name, view in hf_views(c, weights).items()}
@@ -1442,7 +1464,7 @@ def read_requests(folder: Path) -> list[dict[str, Any]]:
             if doc_id >= 1_000_000:                                  # no question
                 continue
             idx, label = row["idx"], row["label"]
-            question = label, row.get("doc")
+            question = label, row.get("doc"), row.get("native_id")
             check(questions.setdefault(doc_id, question) == question,
                   f"--tasks: {folder} has two questions with doc_id={doc_id}: number them anew")
             check((doc_id, idx) not in seen,

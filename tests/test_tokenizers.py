@@ -69,7 +69,8 @@ FILES = {                                                       # beside tokeniz
         "pad_token": added("<|x|>", True, lstrip=True, rstrip=True, __type="AddedToken"),
         "mask_token": added("<|y|>", True, lstrip=True, __type="AddedToken"), "eos_token": "</s>"}},
     "a list of dicts that strip": {"tokenizer_config.json": {
-        "additional_special_tokens": [added("<|x|>", True, rstrip=True, __type="AddedToken"), "<|y|>"], "eos_token": "</s>"}},
+        "additional_special_tokens": [added("<|x|>", True, rstrip=True, __type="AddedToken"), "<|y|>"],
+        "eos_token": "</s>"}},
     "added_tokens_decoder": {"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
         "1": added("<s>", True), "2": added("</s>", True), "13": added("<|y|>", True), "12": added("x b")}}},
     "added_tokens_decoder that strips": {"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
@@ -82,8 +83,8 @@ FILES = {                                                       # beside tokeniz
         "added_tokens.json": {"x b": 13, "<pad>": 12},
         "special_tokens_map.json": {"pad_token": "<pad>", "bos_token": added("<s>"), "eos_token": "</s>"}},
 }
-TEXTS = ["", "a b cat", "x b cat x b", "<s>a</s> b", "a <|x|> b", "a<|x|>b <|y|>", "a <|y|> b", "<pad> a <image>", "a </s> b",
-         "x  b", "[unk] a", "<|im_start|>a"]
+TEXTS = ["", "a b cat", "x b cat x b", "<s>a</s> b", "a <|x|> b", "a<|x|>b <|y|>", "a <|y|> b", "<pad> a <image>",
+         "a </s> b", "x  b", "[unk] a", "<|im_start|>a"]
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -142,6 +143,7 @@ def test_an_empty_context_is_the_bos_if_there_is_one_else_the_tokenizers_eos(nam
 
 ENDS = {                                                        # eos_token_id of config.json: what it is then
     "a list": ([4, 2], 4), "an empty list": ([], 2), "minus one": (-1, 2), "a list with minus one": ([-1, 5], 5),
+    "beyond the tokenizer": (12, 2), "far beyond": ([10**9, 5], 5),
     "text": ("</s>", 2), "null": (None, 2), "true": (True, 2), "zero": (0, 0)}
 
 
@@ -151,7 +153,7 @@ def test_an_end_of_text_that_is_no_token_is_none(kind, named, tmp_path):
     value, meant = ENDS[kind]
     folder = write_tokenizer(tmp_path / "hf", config={"eos_token_id": value},
                              files={"tokenizer_config.json": {"eos_token": "</s>"}} if named else {})
-    if named or isinstance(value, list) and value and max(value) >= 0 or value == 0:
+    if named or meant != 2 or isinstance(value, list) and 2 in value:
         assert tokenizer_of(folder).eot_token == meant
     else:
         with pytest.raises(UserError, match="no config.json there has an eos_token_id"):
@@ -305,7 +307,8 @@ def test_an_export_has_all_that_came_in(tmp_path):
                     config=json.loads((path / "config.json").read_text()) | ids)
     contents = {"chat_template.jinja": "{{ messages }}", "generation_config.json": json.dumps(ids | {"top_p": 0.9}),
                 "special_tokens_map.json": "{}", "added_tokens.json": "{}", "vocab.json": "{}", "merges.txt": "#",
-                "tokenizer.model": "x", "additional_chat_templates/tools.jinja": "{{ tools }}"}
+                "tokenizer.model": "x", "tokenizer.model.v3": "x", "qwen.tiktoken": "x", "tokenization_mine.py": "",
+                "additional_chat_templates/tools.jinja": "{{ tools }}"}
     (path / "additional_chat_templates").mkdir()
     for name, text in contents.items():
         (path / name).write_text(text)
@@ -319,6 +322,16 @@ def test_an_export_has_all_that_came_in(tmp_path):
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert auto.chat_template == {"default": "{{ messages }}", "tools": "{{ tools }}"}
+
+
+@pytest.mark.parametrize("value", ["</s>", True, ["</s>"]])
+def test_an_id_that_is_none_is_not_exported(value, tmp_path):
+    _, path = make_folder("llama", tmp_path / "hf")
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": value, "pad_token_id": 0}
+    write_tokenizer(path, files={"tokenizer_config.json": {"eos_token": "</s>"}}, config=config)
+    D.export(path, tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert (said["eos_token_id"], said["pad_token_id"]) == (2, 0)
 
 
 def test_the_tokenizer_is_not_lost_silently(tmp_path, capsys):
