@@ -711,7 +711,7 @@ def folder_tokenizer(path: Path) -> FolderTokenizer:
         inner.encode_special_tokens = True    # spelt: a document that has <|endoftext|> goes on
         inner.no_truncation()
         inner.no_padding()
-        enc = FolderTokenizer(str(file), inner, end, names.get("bos_token", names.get("eos_token")))
+        enc = FolderTokenizer(str(file), inner, end, names)
     except Exception as e:                                    # all that tokenizers raises
         raise UserError(f"{file} is missing or damaged ({e}): get it again, or name another with "
                         "--tokenizer") from e
@@ -766,14 +766,16 @@ def read_json(file: Path) -> dict[str, Any]:
 class FolderTokenizer:
     """A tokenizer of the tokenizers package, with what is used here of tiktoken.Encoding."""
 
-    def __init__(self, name: str, inner: Any, eot_token: int, prefix: int | None):
+    def __init__(self, name: str, inner: Any, eot_token: int, names: dict[str, int]):
         self.name, self.inner, self.eot_token = name, inner, eot_token
+        self.bos = names.get("bos_token")
         self.n_vocab = max(inner.get_vocab().values()) + 1
         encoded = inner.encode("a")
         whose = encoded.sequence_ids                           # None: it is of the template
         self.start = encoded.ids[:whose.index(0)] if 0 in whose else []   # such as Llama's BOS
-        self.prefix = prefix                                   # what an empty context consists of
-        if prefix is None:
+        # what an empty context consists of
+        self.prefix = names.get("bos_token", names.get("eos_token"))
+        if self.prefix is None:
             self.prefix = [*self.start, eot_token][0]
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -844,8 +846,9 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
         if path.is_file():                                    # whatever it is called
             (folder / "tokenizer.json").write_bytes(path.read_bytes())
         said = read_json(source / "config.json")
-        ids = {key: value for key, value in said.items() if key.endswith("_token_id")
-               and all(type(i) is int for i in (value if isinstance(value, list) else [value]))}
+        ids = {key: said[key] for key in ("model_type",) if key in said}    # see `add_tokens`
+        ids |= {key: value for key, value in said.items() if key.endswith("_token_id")
+                and all(type(i) is int for i in (value if isinstance(value, list) else [value]))}
         if ids.get("eos_token_id") is None:
             with contextlib.suppress(UserError):              # there may be no end, or no tokenizer
                 ids["eos_token_id"] = get_tokenizer(name).eot_token
@@ -1395,8 +1398,8 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
             new.mkdir()
             safetensors.torch.save_file(views, new / "model.safetensors", metadata={"format": "pt"})
             tokenizer = tokenizer or saved["tokenizer"]
-            write_json(new / "config.json", hf | write_tokenizer(tokenizer, new))
-            keep_as_written(new, family)
+            write_json(new / "config.json", write_tokenizer(tokenizer, new) | hf)
+            keep_as_written(new, family, tokenizer)
             if not any(new.glob("*token*")):
                 print(f"{out}: tokenizer {tokenizer} not written, "
                       "there is no Hugging Face form of it")
@@ -1414,13 +1417,18 @@ class AsWritten(PreTrainedTokenizerFast):
     pass
 '''
 
-def keep_as_written(folder: Path, family: str) -> None:
-    """Have AutoTokenizer read tokenizer.json as it is, and not as the family's own would be."""
+def keep_as_written(folder: Path, family: str, name: str) -> None:
+    """Have AutoTokenizer read tokenizer.json as it is, and not as the family's own would be; name:
+    of the tokenizer that was copied."""
     if not (folder / "tokenizer.json").is_file():
         return
     said = read_json(folder / "tokenizer_config.json")
     # a class with a name of its own may cut texts in its own way, or put its template in
     wanted = said | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    with contextlib.suppress(UserError):                      # there may be no end
+        enc = get_tokenizer(name)
+        if getattr(enc, "bos", None) is not None:             # which the class may have given
+            wanted.setdefault("bos_token", enc.inner.id_to_token(enc.bos))
     if family == "qwen2":
         # the entry is enough; the class is asked for where remote code is trusted
         name = "tokenization_as_written.AsWritten"

@@ -209,6 +209,11 @@ def test_the_bos_of_a_class_counts_where_autotokenizer_takes_the_class_at_its_wo
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer_of(tmp_path).prefix == (auto.eos_token_id if auto.bos_token_id is None else auto.bos_token_id)
+    copy = tmp_path / "out" / D.copy_tokenizer(str(tmp_path), tmp_path / "out")
+    assert tokenizer_of(copy).bos == auto.bos_token_id
+    make_checkpoint(tmp_path / "ckpt.pt", str(copy))
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token_id == auto.bos_token_id
 
 
 @pytest.mark.parametrize("spoil", ["[]", '{"added_tokens_decoder": {"x": 1}}', '{"bos_token": "<s>", "add', "7"])
@@ -415,6 +420,21 @@ def merges(tmp_path_factory):
     inner.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
     return folder
+
+
+def test_a_token_keeps_the_blanks_that_belong_to_it(merges, tmp_path):
+    """Those of its own dict, whether it has a role or stands in a list."""
+    source = shutil.copytree(merges, tmp_path / "source")
+    token = {"__type": "AddedToken"}
+    (source / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": added("<unk>", True) | token,
+        "pad_token": added("<|p|>", True, lstrip=True, rstrip=True) | token,
+        "mask_token": added("<|m|>", True, single_word=True) | token,
+        "additional_special_tokens": ["<|a|>", added("<|b|>", True, rstrip=True) | token]}))
+    enc, auto = tokenizer_of(source), transformers.AutoTokenizer.from_pretrained(source)
+    for name in ("<|p|>", "<|m|>", "<|a|>", "<|b|>"):
+        for text in (f"x {name} y", f"x{name}y", f"x  {name}  y", f" {name}", f"{name} "):
+            assert enc.encode(text) == auto(text, add_special_tokens=False)["input_ids"], text
 
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer",
