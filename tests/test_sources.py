@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_mistake, run_script
+from helpers import assert_mistake, checkpoint_of, make_model, run_script
 
 import data as D
 from data import Corpus, prepare
@@ -132,6 +132,15 @@ def test_a_missing_field_is_told_with_those_that_are_there(name, tmp_path, run_m
         assert "run it again" not in outcome.err and "resumes" not in outcome.err
     status, out, err = run_main(D, path, "--tokenizer", "bytes", "--field", "body")
     assert status == 0 and "2 documents" in out, err
+
+
+def test_what_probe_cannot_be_told_it_says_how_to_prepare(tmp_path, run_main):
+    import probe
+    D.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(make_model(torch.float32, vocab_size=320)))
+    write(tmp_path / "a.jsonl", lines([{"story": "once"}])), write(tmp_path / "b.txt", b"caf\xe9")
+    for name, option in (("a.jsonl", "--field FIELD"), ("b.txt", "--encoding ENCODING")):
+        outcome = run_main(probe, tmp_path / "ckpt.pt", "--data", tmp_path / name)
+        assert_mistake(outcome, name, f"in `python data.py NAME {option}`")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.json.gz"])
