@@ -6,10 +6,11 @@
     python data.py fineweb-edu --max_tokens 10e9  # the paper's, streamed
     python data.py data/python --verify           # read it all again and compare the checksums
 
-.parquet, .arrow and fineweb-edu need: pip install datasets. A prepared corpus is a folder: meta.json and the
-token files that it lists, train_00000.bin, ..., val_00000.bin, ... The same command goes on where
-it was interrupted, as long as the source is the same; --again prepares anew. Batches are a pure
-function of (seed, step), so that a run can go on exactly where it was.
+.parquet, .arrow and fineweb-edu need: pip install datasets; .zst needs pyarrow, which comes with it.
+A prepared corpus is a folder: meta.json and the token files that it lists, train_00000.bin, ...,
+val_00000.bin, ... The same command goes on where it was interrupted, as long as the source is the
+same; --again prepares anew. Batches are a pure function of (seed, step), so that a run can go on
+exactly where it was.
 """
 from __future__ import annotations
 
@@ -55,9 +56,6 @@ EOT = "<|endoftext|>"
 TEXTS = (".txt", ".md", ".py")                               # these files are read as they are,
 ROWS = (".jsonl", ".json", ".csv")                           # these row by row, also packed,
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}         # and these by the package datasets
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
-          ".zst": lambda path, mode: need("pyarrow", f"reading {path}").input_stream(
-              str(path), compression="zstd")}                # zstandard's own takes half for whole
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 TEXT_FIELDS = ("text", "content")        # where the text of a row is looked for without --field
 LISTED_FILES = 1000          # of so many files meta.json lists sizes and times, of more a digest
@@ -343,6 +341,12 @@ def encoding_of(start: bytes, asked: str | None, path: Path) -> str:
           f"in `python data.py NAME --encoding {shown}`, or --encoding utf-8")
     return asked or shown
 
+def open_zst(path: Path, mode: str) -> Any:
+    """A .zst file, by pyarrow: the package zstandard takes half of one for the whole."""
+    return need("pyarrow", f"reading {path}").input_stream(str(path), compression="zstd")
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+
 @contextlib.contextmanager
 def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
     """A text file, or the one that is packed in it. What is not in its encoding is refused, as is
@@ -362,7 +366,7 @@ def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
                 raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it "
                                 "is in `python data.py NAME --encoding ENCODING`") from e
     except Exception as e:                          # every way to pack has errors of its own
-        if isinstance(e, UserError) or getattr(e, "errno", None):
+        if isinstance(e, (UserError, MemoryError)) or getattr(e, "errno", None):
             raise
         raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
 
@@ -690,7 +694,10 @@ def encodings() -> list[str]:
     return ["bytes", *tiktoken.list_encoding_names()]
 
 def folder_tokenizer(path: Path) -> FolderTokenizer:
-    """A tokenizer.json of Hugging Face, or that of a folder, with the tokens of AutoTokenizer."""
+    """A tokenizer.json of Hugging Face, or that of a folder, with the tokens of AutoTokenizer.
+
+    It is taken as it is written; some classes of transformers put in a normalizer of their own.
+    """
     tokenizers = need("tokenizers", f"reading {path}")
     # not resolved: in the hub's cache the file is a link, and its neighbours are the link's
     file = (path / "tokenizer.json" if path.is_dir() else path).absolute()
@@ -728,36 +735,45 @@ def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
     if "added_tokens_decoder" not in said:                    # as transformers before 4.34 wrote it
         said |= read_json(folder / "special_tokens_map.json")
         old = read_json(folder / "added_tokens.json")
-    def as_token(said: Any) -> Any:
-        """Of its text, or of a dict that says as well what blanks beside it belong to it."""
-        flags = said if isinstance(said, dict) else {"content": said, "normalized": False}
-        return tokenizers.AddedToken(**{key: flags[key] for key in flags if key in ADDED_TOKEN})
-    tokens = {role: as_token(token) for role, token in said.items() if role.endswith("_token")
-              and (isinstance(token, str) or isinstance(token, dict) and "content" in token)}
-    roles = {role: token.content for role, token in tokens.items()}
-    more = []
+    roles, special = {}, []
+    for role, token in said.items():
+        names_one = isinstance(token, str) or isinstance(token, dict) and "content" in token
+        if role.endswith("_token") and names_one:             # add_bos_token is true or false
+            special.append(as_token(tokenizers, token))
+            roles[role] = special[-1].content
     for name in ("extra_special_tokens", "additional_special_tokens"):
-        listed_there = said.get(name) or []
-        more += listed_there.values() if isinstance(listed_there, dict) else listed_there
-    tokens = [*tokens.values(), *map(as_token, more)]
-    special = {token.content for token in tokens}
+        more = said.get(name) or []
+        for token in more.values() if isinstance(more, dict) else more:
+            special.append(as_token(tokenizers, token))
 
     listed = {int(i): token for i, token in said.get("added_tokens_decoder", {}).items()}
     for token, i in old.items():
-        is_special = token in special
+        is_special = any(token == other.content for other in special)
         listed[i] = {"content": token, "special": is_special, "normalized": not is_special}
     inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
-    inner.add_special_tokens([token for token in tokens if token.content not in there])
-    kind = str(said.get("tokenizer_class")).removesuffix("Fast")
-    family = read_json(folder / "config.json").get("model_type")
-    # it takes no class at its word for these, nor that of Llama 2 where bytes are letters
-    generic = (family in ("mistral", "mixtral", "qwen2")
-               or kind == "LlamaTokenizer" and "ByteLevel" in repr(inner.pre_tokenizer))
-    default = "" if generic else CLASS_BOS.get(kind, "")
+    inner.add_special_tokens([token for token in special if token.content not in there])
+    default = class_bos(inner, said, read_json(folder / "config.json").get("model_type"))
     if "bos_token" not in said and inner.token_to_id(default) is not None:
         roles["bos_token"] = default
     return {role: inner.token_to_id(token) for role, token in roles.items()}
+
+def as_token(tokenizers: Any, said: str | dict[str, Any]) -> Any:
+    """An AddedToken of its text, or of a dict that says as well which blanks beside it it takes."""
+    flags = said if isinstance(said, dict) else {"content": said, "normalized": False}
+    return tokenizers.AddedToken(**{key: flags[key] for key in flags if key in ADDED_TOKEN})
+
+def class_bos(inner: Any, said: dict[str, Any], family: str | None) -> str:
+    """The BOS that AutoTokenizer takes of a tokenizer_class where none is named; "" if none.
+
+    It does not take the class at its word in some families, nor Llama 2's where the tokens are of
+    bytes.
+    """
+    kind = str(said.get("tokenizer_class")).removesuffix("Fast")
+    of_bytes = "ByteLevel" in repr(inner.pre_tokenizer)
+    if family in ("mistral", "mixtral", "qwen2") or kind == "LlamaTokenizer" and of_bytes:
+        return ""
+    return CLASS_BOS.get(kind, "")
 
 def read_json(file: Path) -> dict[str, Any]:
     """What a JSON file says, nothing if there is none."""
@@ -846,9 +862,12 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
         if path.is_file():                                    # whatever it is called
             (folder / "tokenizer.json").write_bytes(path.read_bytes())
         said = read_json(source / "config.json")
-        ids = {key: said[key] for key in ("model_type",) if key in said}    # see `add_tokens`
-        ids |= {key: value for key, value in said.items() if key.endswith("_token_id")
-                and all(type(i) is int for i in (value if isinstance(value, list) else [value]))}
+        ids = {}
+        for key, value in said.items():
+            each = value if isinstance(value, list) else [value]
+            is_id = key.endswith("_token_id") and all(i is None or type(i) is int for i in each)
+            if is_id or key == "model_type":                  # see `class_bos`
+                ids[key] = value
         if ids.get("eos_token_id") is None:
             with contextlib.suppress(UserError):              # there may be no end, or no tokenizer
                 ids["eos_token_id"] = get_tokenizer(name).eot_token
@@ -1101,7 +1120,9 @@ def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
         elif name == "quantization_config":
             wrong.append(f"{name} (dequantise the weights: in transformers model.dequantize(), "
                          "then save_pretrained)")
-        elif name not in layered and not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
+        elif name in layered:
+            continue
+        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
             unknown.append(shown)
     said = []
     if wrong:
@@ -1231,11 +1252,13 @@ def check_whole(folder: Path, name: str | Path) -> None:
     check(gguf + old != "" or not foreign,
           f"{name} has its weights in {foreign}, which transformers cannot read: get "
           "model.safetensors, or all that model.safetensors.index.json names, as well")
-    has = f"its weights in {gguf or old}: " if gguf or old else "no model.safetensors: get it again, or "
+    has = "no model.safetensors: get it again, or "
+    if gguf or old:
+        has = f"its weights in {gguf or old}: "
     which = f", gguf_file='{gguf.split(', ')[0]}'" if gguf else ""
     target = name if folder == Path(name) else "converted"
-    raise UserError(f"{name} has {has}convert its weights with python -c \"from transformers import "
-                    f"AutoModelForCausalLM as M; M.from_pretrained('{name}'{which})"
+    raise UserError(f"{name} has {has}convert its weights with python -c \"from transformers "
+                    f"import AutoModelForCausalLM as M; M.from_pretrained('{name}'{which})"
                     f".save_pretrained('{target}')\"")
 
 class Stored(NamedTuple):

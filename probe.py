@@ -1459,7 +1459,7 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
         possible = set(drop) <= set(range(n)) and len(set(drop)) < n
     check(possible, f"--drop {args.drop}: {path} has blocks 0 to {n - 1}; "
                     "at least one must go and one must stay")
-    stem = path.name.removesuffix(".pt")
+    stem = place_of(path).name.removesuffix(".pt")
     beside = "pruned.pt" if stem == "ckpt" else f"{stem}_pruned.pt"
     target = Path(args.save or place_of(path).with_name(beside))
     check(target.resolve() != path.resolve(),

@@ -58,6 +58,8 @@ FILES = {                                                       # beside tokeniz
     "nothing": {},
     "names": {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "[unk]"}},
     "a name that is no token yet": {"tokenizer_config.json": {"eos_token": "</s>", "pad_token": "<pad>"}},
+    "names beside habits": {"tokenizer_config.json": {
+        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False, "sep_token": None}},
     "a name of another kind": {"tokenizer_config.json": {"eos_token": "</s>", "image_token": "<image>"}},
     "names that are dicts": {"tokenizer_config.json": {"eos_token": added("</s>", True) | {"__type": "AddedToken"}}},
     "a list": {"tokenizer_config.json": {"eos_token": "</s>", "additional_special_tokens": ["<|x|>", "<|y|>"]}},
@@ -332,11 +334,13 @@ def test_an_export_has_all_that_came_in(tmp_path):
 @pytest.mark.parametrize("value", ["</s>", True, ["</s>"]])
 def test_an_id_that_is_none_is_not_exported(value, tmp_path):
     _, path = make_folder("llama", tmp_path / "hf")
-    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": value, "pad_token_id": 0}
+    config = json.loads((path / "config.json").read_text())
+    config |= {"eos_token_id": value, "pad_token_id": 0, "bos_token_id": None}
     write_tokenizer(path, files={"tokenizer_config.json": {"eos_token": "</s>"}}, config=config)
     D.export(path, tmp_path / "out")
     said = json.loads((tmp_path / "out/config.json").read_text())
     assert (said["eos_token_id"], said["pad_token_id"]) == (2, 0)
+    assert said["bos_token_id"] is None, "else it would be that of the family's own vocabulary"
 
 
 def test_the_tokenizer_is_not_lost_silently(tmp_path, capsys):
