@@ -6,7 +6,7 @@
     python data.py fineweb-edu --max_tokens 10e9  # the paper's, streamed
     python data.py data/python --verify           # read it all again and compare the checksums
 
-.parquet, .arrow and fineweb-edu need: pip install datasets; .zst needs pyarrow, which comes with it.
+.parquet, .arrow and fineweb-edu need: pip install datasets. .zst needs pyarrow, which it brings.
 A prepared corpus is a folder: meta.json and the token files that it lists, train_00000.bin, ...,
 val_00000.bin, ... The same command goes on where it was interrupted, as long as the source is the
 same; --again prepares anew. Batches are a pure function of (seed, step), so that a run can go on
