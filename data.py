@@ -784,15 +784,14 @@ class FolderTokenizer:
 
     def __init__(self, name: str, inner: Any, eot_token: int, names: dict[str, int]):
         self.name, self.inner, self.eot_token = name, inner, eot_token
-        self.bos = names.get("bos_token")
+        self.bos, self.eos = names.get("bos_token"), names.get("eos_token")
         self.n_vocab = max(inner.get_vocab().values()) + 1
         encoded = inner.encode("a")
         whose = encoded.sequence_ids                           # None: it is of the template
         self.start = encoded.ids[:whose.index(0)] if 0 in whose else []   # such as Llama's BOS
-        # what an empty context consists of
-        self.prefix = names.get("bos_token", names.get("eos_token"))
-        if self.prefix is None:
-            self.prefix = [*self.start, eot_token][0]
+        # what an empty context consists of: the first of these that there is
+        said = (i for i in (self.bos, self.eos, *self.start, eot_token) if i is not None)
+        self.prefix = next(said, None)
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
@@ -1450,8 +1449,11 @@ def keep_as_written(folder: Path, family: str, name: str) -> None:
     wanted = said | {"tokenizer_class": "PreTrainedTokenizerFast"}
     with contextlib.suppress(UserError):                      # there may be no end
         enc = get_tokenizer(name)
-        if getattr(enc, "bos", None) is not None:             # which the class may have given
-            wanted.setdefault("bos_token", enc.inner.id_to_token(enc.bos))
+        if isinstance(enc, FolderTokenizer):                  # the class may have given its own
+            wanted.setdefault("eos_token", enc.inner.id_to_token(
+                enc.eot_token if enc.eos is None else enc.eos))
+            if enc.bos is not None:
+                wanted.setdefault("bos_token", enc.inner.id_to_token(enc.bos))
     if family == "qwen2":
         # the entry is enough; the class is asked for where remote code is trusted
         name = "tokenization_as_written.AsWritten"

@@ -441,6 +441,16 @@ def test_a_token_keeps_the_blanks_that_belong_to_it(merges, tmp_path):
             assert enc.encode(text) == auto(text, add_special_tokens=False)["input_ids"], text
 
 
+def test_an_export_names_the_end_that_the_folders_class_gave(merges, tmp_path):
+    source = shutil.copytree(merges, tmp_path / "source")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (source / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 3}')
+    make_checkpoint(tmp_path / "ckpt.pt", str(source), qkv_bias=True)
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    for folder in (source, tmp_path / "hf"):
+        assert transformers.AutoTokenizer.from_pretrained(folder).eos_token_id == 3
+
+
 @pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer",
                                   "GPTNeoXTokenizerFast", "TokenizersBackend", None])
 @pytest.mark.parametrize("variant", ["dense", "biases", "head_norm"])
