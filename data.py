@@ -2,20 +2,23 @@
 
     python data.py python                         # the sources of torch and Python, in bytes
     python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
-    python data.py my_rows/ --field story         # .parquet .arrow .csv .json .json.gz .jsonl.zst
+    python data.py my_rows/ --field story         # .csv .json .json.gz .jsonl.zst .parquet .arrow
     python data.py fineweb-edu --max_tokens 10e9  # the paper's, streamed
     python data.py data/python --verify           # read it all again and compare the checksums
 
-Rows and fineweb-edu need: pip install datasets. A prepared corpus is a folder: meta.json and the
-token files that it lists, train_00000.bin, ..., val_00000.bin, ... The same command goes on where
-it was interrupted, as long as the source is the same; --again prepares anew. Batches are a pure
-function of (seed, step), so that a run can go on exactly where it was.
+.parquet, .arrow and fineweb-edu need: pip install datasets. .zst needs pyarrow, which it brings.
+A prepared corpus is a folder: meta.json and the token files that it lists, train_00000.bin, ...,
+val_00000.bin, ... The same command goes on where it was interrupted, as long as the source is the
+same; --again prepares anew. Batches are a pure function of (seed, step), so that a run can go on
+exactly where it was.
 """
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import copy
+import csv
 import difflib
 import errno
 import fnmatch
@@ -27,6 +30,7 @@ import importlib.util
 import io
 import itertools
 import json
+import lzma
 import os
 import re
 import shutil
@@ -50,11 +54,8 @@ from model import GPT, ModelConfig, UserError, check
 
 EOT = "<|endoftext|>"
 TEXTS = (".txt", ".md", ".py")                               # these files are read as they are,
-LINES = (".jsonl", ".jsonl.gz")                              # these line by line,
+ROWS = (".jsonl", ".json", ".csv")                           # these row by row, also packed,
 LOADERS = {".parquet": "parquet", ".arrow": "arrow"}         # and these by the package datasets
-PACKED = ("", ".gz", ".zst", ".xz", ".bz2")
-LOADERS |= {kind + packed: "json" for kind in (".json", ".jsonl") for packed in PACKED}
-LOADERS |= {".csv" + packed: "csv" for packed in PACKED}
 FINEWEB = "HuggingFaceFW/fineweb-edu"
 TEXT_FIELDS = ("text", "content")        # where the text of a row is looked for without --field
 LISTED_FILES = 1000          # of so many files meta.json lists sizes and times, of more a digest
@@ -64,6 +65,7 @@ SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has t
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
 CLASS_BOS = {"LlamaTokenizer": "<s>", "GPT2Tokenizer": EOT, "GPTNeoXTokenizer": EOT}   # transformers'
+ADDED_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized")
 METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
@@ -253,8 +255,8 @@ def files_to_read(name: str, out: Path | None, unread: dict[str, int], fields: S
     elif without_text:                   # they tell of the data that they lie beside
         unread[f".json without {' or '.join(fields)}"] = len(without_text)
     check(len(files) > 0, f"nothing to read at {name}{say_unread(unread)}. What is read ends in "
-                          f"{' '.join(TEXTS + LINES)}, or for the package datasets in .parquet "
-                          ".arrow .json .csv, the last two also packed as .gz .zst .xz .bz2")
+                          f"{' '.join(TEXTS + ROWS + tuple(LOADERS))}; {' '.join(ROWS)} also "
+                          f"packed as {' '.join(PACKED)}")
     return files
 
 def walk(folder: str, out: Path | None, unread: dict[str, int]) -> list[Path]:
@@ -289,12 +291,12 @@ def why_unread(path: Path) -> str:
     kind = suffix(path)
     if not path.is_file():
         return "broken links or pipes"
-    if kind in TEXTS + LINES:
-        return ""
-    if kind not in LOADERS:
+    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    if kind not in TEXTS + tuple(LOADERS) and kind.removesuffix(packing) not in ROWS:
         return kind
-    needed = ["datasets", "zstandard"] if kind.endswith(".zst") else ["datasets"]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    needed = {".zst": ["pyarrow"], ".parquet": ["datasets"], ".arrow": ["datasets"]}
+    missing = [package for package in needed.get(path.suffix.lower(), ())
+               if importlib.util.find_spec(package) is None]
     return f"{kind} (needs: pip install {' '.join(missing)})" if missing else ""
 
 def say_unread(unread: dict[str, int]) -> str:
@@ -305,7 +307,7 @@ def say_unread(unread: dict[str, int]) -> str:
 def has_text(path: Path, fields: Sequence[str], encoding: str | None) -> bool:
     """Whether the first row of a file has one of the fields."""
     try:
-        _, row = next(read_rows(path, fields, encoding), (0, None))
+        _, row = next(read_rows(path, encoding), (0, None))
     except UserError:
         return False
     return isinstance(row, dict) and any(field in row for field in fields)
@@ -323,35 +325,50 @@ def read_source(source: Source) -> Iterator[str]:
 
 def read_file(path: Path, fields: Sequence[str], encoding: str | None) -> Iterator[str]:
     """The documents of a file."""
-    kind = suffix(path)
-    if kind in TEXTS:
+    if suffix(path) in TEXTS:
         yield from read_text(path, encoding)
-    elif kind in LINES:
-        yield from texts(read_lines(path, encoding), fields, path)
     else:
-        yield from texts(read_rows(path, fields, encoding), fields, path)
+        yield from texts(read_rows(path, encoding), fields, path)
 
-def encoding_of(start: bytes, asked: str | None) -> str:
-    """That which the first bytes of a text show, a BOM or the zeros of UTF-16 and UTF-32; but what
-    is asked for goes before zeros."""
+def encoding_of(start: bytes, asked: str | None, path: Path) -> str:
+    """That which a BOM shows, else what is asked for, else UTF-8; UserError if a text begins with
+    zeros, as UTF-16 does, and nothing is asked for."""
     shown = json.detect_encoding(start)                       # UTF-8 if they show none
-    has_bom = shown in ("utf-8-sig", "utf-16", "utf-32")
-    return shown if has_bom or asked is None else asked
+    if shown in ("utf-8-sig", "utf-16", "utf-32"):            # there is a BOM
+        return shown
+    check(asked is not None or shown == "utf-8",
+          f"{path} begins with zeros, as {shown} does without a byte-order mark: say what it is "
+          f"in `python data.py NAME --encoding {shown}`, or --encoding utf-8")
+    return asked or shown
+
+def open_zst(path: Path, mode: str) -> Any:
+    """A .zst file, by pyarrow: the package zstandard takes half of one for the whole."""
+    return need("pyarrow", f"reading {path}").input_stream(str(path), compression="zstd")
+
+PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
 
 @contextlib.contextmanager
 def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
-    """A text file, or the one that a .gz holds. What is not in its encoding is refused."""
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as raw:
-        encoding = encoding_of(raw.read(4), encoding)
-        raw.seek(0)
-        try:
-            yield io.TextIOWrapper(raw, encoding, newline="")
-        except UnicodeError as e:
-            said = str(e)
-            if isinstance(e, UnicodeDecodeError):             # e.object ends where raw is read to
-                said = f"byte {raw.tell() - len(e.object) + e.start}, {e.reason}"
-            raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it is "
-                            "with --encoding") from e
+    """A text file, or the one that is packed in it. What is not in its encoding is refused, as is
+    what cannot be unpacked."""
+    try:
+        with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
+            raw = io.BufferedReader(file)
+            encoding = encoding_of(raw.peek(4)[:4], encoding, path)
+            try:
+                yield io.TextIOWrapper(raw, encoding, newline="")
+            except UnicodeError as e:
+                said = str(e)
+                if isinstance(e, UnicodeDecodeError):
+                    said = e.reason
+                    if raw.seekable():                        # e.object ends where raw is read to
+                        said = f"byte {raw.tell() - len(e.object) + e.start}, {said}"
+                raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it "
+                                "is in `python data.py NAME --encoding ENCODING`") from e
+    except Exception as e:                          # every way to pack has errors of its own
+        if isinstance(e, (UserError, MemoryError)) or getattr(e, "errno", None):
+            raise
+        raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
 
 def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
     """A text file as one document, or several if it is long: cut where no token is lost, if such a
@@ -369,13 +386,45 @@ def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
         if text:
             yield text
 
-def read_lines(path: Path, encoding: str | None) -> Iterator[tuple[int, Any]]:
-    """The numbered rows of a .jsonl or .jsonl.gz file."""
-    try:
-        with opened(path, encoding) as lines:
-            yield from parse_lines(lines, path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise UserError(f"{path} is damaged ({e}): get it again") from e
+def read_rows(path: Path, encoding: str | None) -> Iterator[tuple[int, Any]]:
+    """The numbered rows of a file."""
+    kind = suffix(path)
+    if kind in LOADERS:
+        # parquet's own batch_size is 0 where there are no rows
+        options = {"batch_size": 1000} if kind == ".parquet" else {}
+        yield from enumerate(load_rows(LOADERS[kind], path, data_files=glob.escape(str(path)),
+                                       **options), 1)
+        return
+    with opened(path, encoding) as f:
+        if kind.startswith(".csv"):
+            yield from parse_csv(f, path)
+        elif kind.startswith(".jsonl"):
+            yield from parse_lines(f, path)
+        else:
+            yield from parse_json(f, path)
+
+def parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The numbered rows of lines of CSV, whose first one names the fields."""
+    csv.field_size_limit(1 << 30)                             # a text may be long
+    rows = csv.reader(lines, strict=True)
+    names = next(rows, [])
+    for row in filter(None, rows):                            # but for lines without anything
+        check(len(row) == len(names), f"{path}:{rows.line_num} has {len(row)} fields, the first "
+                                      f"line names {len(names)}: quote or mend it")
+        yield rows.line_num, dict(zip(names, row))
+
+def parse_json(f: io.TextIOBase, path: Path) -> Iterator[tuple[int, Any]]:
+    """The numbered rows of a file of JSON: one in each line, as Dolma has it, or one array."""
+    first = next((line for line in f if line.strip()), "")
+    if first.rstrip().endswith("}") and first.lstrip().startswith("{"):
+        yield from parse_lines(itertools.chain([first], f), path)
+    elif first:
+        try:
+            rows = json.loads(first + f.read())
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise UserError(f"{path} is neither an array of JSON nor a row in each line ({e}): "
+                            "get it again, or take it away") from e
+        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
 
 def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
     """The numbered values of lines of JSON."""
@@ -388,29 +437,6 @@ def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
             raise UserError(f"{path}:{number} is no line of JSON ({e})") from e
         yield number, row
 
-def read_rows(path: Path, fields: Sequence[str],
-              encoding: str | None) -> Iterator[tuple[int, Any]]:
-    """The numbered rows of a file that the package datasets reads."""
-    loader, options = LOADERS[suffix(path)], {}
-    options["data_files"] = glob.escape(str(path))
-    if loader in ("csv", "json"):
-        with open(path, "rb") as f:                           # of a packed file they show nothing
-            options["encoding"] = encoding_of(f.read(4), encoding)
-    if loader == "csv":
-        options["converters"] = dict.fromkeys(fields, str)    # 007 is a text
-        options["keep_default_na"] = False                    # and so is NA
-    if loader == "parquet":
-        options["batch_size"] = 1000                          # its own is 0 where there are no rows
-    if loader == "json":
-        lines = (row["text"] for row in load_rows("text", path, **options))
-        first = next(lines, None)
-        if first is None:
-            return
-        if first.startswith("{") and first.endswith("}"):     # a row in each line, as Dolma has it
-            yield from parse_lines(itertools.chain([first], lines), path)
-            return
-    yield from enumerate(load_rows(loader, path, **options), 1)
-
 def load_rows(loader: str, where: str | Path, **options: Any) -> Iterator[Any]:
     """The rows of a data set's train split, streamed: nothing but the current ones is held."""
     datasets = need("datasets", f"reading {where}")
@@ -421,12 +447,7 @@ def load_rows(loader: str, where: str | Path, **options: Any) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(loader, split="train", streaming=True, **options)
     except Exception as e:                                  # its own errors, Arrow's, the network's
-        if isinstance(e, UnicodeError) and suffix(Path(where)) in (".csv", ".json"):
-            with opened(Path(where), options["encoding"]) as text:
-                for _ in text:                               # is refused with the place of the byte
-                    pass
         said = f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r})"
-        check(not isinstance(e, UnicodeError), f"{said}: say what it is with --encoding")
         check(not is_file, f"{said}: get it again, or take it away")
         raise ConnectionError(said) from e                   # what was read before it stays
 
@@ -439,13 +460,14 @@ def texts(rows: Iterable[tuple[int, Any]], fields: Sequence[str],
         name = next((field for field in fields if field in there), None)
         if name is None:
             raise UserError(f"{where}:{number} has no field {' or '.join(fields)}, but "
-                            f"{', '.join(there) or 'none'}: name one with --field")
+                            f"{', '.join(there) or 'none'}: name one in `python data.py "
+                            "NAME --field FIELD`")
         text = row[name]
         if text is None:
             continue
         if not isinstance(text, str):
             raise UserError(f"{where}:{number}: the field {name} holds {type(text).__name__}, no "
-                            "text: name another with --field")
+                            "text: name another in `python data.py NAME --field FIELD`")
         # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -643,8 +665,9 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 # What belongs to a tokenizer in a folder of a model, besides the ids in its config.json.
-TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "tekken.json",
-                   "chat_template*", "additional_chat_templates/*", "generation_config.json")
+TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "tokenizer.model.*",
+                   "*.tiktoken", "tokenization_*.py", "tekken.json", "chat_template*",
+                   "additional_chat_templates/*", "generation_config.json")
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -674,7 +697,10 @@ def encodings() -> list[str]:
     return ["bytes", *tiktoken.list_encoding_names()]
 
 def folder_tokenizer(path: Path) -> FolderTokenizer:
-    """A tokenizer.json of Hugging Face, or that of a folder, with the tokens of AutoTokenizer."""
+    """A tokenizer.json of Hugging Face, or that of a folder, with the tokens of AutoTokenizer.
+
+    It is taken as it is written; some classes of transformers put in a normalizer of their own.
+    """
     tokenizers = need("tokenizers", f"reading {path}")
     # not resolved: in the hub's cache the file is a link, and its neighbours are the link's
     file = (path / "tokenizer.json" if path.is_dir() else path).absolute()
@@ -687,20 +713,21 @@ def folder_tokenizer(path: Path) -> FolderTokenizer:
     try:
         inner = tokenizers.Tokenizer.from_file(str(file))
         names = add_tokens(inner, tokenizers, folder)
-        end = names.get("eos_token")
+        end, n_vocab = names.get("eos_token"), max(inner.get_vocab().values()) + 1
         for other in ("generation_config.json", "config.json"):           # the last has the say
             ids = read_json(folder / other).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]     # the first, where there are several
-            end = next((i for i in ids if type(i) is int and i >= 0), end)
+            end = next((i for i in ids if type(i) is int and 0 <= i < n_vocab), end)
         inner.encode_special_tokens = True    # spelt: a document that has <|endoftext|> goes on
         inner.no_truncation()
         inner.no_padding()
-        enc = FolderTokenizer(str(file), inner, end, names.get("bos_token", names.get("eos_token")))
+        enc = FolderTokenizer(str(file), inner, end, names)
     except Exception as e:                                    # all that tokenizers raises
         raise UserError(f"{file} is missing or damaged ({e}): get it again, or name another with "
                         "--tokenizer") from e
     check(end is not None,
-          f"{folder}: no config.json there has an eos_token_id, which ends documents")
+          f"{folder}: no config.json there has an eos_token_id, which ends documents, that is one "
+          f"of the {enc.n_vocab} tokens")
     return enc
 
 def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
@@ -711,26 +738,45 @@ def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
     if "added_tokens_decoder" not in said:                    # as transformers before 4.34 wrote it
         said |= read_json(folder / "special_tokens_map.json")
         old = read_json(folder / "added_tokens.json")
-    roles = {}
+    roles, special = {}, []
     for role, token in said.items():
-        token = token["content"] if isinstance(token, dict) and "content" in token else token
-        if role.endswith("_token") and isinstance(token, str):
-            roles[role] = token
-    more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
-    more = more.values() if isinstance(more, dict) else more
-    special = [*roles.values(), *(t["content"] if isinstance(t, dict) else t for t in more)]
+        names_one = isinstance(token, str) or isinstance(token, dict) and "content" in token
+        if role.endswith("_token") and names_one:             # add_bos_token is true or false
+            special.append(as_token(tokenizers, token))
+            roles[role] = special[-1].content
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        more = said.get(name) or []
+        for token in more.values() if isinstance(more, dict) else more:
+            special.append(as_token(tokenizers, token))
 
     listed = {int(i): token for i, token in said.get("added_tokens_decoder", {}).items()}
     for token, i in old.items():
-        is_special = token in special
+        is_special = any(token == other.content for other in special)
         listed[i] = {"content": token, "special": is_special, "normalized": not is_special}
     inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
     there = {token.content for token in inner.get_added_tokens_decoder().values()}
-    inner.add_special_tokens([token for token in special if token not in there])
-    default = CLASS_BOS.get(str(said.get("tokenizer_class")).removesuffix("Fast"), "")
+    inner.add_special_tokens([token for token in special if token.content not in there])
+    default = class_bos(inner, said, read_json(folder / "config.json").get("model_type"))
     if "bos_token" not in said and inner.token_to_id(default) is not None:
         roles["bos_token"] = default
     return {role: inner.token_to_id(token) for role, token in roles.items()}
+
+def as_token(tokenizers: Any, said: str | dict[str, Any]) -> Any:
+    """An AddedToken of its text, or of a dict that says as well which blanks beside it it takes."""
+    flags = said if isinstance(said, dict) else {"content": said, "normalized": False}
+    return tokenizers.AddedToken(**{key: flags[key] for key in flags if key in ADDED_TOKEN})
+
+def class_bos(inner: Any, said: dict[str, Any], family: str | None) -> str:
+    """The BOS that AutoTokenizer takes of a tokenizer_class where none is named; "" if none.
+
+    It does not take the class at its word in some families, nor Llama 2's where the tokens are of
+    bytes.
+    """
+    kind = str(said.get("tokenizer_class")).removesuffix("Fast")
+    of_bytes = "ByteLevel" in repr(inner.pre_tokenizer)
+    if family in ("mistral", "mixtral", "qwen2") or kind == "LlamaTokenizer" and of_bytes:
+        return ""
+    return CLASS_BOS.get(kind, "")
 
 def read_json(file: Path) -> dict[str, Any]:
     """What a JSON file says, nothing if there is none."""
@@ -739,15 +785,16 @@ def read_json(file: Path) -> dict[str, Any]:
 class FolderTokenizer:
     """A tokenizer of the tokenizers package, with what is used here of tiktoken.Encoding."""
 
-    def __init__(self, name: str, inner: Any, eot_token: int, prefix: int | None):
+    def __init__(self, name: str, inner: Any, eot_token: int, names: dict[str, int]):
         self.name, self.inner, self.eot_token = name, inner, eot_token
+        self.bos, self.eos = names.get("bos_token"), names.get("eos_token")
         self.n_vocab = max(inner.get_vocab().values()) + 1
         encoded = inner.encode("a")
         whose = encoded.sequence_ids                           # None: it is of the template
         self.start = encoded.ids[:whose.index(0)] if 0 in whose else []   # such as Llama's BOS
-        self.prefix = prefix                                   # what an empty context consists of
-        if prefix is None:
-            self.prefix = [*self.start, eot_token][0]
+        # what an empty context consists of: the first of these that there is
+        said = (i for i in (self.bos, self.eos, *self.start, eot_token) if i is not None)
+        self.prefix = next(said, None)
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
@@ -822,7 +869,12 @@ def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
         if path.is_file():                                    # whatever it is called
             (folder / "tokenizer.json").write_bytes(path.read_bytes())
         said = read_json(source / "config.json")
-        ids = {key: value for key, value in said.items() if key.endswith("_token_id")}
+        ids = {}
+        for key, value in said.items():
+            each = value if isinstance(value, list) else [value]
+            is_id = key.endswith("_token_id") and all(i is None or type(i) is int for i in each)
+            if is_id or key == "model_type":                  # see `class_bos`
+                ids[key] = value
         if ids.get("eos_token_id") is None:
             with contextlib.suppress(UserError):              # there may be no end, or no tokenizer
                 ids["eos_token_id"] = get_tokenizer(name).eot_token
@@ -918,6 +970,11 @@ def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
         check(have[name] == want[name],
               f"{path}: weights and settings disagree: {name} is {have[name]}, not {want[name]}")
 
+def check_finite(model: GPT, path: str | Path) -> None:
+    """UserError if a weight is nan or infinite."""
+    check(all(p.isfinite().all() for p in model.parameters()),
+          f"{path} is damaged, it has weights that are nan or infinite: use another copy")
+
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32,
                spread: Sequence[str | torch.device] = ()) -> tuple[GPT, dict[str, Any]]:
@@ -992,9 +1049,10 @@ HARMLESS = """
     _* model_type model_name name_or_path architectures auto_map *_version unsloth_* transformers.*
     dtype torch_dtype use_bfloat16 torchscript use_cache pretraining_tp chunk_size_feed_forward
     attn_implementation experts_implementation is_decoder is_llama_config tie_encoder_decoder
+    cross_attention_hidden_size
     return_dict* output_attentions output_hidden_states output_scores output_logits
     output_router_logits tie_last_hidden_states
-    *dropout router_jitter_noise router_aux_loss_coef tf_legacy_loss
+    *dropout gradient_checkpointing router_jitter_noise router_aux_loss_coef tf_legacy_loss
     id2label label2id num_labels problem_type finetuning_task task_specific_params
     tokenizer tokenizer_class prefix *_token_id *_token_ids max_sequence_length model_max_length
     max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
@@ -1058,6 +1116,9 @@ def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
     if rope == "llama3":
         known += LLAMA3_FIELDS
     wrong, unknown = [], []
+    layered = [name for name in hf if name.endswith("_attention") and isinstance(hf[name], dict)]
+    if layered:
+        wrong.append(f"rope_parameters per layer type, such as {layered[0]}")
     if rope not in ("default", "llama3"):
         wrong.append(f"rope_type={rope} (only default and llama3 are)")
     for name, value in hf.items():
@@ -1068,8 +1129,8 @@ def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
         elif name == "quantization_config":
             wrong.append(f"{name} (dequantise the weights: in transformers model.dequantize(), "
                          "then save_pretrained)")
-        elif name.endswith("_attention") and isinstance(value, dict):
-            wrong.append(f"rope_parameters per layer type, such as {name}")
+        elif name in layered:
+            continue
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
             unknown.append(shown)
     said = []
@@ -1165,10 +1226,11 @@ def on_disk(name: str | Path) -> Path:
     if path.exists() or path.suffix in (".pt", ".json") or not spelt:
         return path
     hub = need("huggingface_hub", f"{name}, which is no path here,")
+    wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
     try:
         return Path(hub.snapshot_download(
-            spelt[1], revision=spelt[2], ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
+            spelt[1], revision=spelt[2], allow_patterns=wanted,
+            ignore_patterns=["consolidated*", *(f"*/{pattern}" for pattern in wanted)]))
     except Exception as e:                                    # its own and those of the network
         raise UserError(f"no path {name}, nor is it in the Hugging Face hub's cache or to be had "
                         f"from there ({type(e).__name__}): correct it, go online once, or log in "
@@ -1188,14 +1250,25 @@ def check_whole(folder: Path, name: str | Path) -> None:
           "first (peft: model.merge_and_unload(), then save_pretrained)")
     check(not checkpoints or found("*.safetensors") != "",
           f"{name} is no model, but holds {checkpoints}: give that")
-    check((folder / "config.json").is_file(),
+    if found("model*.safetensors*"):
+        check((folder / "config.json").is_file(),
+              f"{name} has no config.json, it is no model: correct the path")
+        return
+    gguf, old = found("*.gguf"), found("pytorch_model*.bin")
+    foreign = found("consolidated*") or found("tf_model*")
+    check((folder / "config.json").is_file() or gguf != "",
           f"{name} has no config.json, it is no model: correct the path")
-    old = found("pytorch_model*.bin")
-    has = f"its weights in {old}: " if old else "no model.safetensors: get it again, or "
+    check(gguf + old != "" or not foreign,
+          f"{name} has its weights in {foreign}, which transformers cannot read: get "
+          "model.safetensors, or all that model.safetensors.index.json names, as well")
+    has = "no model.safetensors: get it again, or "
+    if gguf or old:
+        has = f"its weights in {gguf or old}: "
+    which = f", gguf_file='{gguf.split(', ')[0]}'" if gguf else ""
     target = name if folder == Path(name) else "converted"
-    check(found("*.safetensors") != "",
-          f"{name} has {has}convert its weights with python -c \"from transformers import "
-          f"AutoModelForCausalLM as M; M.from_pretrained('{name}').save_pretrained('{target}')\"")
+    raise UserError(f"{name} has {has}convert its weights with python -c \"from transformers "
+                    f"import AutoModelForCausalLM as M; M.from_pretrained('{name}'{which})"
+                    f".save_pretrained('{target}')\"")
 
 class Stored(NamedTuple):
     """Where a tensor is stored: in a file under a key, there maybe as rows of one expert."""
@@ -1335,6 +1408,7 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
     safetensors = need("safetensors.torch", "export")
     model, saved = load_model(path)
     family = export_family(model.config, path)
+    check_finite(model, path)
     hf_views(model.config, model.state_dict())               # refuses weights that have no name
     c, weights = as_family(model, family)
     views = {name: view.contiguous() for name, view in hf_views(c, weights).items()}
@@ -1356,8 +1430,8 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
             new.mkdir()
             safetensors.torch.save_file(views, new / "model.safetensors", metadata={"format": "pt"})
             tokenizer = tokenizer or saved["tokenizer"]
-            write_json(new / "config.json", hf | write_tokenizer(tokenizer, new))
-            keep_as_written(new, family)
+            write_json(new / "config.json", write_tokenizer(tokenizer, new) | hf)
+            keep_as_written(new, family, tokenizer)
             if not any(new.glob("*token*")):
                 print(f"{out}: tokenizer {tokenizer} not written, "
                       "there is no Hugging Face form of it")
@@ -1375,14 +1449,22 @@ class AsWritten(PreTrainedTokenizerFast):
     pass
 '''
 
-def keep_as_written(folder: Path, family: str) -> None:
-    """Have AutoTokenizer read tokenizer.json as it is, and not as the family's own would be."""
+def keep_as_written(folder: Path, family: str, name: str) -> None:
+    """Have AutoTokenizer read tokenizer.json as it is, and not as the family's own would be; name:
+    of the tokenizer that was copied."""
     if not (folder / "tokenizer.json").is_file():
         return
     said = read_json(folder / "tokenizer_config.json")
-    kind = said.get("tokenizer_class") or "PreTrainedTokenizerFast"
-    wanted = said | {"tokenizer_class": kind}
-    if family == "qwen2" and "Qwen2" not in kind:
+    # a class with a name of its own may cut texts in its own way, or put its template in
+    wanted = said | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    with contextlib.suppress(UserError):                      # there may be no end
+        enc = get_tokenizer(name)
+        if isinstance(enc, FolderTokenizer):                  # the class may have given its own
+            wanted.setdefault("eos_token", enc.inner.id_to_token(
+                enc.eot_token if enc.eos is None else enc.eos))
+            if enc.bos is not None:
+                wanted.setdefault("bos_token", enc.inner.id_to_token(enc.bos))
+    if family == "qwen2":
         # the entry is enough; the class is asked for where remote code is trusted
         name = "tokenization_as_written.AsWritten"
         wanted["auto_map"] = {"AutoTokenizer": [name, name]}
@@ -1425,7 +1507,7 @@ def read_requests(folder: Path) -> list[dict[str, Any]]:
             if doc_id >= 1_000_000:                                  # no question
                 continue
             idx, label = row["idx"], row["label"]
-            question = label, row.get("doc")
+            question = label, row.get("doc"), row.get("native_id")
             check(questions.setdefault(doc_id, question) == question,
                   f"--tasks: {folder} has two questions with doc_id={doc_id}: number them anew")
             check((doc_id, idx) not in seen,

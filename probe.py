@@ -36,6 +36,8 @@ from pathlib import Path
 from pydoc_data.topics import topics as PYTHON_TOPICS     # English that is wherever Python is
 from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Sequence
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads it when it is imported
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -43,9 +45,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import (METRICS, Corpus, Parser, Task, choose_device, copy_tokenizer, documents, export,
-                  get_tokenizer, load_model, need, read_tasks, run, same_tokenizer,
-                  save_checkpoint, write_json)
+from data import (METRICS, Corpus, Parser, Task, check_finite, choose_device, copy_tokenizer,
+                  documents, export, get_tokenizer, load_model, need, read_tasks, run,
+                  same_tokenizer, save_checkpoint, write_json)
 from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
                    token_variance, wide)
 
@@ -1632,7 +1634,7 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
         possible = set(drop) <= set(range(n)) and len(set(drop)) < n
     check(possible, f"--drop {args.drop}: {path} has blocks 0 to {n - 1}; "
                     "at least one must go and one must stay")
-    stem = path.name.removesuffix(".pt")
+    stem = place_of(path).name.removesuffix(".pt")
     beside = "pruned.pt" if stem == "ckpt" else f"{stem}_pruned.pt"
     target = Path(args.save or place_of(path).with_name(beside))
     check(target.resolve() != path.resolve(),
@@ -1902,7 +1904,11 @@ def join_ranks(device: torch.device, does: str) -> torch.device:
     return device
 
 def place_of(path: Path) -> Path:
-    """Where a checkpoint is; of a model on the Hugging Face hub, owner/name, its name here."""
+    """Where a checkpoint is; of a model on the Hugging Face hub, owner/name or in its cache, its
+    name here."""
+    cached = re.search(r"/models--(?:.+?--)?([^/]+)/snapshots/[^/]+\Z", path.absolute().as_posix())
+    if cached:
+        return Path(cached[1])
     return path if path.exists() else Path("_".join(path.parts[1:]))
 
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
@@ -1938,8 +1944,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     for path in args.checkpoints:
         model, saved = load_model(path, device, getattr(torch, args.dtype), spread)
-        check(all(p.isfinite().all() for p in model.parameters()),
-              f"{path} is damaged, it has weights that are nan or infinite: use another copy")
+        check_finite(model, path)
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
         if does == "sample":
             sample(args, model, saved)

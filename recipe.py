@@ -39,7 +39,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import UserError, check
-from probe import (EXPERIMENTS, USEFUL, make_folder, remarks, score_names, score_table,
+from probe import (EXPERIMENTS, USEFUL, make_folder, place_of, remarks, score_names, score_table,
                    scores)
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
 
@@ -1069,10 +1069,10 @@ def diagnose(path: Path) -> str:
     ckpt = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
     if ckpt.name == "ckpt.pt":
         home = ckpt.parent
-    elif ckpt.is_dir():                      # a Hugging Face folder
-        home = ckpt
-    else:
+    elif ckpt.is_file():
         home = ckpt.with_suffix("")
+    else:                                    # a Hugging Face folder, or a model's id
+        home = place_of(ckpt)
     settings = load_checkpoint(ckpt)["settings"]
     check((home / "probe.json").exists(), f"{path} is not probed yet: python probe.py {ckpt}")
     try:

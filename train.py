@@ -44,6 +44,8 @@ try:
 except ImportError:                              # Windows
     fcntl = None
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads it when it is imported
+
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -99,9 +99,11 @@ def test_only_json_weights_and_files_of_the_tokenizer_are_asked_for(monkeypatch,
     assert (asked["repo"], asked["revision"]) == ("owner/tiny", "v2")
     files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
              "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer.model", "merges.txt",
-             "vocab.txt", "chat_template.jinja", "tekken.json"]
+             "vocab.txt", "chat_template.jinja", "tekken.json", "tokenizer.model.v3", "qwen.tiktoken",
+             "tokenization_mine.py", "additional_chat_templates/rag.jinja"]
     others = ["README.md", "pytorch_model.bin", "original/params.json", "onnx/model.onnx", "model.gguf",
-              "consolidated.safetensors", "modeling.py", "rust_model.ot", "original/tokenizer.model"]
+              "consolidated.safetensors", "modeling.py", "rust_model.ot", "original/tokenizer.model",
+              "onnx/config.json", "adapters/adapter_model.safetensors"]
     kept = hub.utils.filter_repo_objects(files + others, allow_patterns=asked["allow_patterns"],
                                          ignore_patterns=asked["ignore_patterns"])
     assert list(kept) == files
@@ -140,6 +142,22 @@ def test_the_scripts_take_ids_without_a_network(tmp_path, model):
     assert sorted(tmp_path.glob("cache/**/*")) == before
     missing = run_script("probe.py", "owner/none", *measure, cwd=tmp_path, env=env)
     assert_mistake(missing, "owner/none")
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_results_of_a_snapshot_lie_here_and_are_found_again(by_id, cache, model, tmp_path, run_main, monkeypatch):
+    import probe
+    import recipe
+    snapshot = lay_out(cache, "owner/tiny-1.5B", model[1])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(cache.glob("**/*"))
+    name = "owner/tiny-1.5B" if by_id else snapshot
+    assert_mistake(run_main(recipe, "diagnose", name), "not probed yet")
+    outcome = run_main(probe, name, "--samples", 2, "--length", 8)
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "tiny-1.5B/probe.json").is_file() and sorted(cache.glob("**/*")) == before
+    outcome = run_main(recipe, "diagnose", name)
+    assert outcome.status == 0 and "blocks are useful" in outcome.out, outcome.err
 
 
 def test_results_of_two_models_of_the_hub_lie_apart(cache, model, tmp_path, run_main, monkeypatch):
@@ -202,6 +220,19 @@ def test_weights_of_another_kind_are_named_and_the_command_that_converts_them(mo
     done = run_python("-c", command)
     assert done.status == 0, done.err
     assert torch.equal(D.load_model(path)[0].embed.weight, model[0].get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("file, said", [
+    ("consolidated.safetensors", "has its weights in consolidated.safetensors, which transformers cannot read: get"),
+    ("tf_model.h5", "has its weights in tf_model.h5, which transformers cannot read: get model.safetensors"),
+    ("x-q4.gguf", "has its weights in x-q4.gguf: convert")])
+def test_weights_that_transformers_reads_in_another_way_or_not_at_all_say_so(file, said, model):
+    path = model[1]
+    (path / "model.safetensors").rename(path / file)
+    assert said in refusal(path) and ("gguf_file='x-q4.gguf'" in refusal(path)) == (file == "x-q4.gguf")
+    shutil.copy(path / file, path / "model.safetensors")
+    if file.startswith("cons"):
+        assert D.load_checkpoint(path)["step"] == 0                # beside the others it does not matter
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -276,6 +307,15 @@ def test_weights_that_are_not_finite_are_one_line_whatever_is_asked(value, model
     tensors = safetensors.load_file(path / "model.safetensors")
     tensors["model.norm.weight"][3] = value
     safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    for asked in (("--sample", "cat"), ("--only", "variance"), ("--drop", "1")):
+    for asked in (("--sample", "cat"), ("--only", "variance"), ("--drop", "1"), ("--export", tmp_path / "out")):
         assert_mistake(run_main(probe, path, *asked), "hf", "nan or infinite")
-    assert not os.path.exists(tmp_path / "hf_pruned.pt")
+    assert not os.path.exists(tmp_path / "hf_pruned.pt") and not (tmp_path / "out").exists()
+
+
+def test_activations_that_overflow_are_one_line(model, run_main):
+    import probe
+    path = model[1]
+    tensors = safetensors.load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][:] = 3e38
+    safetensors.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    assert_mistake(run_main(probe, path, "--sample", "cat"), "logits are nan or infinite")

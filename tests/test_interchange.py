@@ -229,11 +229,13 @@ IDLE = {                                                        # fields that ch
     "bookkeeping": {"_name_or_path": "x/y", "name_or_path": "x/y", "model_name": "x", "auto_map": {"AutoModel": "m.M"},
                     "unsloth_fixed": True, "unsloth_version": "2024.9", "transformers_version": "4.1",
                     "transformers.js_config": {}, "torch_dtype": "bfloat16", "pretraining_tp": 2, "use_cache": False},
-    "training": {"attention_dropout": 0.1, "resid_dropout": 0.1, "router_aux_loss_coef": 1.0},
+    "training": {"gradient_checkpointing": True, "attention_dropout": 0.1, "resid_dropout": 0.1,
+                 "router_aux_loss_coef": 1.0},
     "transformers 4": {                       # what its PretrainedConfig takes of every model
         "return_dict": False, "output_hidden_states": True, "output_attentions": True, "torchscript": True,
         "use_bfloat16": True, "tf_legacy_loss": True, "pruned_heads": {}, "tie_encoder_decoder": True,
         "chunk_size_feed_forward": 3, "is_encoder_decoder": False, "is_decoder": True, "add_cross_attention": False,
+        "cross_attention_hidden_size": 8,
         "architectures": ["X"], "finetuning_task": "x", "id2label": {"0": "a"}, "label2id": {"a": 0}, "num_labels": 1,
         "task_specific_params": {"a": 1}, "problem_type": "regression", "tokenizer_class": "X", "prefix": "x",
         "bos_token_id": 3, "pad_token_id": -1, "eos_token_id": [1, 2], "sep_token_id": 4, "decoder_start_token_id": 5,
@@ -277,7 +279,7 @@ def test_rope_parameters_of_each_layer_type_are_named_as_such(tmp_path):
     rewrite(path, {"rope_parameters": {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}})
     with pytest.raises(UserError, match="rope_parameters per layer type, such as full_attention") as error:
         D.load_checkpoint(path)
-    assert "delete" not in str(error.value)
+    assert "delete" not in str(error.value) and str(error.value).count("per layer") == 1
 
 
 @pytest.mark.parametrize("where", ["nowhere", "beside"])

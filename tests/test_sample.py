@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_mistake, checkpoint_of, make_model, run_script
+from helpers import ROOT, assert_mistake, checkpoint_of, make_model, run_python, run_script
 
 import probe
 from data import get_tokenizer, load_model
@@ -40,6 +40,22 @@ def test_sampling_prints_what_generate_draws_after_the_prompt_or_after_an_end_of
     assert status == 0, err
     assert out == enc.decode(drawn[0].tolist()) + "\n"
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["ckpt.pt"], "and it writes no file"
+
+
+@pytest.mark.parametrize("script", ["train", "probe"])
+def test_what_apples_gpus_lack_falls_back_to_the_cpu(script):
+    """torch reads the variable when it is imported, so it has to be there before."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+class Watch:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            print(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"))
+sys.meta_path.insert(0, Watch())
+import {script}"""
+    for said, given in (("1", {}), ("0", {"PYTORCH_ENABLE_MPS_FALLBACK": "0"})):
+        assert run_python("-c", code, env=given).out.split() == [said]
 
 
 def test_sampling_from_a_missing_checkpoint_exits_with_2_and_one_line(tmp_path):

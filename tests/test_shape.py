@@ -20,7 +20,7 @@ MAY_IMPORT = {                                                  # of ours
     "recipe": {"model", "data", "train", "probe"},
 }
 REQUIRED = {"torch", "numpy", "tiktoken"}                       # requirements.txt; all else is optional
-OPTIONAL = {"matplotlib", "safetensors", "tokenizers", "huggingface_hub", "datasets", "wandb"}
+OPTIONAL = {"matplotlib", "safetensors", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"}
 
 
 def parse(name: str) -> ast.Module:

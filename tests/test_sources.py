@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_mistake, run_script
+from helpers import assert_mistake, checkpoint_of, make_model, run_script
 
 import data as D
 from data import Corpus, prepare
@@ -134,6 +134,15 @@ def test_a_missing_field_is_told_with_those_that_are_there(name, tmp_path, run_m
     assert status == 0 and "2 documents" in out, err
 
 
+def test_what_probe_cannot_be_told_it_says_how_to_prepare(tmp_path, run_main):
+    import probe
+    D.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(make_model(torch.float32, vocab_size=320)))
+    write(tmp_path / "a.jsonl", lines([{"story": "once"}])), write(tmp_path / "b.txt", b"caf\xe9")
+    for name, option in (("a.jsonl", "--field FIELD"), ("b.txt", "--encoding ENCODING")):
+        outcome = run_main(probe, tmp_path / "ckpt.pt", "--data", tmp_path / name)
+        assert_mistake(outcome, name, f"in `python data.py NAME {option}`")
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.json.gz"])
 @pytest.mark.parametrize("value, kind", [([1, 2], "list"), ({"a": 1}, "dict"), (5, "int"), (b"x", "bytes")])
 def test_a_column_that_is_no_text_is_named_with_what_it_holds(name, value, kind, tmp_path):
@@ -211,9 +220,61 @@ def test_a_csv_or_json_with_a_byte_order_mark_is_read_too(encoding, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
-def test_utf_16_without_a_mark_shows_by_its_zeros(encoding, tmp_path):
-    write(tmp_path / "a.txt", "English text\n".encode(encoding))
-    assert read(tmp_path) == ["English text\n"]
+def test_zeros_at_the_start_are_not_guessed_at(encoding, tmp_path):
+    path = write(tmp_path / "a.txt", "English text\n".encode(encoding))
+    with pytest.raises(UserError, match=f"a.txt begins with zeros, as {encoding} .*--encoding utf-8"):
+        read(path)
+    assert read(path, encoding=encoding) == ["English text\n"]
+    for text in ("\0abc", "a\0bc"):
+        assert read(write(path, text), encoding="utf-8") == [text]
+    assert read(write(path, "abcd\0")) == ["abcd\0"]
+
+
+def pack(name: str, content: bytes) -> bytes:
+    if name.endswith("zst"):
+        tables()
+        return pytest.importorskip("zstandard").compress(content)
+    return {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(name.rpartition(".")[2], bytes)(content)
+
+
+@pytest.mark.parametrize("asked", ["utf-16", "cp1252"])
+@pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", ["lines.jsonl", "lines.json", "array.json", "indented.json", "a.csv"])
+def test_packed_or_not_a_file_of_rows_is_in_the_encoding_that_it_shows_or_that_is_asked_for(kind, packed, asked,
+                                                                                            tmp_path):
+    rows = [{"text": "naïve é"}, {"text": "2020-01-01", "more": [1]}, {"text": "007", "more": {"a": 1}}]
+    content = {"lines.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+               "array.json": json.dumps(rows, ensure_ascii=False), "a.csv": "text,n\nnaïve é,1\n2020-01-01,2\n007,\n",
+               "indented.json": json.dumps(rows, indent=1, ensure_ascii=False)}
+    path = tmp_path / (kind + packed)
+    write(path, pack(path.name, content.get(kind, content["lines.jsonl"]).encode(asked)))
+    assert read(path, encoding=None if asked == "utf-16" else asked) == ["naïve é", "2020-01-01", "007"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.bz2", "a.jsonl.xz", "a.jsonl.zst", "a.csv.gz", "a.csv.zst"])
+def test_half_of_a_packed_file_is_damaged_and_two_packed_files_in_a_row_are_one(name, tmp_path):
+    line, draw = '{"text": "%s"}\n' if "json" in name else "%s\n", random.Random(0)
+    parts = ["".join(line % "".join(draw.choices("abcdefgh ", k=99)) for _ in range(2000)).encode() for _ in range(2)]
+    parts[0] = (b"" if "json" in name else b"text\n") + parts[0]
+    packed = [pack(name, part) for part in parts]
+    assert len(read(write(tmp_path / name, packed[0] + packed[1]))) == 4000
+    for whole in (packed[0], packed[0] + packed[1]):
+        with pytest.raises(UserError, match=f"{name} is damaged .*: get it again"):
+            read(write(tmp_path / name, whole[:-2000]))
+
+
+@pytest.mark.parametrize("table, said", [("id,text\n1,a,b\n", ":2 has 3 fields, the first line names 2"),
+                                         ("id,text\n1,a\n\n2\n", ":4 has 1 fields"), ('text\n"a', "is damaged")])
+def test_a_row_of_a_csv_that_does_not_fit_its_first_line_is_refused_by_number(table, said, tmp_path):
+    with pytest.raises(UserError, match=f"a.csv{'' if said[0] == ':' else ' '}{said}"):
+        read(write(tmp_path / "a.csv", table))
+
+
+def test_long_texts_and_files_of_nothing_are_read(tmp_path):
+    for name in ("a.csv", "b.json", "c.jsonl", "d.csv.gz", "e.json.bz2", "f.jsonl.xz"):
+        write(tmp_path / name, pack(name, b""))
+    write(tmp_path / "long.csv", "text,n\n" + "x" * 300_000 + ",1\n")
+    assert read(tmp_path) == ["x" * 300_000]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "koi8-r", "gb18030", "shift_jis", "utf-16-le"])
@@ -225,7 +286,7 @@ def test_an_encoding_that_is_asked_for_is_used(encoding, tmp_path):
     assert "".join(got[:-1]) == text and got[-1] == text[:5]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.csv.gz", "a.json.bz2"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
 def test_a_byte_that_is_not_of_the_encoding_is_refused_with_its_place(name, encoding, tmp_path):
     rng = random.Random(0)
@@ -234,8 +295,7 @@ def test_a_byte_that_is_not_of_the_encoding_is_refused_with_its_place(name, enco
     for place in (2, 2700, 2730, 2731, 4095, 8191, 8192, 8193, *(rng.randrange(30000) for _ in range(8))):
         before = ('{"text": "東京"}\n' * (place // 13 + 1))[:place].encode(encoding)
         path = write(tmp_path / name, before + wrong + after)
-        if name.endswith("gz"):
-            write(path, gzip.compress(before + wrong + after, 1))
+        write(path, pack(name, before + wrong + after))
         with pytest.raises(UserError, match=f"{name} is not .*byte {len(before)}, .*--encoding"):
             with D.opened(path, encoding if encoding == "gb18030" else None) as f:
                 for _ in f:
@@ -336,14 +396,14 @@ def test_what_is_not_read_is_counted_by_suffix_in_the_closing_line(tmp_path, run
 def test_without_the_package_its_files_are_counted_and_told_how_to_read(tmp_path, run_main, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     write(tmp_path / "in" / "a.txt", "a"), write(tmp_path / "in" / "b.txt", "b")
-    for name in ("c.csv", "d.parquet", "e.json", "f.jsonl.zst"):
+    for name in ("d.parquet", "f.jsonl.zst"):
         write(tmp_path / "in" / name, "unread")
     status, out, err = run_main(D, tmp_path / "in", "--tokenizer", "bytes", "--out", tmp_path / "out")
     assert status == 0 and "2 documents" in out, err
-    for kind in (".csv (needs: pip install datasets)", ".jsonl.zst (needs: pip install datasets zstandard)"):
+    for kind in (".parquet (needs: pip install datasets)", ".jsonl.zst (needs: pip install pyarrow)"):
         assert f"1 {kind}" in out
-    assert_mistake(run_main(D, tmp_path / "in" / "c.csv", "--tokenizer", "bytes", "--out", tmp_path / "o"),
-                   "c.csv", "pip install datasets")
+    assert_mistake(run_main(D, tmp_path / "in" / "d.parquet", "--tokenizer", "bytes", "--out", tmp_path / "o"),
+                   "d.parquet", "pip install datasets")
 
 
 def test_a_json_that_tells_of_the_data_beside_it_is_left_out_and_counted(tmp_path, run_main):

@@ -92,6 +92,8 @@ WRONG = {                                                       # rows, what is 
     "two answers": ([row(3, 0), row(3, 1), row(3, 2, 1), row(3, 3, 1)], "two questions with doc_id=3"),
     "two documents": ([row(3, 0, doc={"q": "x"}), row(3, 1, doc={"q": "x"}), row(3, 2, doc={"q": "y"})],
                       "two questions with doc_id=3"),
+    "two ids": ([row(3, 0, native_id="x"), row(3, 1, native_id="x"), row(3, 2, native_id="y", context="b")],
+                "two questions with doc_id=3"),
 }
 
 

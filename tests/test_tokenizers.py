@@ -58,11 +58,21 @@ FILES = {                                                       # beside tokeniz
     "nothing": {},
     "names": {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "[unk]"}},
     "a name that is no token yet": {"tokenizer_config.json": {"eos_token": "</s>", "pad_token": "<pad>"}},
+    "names beside habits": {"tokenizer_config.json": {
+        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False, "sep_token": None}},
     "a name of another kind": {"tokenizer_config.json": {"eos_token": "</s>", "image_token": "<image>"}},
     "names that are dicts": {"tokenizer_config.json": {"eos_token": added("</s>", True) | {"__type": "AddedToken"}}},
     "a list": {"tokenizer_config.json": {"eos_token": "</s>", "additional_special_tokens": ["<|x|>", "<|y|>"]}},
     "a list of transformers 5": {"tokenizer_config.json": {"extra_special_tokens": ["<|x|>"], "eos_token": "</s>"}},
     "a dict": {"tokenizer_config.json": {"extra_special_tokens": {"boi_token": "<|x|>"}, "eos_token": "</s>"}},
+    "a dict and a list": {"tokenizer_config.json": {
+        "extra_special_tokens": {"boi_token": "<|x|>"}, "additional_special_tokens": ["<|y|>"], "eos_token": "</s>"}},
+    "names that are dicts and strip": {"tokenizer_config.json": {
+        "pad_token": added("<|x|>", True, lstrip=True, rstrip=True, __type="AddedToken"),
+        "mask_token": added("<|y|>", True, lstrip=True, __type="AddedToken"), "eos_token": "</s>"}},
+    "a list of dicts that strip": {"tokenizer_config.json": {
+        "additional_special_tokens": [added("<|x|>", True, rstrip=True, __type="AddedToken"), "<|y|>"],
+        "eos_token": "</s>"}},
     "added_tokens_decoder": {"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
         "1": added("<s>", True), "2": added("</s>", True), "13": added("<|y|>", True), "12": added("x b")}}},
     "added_tokens_decoder that strips": {"tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {
@@ -75,8 +85,8 @@ FILES = {                                                       # beside tokeniz
         "added_tokens.json": {"x b": 13, "<pad>": 12},
         "special_tokens_map.json": {"pad_token": "<pad>", "bos_token": added("<s>"), "eos_token": "</s>"}},
 }
-TEXTS = ["", "a b cat", "x b cat x b", "<s>a</s> b", "a <|x|> b", "a<|x|>b <|y|>", "<pad> a <image>", "a </s> b",
-         "x  b", "[unk] a", "<|im_start|>a"]
+TEXTS = ["", "a b cat", "x b cat x b", "<s>a</s> b", "a <|x|> b", "a<|x|>b <|y|>", "a <|y|> b", "<pad> a <image>",
+         "a </s> b", "x  b", "[unk] a", "<|im_start|>a"]
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -135,6 +145,7 @@ def test_an_empty_context_is_the_bos_if_there_is_one_else_the_tokenizers_eos(nam
 
 ENDS = {                                                        # eos_token_id of config.json: what it is then
     "a list": ([4, 2], 4), "an empty list": ([], 2), "minus one": (-1, 2), "a list with minus one": ([-1, 5], 5),
+    "beyond the tokenizer": (12, 2), "far beyond": ([10**9, 5], 5),
     "text": ("</s>", 2), "null": (None, 2), "true": (True, 2), "zero": (0, 0)}
 
 
@@ -144,7 +155,7 @@ def test_an_end_of_text_that_is_no_token_is_none(kind, named, tmp_path):
     value, meant = ENDS[kind]
     folder = write_tokenizer(tmp_path / "hf", config={"eos_token_id": value},
                              files={"tokenizer_config.json": {"eos_token": "</s>"}} if named else {})
-    if named or isinstance(value, list) and value and max(value) >= 0 or value == 0:
+    if named or meant != 2 or isinstance(value, list) and 2 in value:
         assert tokenizer_of(folder).eot_token == meant
     else:
         with pytest.raises(UserError, match="no config.json there has an eos_token_id"):
@@ -181,6 +192,30 @@ def test_a_bos_that_the_folder_does_not_name_is_the_default_of_its_tokenizers_cl
     auto, enc = transformers.AutoTokenizer.from_pretrained(folder), tokenizer_of(folder)
     assert prefix == (auto.eos_token_id if auto.bos_token_id is None else auto.bos_token_id)
     assert D.encode_pair(enc, "", "a") == ([prefix], [3])
+
+
+@pytest.mark.parametrize("bytes_are_letters", [True, False])
+@pytest.mark.parametrize("family", D.FAMILIES)
+@pytest.mark.parametrize("kind", ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizerFast"])
+def test_the_bos_of_a_class_counts_where_autotokenizer_takes_the_class_at_its_word(kind, family, bytes_are_letters,
+                                                                                   tmp_path):
+    """Not for every family, and not where it finds that the folder holds another tokenizer than it says."""
+    level = tokenizers.pre_tokenizers.ByteLevel
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(special + sorted(level.alphabet()))},
+                                                       [], unk_token="<unk>"))
+    inner.pre_tokenizer = level(add_prefix_space=False) if bytes_are_letters else tokenizers.pre_tokenizers.Metaspace()
+    inner.add_special_tokens(special)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "eos_token_id": 2}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "eos_token": "</s>"}))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_of(tmp_path).prefix == (auto.eos_token_id if auto.bos_token_id is None else auto.bos_token_id)
+    copy = tmp_path / "out" / D.copy_tokenizer(str(tmp_path), tmp_path / "out")
+    assert tokenizer_of(copy).bos == auto.bos_token_id
+    make_checkpoint(tmp_path / "ckpt.pt", str(copy))
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").bos_token_id == auto.bos_token_id
 
 
 @pytest.mark.parametrize("spoil", ["[]", '{"added_tokens_decoder": {"x": 1}}', '{"bos_token": "<s>", "add', "7"])
@@ -279,7 +314,8 @@ def test_an_export_has_all_that_came_in(tmp_path):
                     config=json.loads((path / "config.json").read_text()) | ids)
     contents = {"chat_template.jinja": "{{ messages }}", "generation_config.json": json.dumps(ids | {"top_p": 0.9}),
                 "special_tokens_map.json": "{}", "added_tokens.json": "{}", "vocab.json": "{}", "merges.txt": "#",
-                "tokenizer.model": "x", "additional_chat_templates/tools.jinja": "{{ tools }}"}
+                "tokenizer.model": "x", "tokenizer.model.v3": "x", "qwen.tiktoken": "x", "tokenization_mine.py": "",
+                "additional_chat_templates/tools.jinja": "{{ tools }}"}
     (path / "additional_chat_templates").mkdir()
     for name, text in contents.items():
         (path / name).write_text(text)
@@ -293,6 +329,18 @@ def test_an_export_has_all_that_came_in(tmp_path):
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (path / "tokenizer.json").read_bytes()
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert auto.chat_template == {"default": "{{ messages }}", "tools": "{{ tools }}"}
+
+
+@pytest.mark.parametrize("value", ["</s>", True, ["</s>"]])
+def test_an_id_that_is_none_is_not_exported(value, tmp_path):
+    _, path = make_folder("llama", tmp_path / "hf")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"eos_token_id": value, "pad_token_id": 0, "bos_token_id": None}
+    write_tokenizer(path, files={"tokenizer_config.json": {"eos_token": "</s>"}}, config=config)
+    D.export(path, tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    assert (said["eos_token_id"], said["pad_token_id"]) == (2, 0)
+    assert said["bos_token_id"] is None, "else it would be that of the family's own vocabulary"
 
 
 def test_the_tokenizer_is_not_lost_silently(tmp_path, capsys):
@@ -361,12 +409,63 @@ def test_a_folders_tokenizer_is_taken_as_it_is_written_in_every_family(variant, 
         assert got(text)["input_ids"] == [1, *want.encode(text)]
 
 
-def test_qwen2s_own_tokenizer_needs_no_class_of_ours(tmp_path):
-    source = write_tokenizer(tmp_path / "words", files={"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}})
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory):
+    """A folder with a tokenizer of bytes and merges that splits as GPT-2, and whose <s> begins texts."""
+    from pydoc_data.topics import topics
+    level = tokenizers.pre_tokenizers.ByteLevel
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer, inner.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    inner.train_from_iterator(list(topics.values())[:15], tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>", "<|endoftext|>"], initial_alphabet=level.alphabet(),
+        show_progress=False))
+    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    folder = tmp_path_factory.mktemp("merges")
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    return folder
+
+
+def test_a_token_keeps_the_blanks_that_belong_to_it(merges, tmp_path):
+    """Those of its own dict, whether it has a role or stands in a list."""
+    source = shutil.copytree(merges, tmp_path / "source")
+    token = {"__type": "AddedToken"}
+    (source / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": added("<unk>", True) | token,
+        "pad_token": added("<|p|>", True, lstrip=True, rstrip=True) | token,
+        "mask_token": added("<|m|>", True, single_word=True) | token,
+        "additional_special_tokens": ["<|a|>", added("<|b|>", True, rstrip=True) | token]}))
+    enc, auto = tokenizer_of(source), transformers.AutoTokenizer.from_pretrained(source)
+    for name in ("<|p|>", "<|m|>", "<|a|>", "<|b|>"):
+        for text in (f"x {name} y", f"x{name}y", f"x  {name}  y", f" {name}", f"{name} "):
+            assert enc.encode(text) == auto(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_an_export_names_the_end_that_the_folders_class_gave(merges, tmp_path):
+    source = shutil.copytree(merges, tmp_path / "source")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (source / "config.json").write_text('{"model_type": "qwen2", "eos_token_id": 3}')
     make_checkpoint(tmp_path / "ckpt.pt", str(source), qkv_bias=True)
     D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
-    assert not list((tmp_path / "hf").glob("*.py"))
-    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) == {"tokenizer_class": "Qwen2Tokenizer"}
+    for folder in (source, tmp_path / "hf"):
+        assert transformers.AutoTokenizer.from_pretrained(folder).eos_token_id == 3
+
+
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer",
+                                  "GPTNeoXTokenizerFast", "TokenizersBackend", None])
+@pytest.mark.parametrize("variant", ["dense", "biases", "head_norm"])
+def test_autotokenizer_has_our_ids_whatever_class_the_folder_named(variant, kind, merges, tmp_path):
+    """Of a class with a name transformers 5 would put in the splitting, or lose tokens, in silence."""
+    source = shutil.copytree(merges, tmp_path / "source")
+    names = {"bos_token": "<s>", "eos_token": "</s>"} | ({"tokenizer_class": kind} if kind else {})
+    (source / "tokenizer_config.json").write_text(json.dumps(names))
+    make_checkpoint(tmp_path / "ckpt.pt", str(source), **VARIANTS[variant][0])
+    D.export(tmp_path / "ckpt.pt", tmp_path / "hf")
+    auto, enc = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), tokenizer_of(source)
+    for text in strings():
+        assert auto(text)["input_ids"] == [1, *enc.encode(text)], text
+        assert auto.decode(enc.encode(text)) == text
+    assert (auto.bos_token_id, auto.eos_token_id) == (1, 2)
 
 
 def test_an_export_of_bytes_begins_and_ends_with_its_own_token(tmp_path):
