@@ -146,6 +146,6 @@ def test_measuring_waits_for_the_device_a_few_times_per_micro_batch_and_not_per_
         model = make_model(torch.float32, vocab_size=320, n_layer=n_layer)
         torch.save(checkpoint_of(model), tmp_path / "ckpt.pt")
         few, many = (on_device(tmp_path, "probe.py", "ckpt.pt", f"--data={corpus}", f"--samples={n}",
-                               "--jacobian_samples=1")[1] for n in (10, 20))
+                               "--jacobian_samples=1", f"--out={n_layer}_{n}")[1] for n in (10, 20))
         waits[n_layer] = (many - few) / 2                             # micro-batches, of 5 sequences of 12 tokens
     assert waits[2] < 30 and waits[6] - waits[2] <= 3 * 4             # blocks; there are 15 pairs, 11 runs, 15 updates
