@@ -529,19 +529,19 @@ class CrossEntropy(torch.autograd.Function):
         grad_x, grad_W = torch.empty_like(x), torch.zeros_like(W)
         w = W.to(dtype)                                                   # (V, d)
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for x, targets, grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            x = x.to(dtype)                                               # (rows, d)
-            log_p = (x @ w.T).log_softmax(-1, dtype=total.dtype)          # (rows, V)
-            row = torch.arange(len(x), device=x.device)
-            total = total - log_p[row, targets].sum()
+        for some_x, target, grad in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
+            some_x = some_x.to(dtype)                                     # (rows, d)
+            log_p = (some_x @ w.T).log_softmax(-1, dtype=total.dtype)     # (rows, V)
+            row = torch.arange(len(target), device=x.device)
+            total = total - log_p[row, target].sum()
             slope = log_p.exp_()
-            slope[row, targets] -= 1
+            slope[row, target] -= 1
             slope = slope.to(dtype)
             grad.copy_(slope @ w)
             if dtype == grad_W.dtype:
-                grad_W.addmm_(slope.T, x)
+                grad_W.addmm_(slope.T, some_x)         # saves a pass over all of W
             else:
-                grad_W += slope.T @ x
+                grad_W += slope.T @ some_x
         ctx.save_for_backward(grad_x, grad_W)
         return total
 
@@ -554,8 +554,11 @@ class CrossEntropy(torch.autograd.Function):
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0) -> Tensor:
     """Mean cross-entropy of head(x) in nats, x (B, T, d).
 
-    at_once: how many logits exist at a time, by default what suits the device.
+    at_once: how many logits exist at a time, by default what suits the device. A fork whose head is
+    more than a matrix says in CrossEntropy what its gradient is.
     """
+    check(type(head) is nn.Linear and head.bias is None,
+          "this loss is of a head that is one matrix: write that of another one into CrossEntropy")
     rows = max(1, (at_once or logits_at_once(x.device)) // head.out_features)
     x = x.flatten(0, 1)
     targets = targets.flatten()

@@ -1911,12 +1911,15 @@ def place_of(path: Path) -> Path:
         return Path(cached[1])
     return path if path.exists() else Path("_".join(path.parts[1:]))
 
+def home_of(path: Path) -> Path:
+    """The folder of a checkpoint's results, unless --out says another."""
+    if path.is_file():
+        return path.parent if path.name == "ckpt.pt" else path.with_suffix("")
+    return place_of(path)
+
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
     """What a checkpoint is called among the others, and the folder of its results."""
-    if path.is_file():
-        home = path.parent if path.name == "ckpt.pt" else path.with_suffix("")
-    else:
-        home = place_of(path)
+    home = home_of(path)
     name = home.resolve().name
     label = str(path).replace("/", "_") if name in taken else name
     if not args.out:

@@ -39,7 +39,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import UserError, check
-from probe import (EXPERIMENTS, USEFUL, make_folder, place_of, remarks, score_names, score_table,
+from probe import (EXPERIMENTS, USEFUL, home_of, make_folder, remarks, score_names, score_table,
                    scores)
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
 
@@ -1067,22 +1067,16 @@ OF_BLOCKS = {name: values for experiment in EXPERIMENTS.values()
 def diagnose(path: Path) -> str:
     """Does a run use its depth, what could go, what next? From settings, log.jsonl, probe.json."""
     ckpt = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
-    if ckpt.name == "ckpt.pt":
-        home = ckpt.parent
-    elif ckpt.is_file():
-        home = ckpt.with_suffix("")
-    else:                                    # a Hugging Face folder, or a model's id
-        home = place_of(ckpt)
+    home = home_of(ckpt)
     settings = load_checkpoint(ckpt)["settings"]
     check((home / "probe.json").exists(), f"{path} is not probed yet: python probe.py {ckpt}")
     try:
         result = read_probe(ckpt, home)
-        absent = [name for name in MEASURED.split(",") if name not in result]
-        whole = f"python probe.py {ckpt} --only {','.join(absent)}"
-        for option in ("samples", "length"):
-            whole += f" --{option} {result['run'][option]}" if option in result["run"] else ""
-        check({"variance", "usefulness", "removal"} <= result.keys(),
-              f"{home}: {', '.join(absent)} not measured yet: {whole}")
+        absent = [name for name in ("variance", "usefulness", "removal") if name not in result]
+        same_tokens = [f"--{name} {result['run'][name]}" for name in ("samples", "length")
+                       if name in result["run"]]
+        check(not absent, f"{home}: {', '.join(absent)} not measured yet: python probe.py {ckpt} "
+                          f"--only {','.join(absent)} {' '.join(same_tokens)}")
         found = symptoms(result, read_log(home), ckpt)
         return "\n".join([f"{path}: {found[0]}", *found[1:], *remedies(result, settings)])
     except DAMAGED as e:

@@ -494,6 +494,9 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
     compiled = c.compile
     if compiled is None:
         compiled = worth_compiling(c, raw, here)
+        if compiled and here.device.type == "cpu":
+            print("compiling: about two minutes, once for models of this shape "
+                  "(--compile=false: none)", flush=True)
     if compiled and here.world > 1:
         compile_blocks(raw)
     if sharded:
@@ -520,11 +523,7 @@ def worth_compiling(c: TrainConfig, model: GPT, here: Process) -> bool:
     if here.device.type != "cpu":
         return here.device.type == "cuda"
     flops = model.flops_per_token() * c.tokens_per_step * c.max_steps
-    worth = here.world == 1 and flops > COMPILING_PAYS and compiler_found()
-    if worth:
-        print("compiling: about two minutes, once for models of this shape (--compile=false: none)",
-              flush=True)
-    return worth
+    return here.world == 1 and flops > COMPILING_PAYS and compiler_found()
 
 def compile_blocks(model: GPT) -> None:
     """torch.compile, a block at a time: one graph serves them all, and between two of them the

@@ -583,6 +583,14 @@ def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_one(dtype):
         assert error <= 1.2 * usual_error + 1e-7
 
 
+@pytest.mark.parametrize("head", [torch.nn.Linear(32, 61), torch.nn.Sequential(torch.nn.Linear(32, 61, bias=False))])
+def test_a_head_that_is_more_than_a_matrix_is_refused_and_not_taken_for_one(head):
+    model, idx = make_model(torch.float32, **DENSE), tokens(DENSE)
+    model.head = head
+    with pytest.raises(UserError, match="one matrix"):
+        model(idx, idx)
+
+
 def test_logits_come_back_without_targets_whatever_return_logits_says():
     model, idx = make_model(**DENSE), tokens(DENSE)
     logits, loss = model(idx, return_logits=False)
