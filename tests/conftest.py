@@ -1,6 +1,7 @@
 """The scripts are modules in the repository's root, not a package: tests import them from there."""
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from helpers import SHARED, Outcome  # noqa: E402
 
 import data  # noqa: E402
 from model import UserError  # noqa: E402
+
+# A script's `pytest &` is born deaf to Ctrl-C, one under nohup to SIGHUP, and both would hand that on to what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)      # a second one only gets in the way of matrices this small, tenfold on a busy machine
 
