@@ -369,8 +369,8 @@ def variance_curve(log: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 Row = dict[str, Any]
 CURVE_POINTS = 40
 # Columns of a table that are not probe.py's: see `own_scores`.
-OWN_COLUMNS = ["train loss", "val loss", "peak var.", "growth", "near zero", "eff. keys",
-               "key heads", "active FFN", "density"]
+OWN_COLUMNS = ["train loss", "val loss", "peak var.", "peak at", "left of it", "growth",
+               "near zero", "eff. keys", "key heads", "active FFN", "density"]
 
 def default_results(args: Any) -> Path:
     """Where rows are; those of settings of one's own stay out of what git keeps."""
@@ -393,10 +393,20 @@ def read_rows(path: Path) -> tuple[list[Row], list[int]]:
         except DAMAGED:
             whole = False
         if whole:
+            row["scores"] |= course(row)
             rows.append(row)
         else:
             damaged.append(number)
     return rows, damaged
+
+def course(row: Row) -> dict[str, float]:
+    """Scores of the last layer's variance over training: at which share of the steps it is
+    largest, and the share of that which is left at the end."""
+    if not row.get("curve"):
+        return {}
+    step, peak = max(row["curve"], key=lambda point: (point[1], point[0]))
+    last_step, last = row["curve"][-1]
+    return {"peak at": step / last_step, "left of it": last / peak if peak else math.nan}
 
 def find_row(rows: Sequence[Row], c: TrainConfig, seed: int) -> Row | None:
     """The newest row of a run with these settings and this seed."""
@@ -541,8 +551,8 @@ def doubts(rows: Sequence[Row], damaged: Sequence[int], args: Any) -> Iterator[s
 
 # ---- tables --------------------------------------------------------------------------------------
 def report(args: Any, families: Sequence[str]) -> None:
-    """Write and print what is recorded of each family, see `report_family`; and if it is all of
-    them, whether sparsity goes with less growth of the variance, and growth with less use."""
+    """Write and print what is recorded of each family, see `report_family`; and of all families
+    what becomes of the paper's claims, and of its mechanism."""
     rows, damaged = read_rows(args.results)
     found = {family: runs_of(family, rows, args) for family in families}
     found = {family: runs for family, runs in found.items() if runs}
@@ -556,42 +566,50 @@ def report(args: Any, families: Sequence[str]) -> None:
         report_family(family, runs, args.scale, out)
     if len(families) < len(FAMILIES):
         return
-    text = mechanism(found)
-    (out / "mechanism.md").write_text(text + "\n")
     drawn = save(out / "mechanism", lambda: draw_mechanism(found))
-    print(f"\nmechanism: {out / 'mechanism.md'}, {drawn}\n\n{text}", flush=True)
+    write(out / "mechanism.md", mechanism(found, args.scale))
+    print(f"{MECHANISM}\n{drawn}", flush=True)
+    write(out / "claims_as_released.md", claims_as_released(found))
+    write(out / "claims.md", claims(found, args.scale))
+
+def write(path: Path, text: str) -> None:
+    """Write a table, and print it."""
+    path.write_text(text + "\n")
+    print(f"\n{path}\n\n{text}\n", flush=True)
 
 def report_family(family: str, runs: Runs, scale: str, out: Path) -> None:
-    """Write FAMILY.md, FAMILY.png and FAMILY_variance.png into `out`, and print what is in them."""
-    text = f"{table(family, runs, scale)}\n\n{differences(family, runs, scale)}"
-    if family == "depth":
-        text += f"\n\n{definitions(runs, scale)}"
-    path = out / f"{family}.md"
-    path.write_text(text + "\n")
+    """Write the tables and figures of a family into `out`, and print the tables."""
     drawn = save(out / family, lambda: draw_scores(family, runs, scale))
     curves = save(out / f"{family}_variance", lambda: draw_variance(family, runs, scale))
-    print(f"\n{family}: {path}, {drawn}, {curves}\n\n{text}")
+    print(f"\n{family}: {drawn}, {curves}")
+    write(out / f"{family}.md", table(family, runs, scale))
+    write(out / f"{family}_differences.md", differences(family, runs, scale))
+    if family == "depth":
+        write(out / "depth_definitions.md", definitions(runs, scale))
     missing = [member for member in FAMILIES[family] if member not in runs]
     if missing:
         print(f"not finished: {', '.join(missing)}")
     sys.stdout.flush()
 
-def markdown(columns: dict[str, Sequence[str]]) -> str:
-    """A table of columns by name, without those in which there is nothing."""
-    filled = {name.replace("|", "\\|"): cells for name, cells in columns.items() if any(cells)}
-    rows = [list(filled), ["---"] * len(filled), *zip(*filled.values())]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, without the rows that have nothing behind their name."""
+    filled = [row for row in rows if any(row[1:])]
+    lines = []
+    for cells in [header, ["---"] * len(header), *filled]:
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 def table(family: str, runs: Runs, scale: str) -> str:
-    """A row per member: what was measured, and at the right what the paper reports."""
-    columns = {"": [f"`{member}` {label(family, member, scale)}" for member in runs],
-               "seeds": [str(len(seeds)) for seeds in runs.values()]}
+    """A column per member, a row per score: what was measured, and what the paper reports."""
+    header = ["", *(label(family, member, scale) for member in runs)]
+    rows = [["config", *(f"`{member}`" for member in runs)],
+            ["seeds", *(str(len(seeds)) for seeds in runs.values())]]
     for name in [*OWN_COLUMNS, *score_names()]:
         if name != "loss":                   # of probe.py's few tokens; "val loss" says more
-            columns[name] = [cell(values_of(seeds, name)) for seeds in runs.values()]
+            rows.append([name, *(cell(values_of(seeds, name)) for seeds in runs.values())])
     for name in PAPER_COLUMNS:
-        columns[f"paper: {name}"] = [reported(family, member, name) for member in runs]
-    return markdown(columns)
+        rows.append([f"paper: {name}", *(reported(family, member, name) for member in runs)])
+    return markdown(header, rows)
 
 def values_of(seeds: Sequence[Row], column: str) -> list[float]:
     """A score of the seeds that have it."""
@@ -602,7 +620,8 @@ def cell(values: Sequence[float]) -> str:
     """Mean ± standard deviation, as "0.583 ± 0.118", as far as there are any."""
     if not values:
         return ""
-    digits = 3 if abs(statistics.mean(values)) < 10 else 1
+    size = abs(statistics.mean(values))
+    digits = 1 if size >= 10 else 3 if size >= 0.01 else 5
     shown = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
     return " ± ".join(f"{x:.{digits}f}" for x in shown)
 
@@ -613,7 +632,8 @@ def reported(family: str, member: str, column: str) -> str:
 
 def definitions(runs: Runs, scale: str) -> str:
     """Which scores are the paper's like: as defined, or as the released scripts compute them?"""
-    columns = {"": [label("depth", member, scale) for member in runs] + ["mean distance"]}
+    header = ["", *(label("depth", member, scale) for member in runs), "mean distance"]
+    rows = []
     for papers, ours in {"useful": ("useful", "rel.useful"),
                          "causal": ("causal", "rel.causal")}.items():
         theirs = [PAPER["depth"][member][papers] for member in runs]
@@ -621,22 +641,21 @@ def definitions(runs: Runs, scale: str) -> str:
             means = [statistics.mean(values_of(seeds, column) or [math.nan])
                      for seeds in runs.values()]
             distance = np.abs(np.subtract(means, theirs)).mean()
-            if math.isnan(distance):         # not measured of all
-                continue
-            columns[column] = [f"{x:.3f}" for x in [*means, distance]]
-        columns[f"paper: {papers}"] = [*(f"{x:g}" for x in theirs), ""]
-    return ("As defined, as released (rel.) and as the paper reports it. The sizes differ, so that "
-            "more than a number's distance from the paper's its course over L tells which of the "
-            f"two the paper's figures show.\n\n{markdown(columns)}")
+            if not math.isnan(distance):         # measured of all
+                rows.append([column, *(f"{x:.3f}" for x in [*means, distance])])
+        rows.append([f"paper: {papers}", *(f"{x:g}" for x in theirs), ""])
+    return markdown(header, rows)
 
 # ---- statistics ----------------------------------------------------------------------------------
 # 97.5% quantiles of Student's t for n = 2 ... 10; above that the last is taken, which is wider.
 T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 # The scores that are compared, the one that is not quantised first, and the paper's number that
-# says in which direction they are expected to go. Of the variance it is the logarithm.
-COMPARED = {"log ratio": "useful", "useful": "useful", "heldout": "useful", "rel.useful": "useful",
-            "causal": "causal", "permuted": "permuted", "last var.": "variance", "val loss": "ppl",
-            "accuracy": "accuracy"}
+# says in which direction they are expected to go.
+COMPARED = {"log ratio": "useful", "useful": "useful", "heldout": "useful", "rel.ratio": "useful",
+            "rel.useful": "useful", "causal": "causal", "rel.causal": "causal",
+            "permuted": "permuted", "last var.": "variance", "rel.var.": "variance",
+            "val loss": "ppl", "accuracy": "accuracy"}
+LOGARITHMS = ("last var.", "rel.var.")
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and half the width of its 95% t interval; nan for a single value."""
@@ -650,41 +669,139 @@ def paired(seeds: Sequence[Row], base: Sequence[Row], column: str) -> list[float
     """By how much a score is larger than the base's, of every seed that both have."""
     of_base = {row["seed"]: row["scores"].get(column) for row in base}
     pairs = [(row["scores"].get(column), of_base.get(row["seed"])) for row in seeds]
-    if column == "last var.":
+    if column in LOGARITHMS:
         return [math.log(x / y) for x, y in pairs if x and y]
     return [x - y for x, y in pairs if x is not None and y is not None]
 
 def verdict(mean: float, half: float, before: float, after: float) -> str:
     """Does an interval of differences lie on the side to which the paper's number goes?"""
     if before == after:
-        return "the paper has no direction"
+        return "no direction"                # in the paper's two numbers
     if not half > 1e-6:                      # one seed, or a score that moved by the same step
-        return "undecided: no interval"
+        return "no interval"
     if abs(mean) <= half:
-        return "undecided at this scale"
+        return "undecided"
     return "reproduced" if (mean > 0) == (after > before) else "contradicted"
 
+class Difference(NamedTuple):
+    """By how much a score of a member is larger than its baseline's."""
+    mean: float
+    half: float                 # of the width of the 95% interval; nan with a single seed
+    n: int                      # seeds
+    verdict: str                # "" where the paper does not report both
+
+def baseline(family: str, member: str) -> str:
+    """The member that this one is compared with."""
+    return OTHER_BASELINES.get(member, BASELINES[family])
+
+def difference(family: str, member: str, runs: Runs, column: str) -> Difference | None:
+    """The paired difference of a member from its baseline; None where nothing can be compared."""
+    base = baseline(family, member)
+    values = paired(runs.get(member, []), runs.get(base, []), column)
+    if member == base or not values:
+        return None
+    mean, half = interval(values)
+    papers = COMPARED[column]
+    before, after = PAPER[family][base].get(papers), PAPER[family][member].get(papers)
+    known = before is not None and after is not None
+    return Difference(mean, half, len(values),
+                      verdict(mean, half, before, after) if known else "")
+
 def differences(family: str, runs: Runs, scale: str) -> str:
-    """A row per member and score: the paired difference from its baseline, and what it says."""
-    header = ("", "score", "difference", "95% interval", "n", "paper", "verdict")
+    """A column per comparison, a row per score: the paired difference, and what it says."""
+    pairs = {member: base for member in runs if (base := baseline(family, member)) in runs}
+    pairs = {member: base for member, base in pairs.items() if member != base}
+    header = ["", *(f"{label(family, member, scale)} − {label(family, base, scale)}"
+                    for member, base in pairs.items())]
     rows = []
-    for member in runs:
-        base = OTHER_BASELINES.get(member, BASELINES[family])
-        for column, papers in COMPARED.items():
-            values = paired(runs[member], runs.get(base, []), column)
-            if member == base or not values:
-                continue
-            mean, half = interval(values)
-            between = "" if math.isnan(half) else f"{mean - half:.3f} to {mean + half:.3f}"
-            before, after = PAPER[family][base].get(papers), PAPER[family][member].get(papers)
-            known = before is not None and after is not None
-            rows.append((
-                f"{label(family, member, scale)} − {label(family, base, scale)}",
-                "ln last var." if column == "last var." else column,
-                f"{mean:.3f}", between, str(len(values)),
-                f"{before:g} → {after:g}" if known else "",
-                verdict(mean, half, before, after) if known else ""))
-    return markdown(dict(zip(header, zip(*rows)))) if rows else "no member has its baseline yet"
+    for column in COMPARED:
+        found = [difference(family, member, runs, column) for member in pairs]
+        name = f"ln {column}" if column in LOGARITHMS else column
+        rows.append([name, *(difference_cell(d) for d in found)])
+    return markdown(header, rows) if pairs else "no member has its baseline yet"
+
+def difference_cell(d: Difference | None) -> str:
+    """As "+0.021 ± 0.008 (n = 5) reproduced", as far as it is known."""
+    if d is None:
+        return ""
+    half = "" if math.isnan(d.half) else f" ± {d.half:.3f}"
+    return f"{d.mean:+.3f}{half} (n = {d.n}) {d.verdict}".rstrip()
+
+class Claim(NamedTuple):
+    """Something that the paper says, and the comparisons with their baselines that test it."""
+    says: str
+    family: str
+    column: str
+    members: tuple[str, ...]    # the first is the example
+
+DECAYS = ("weight_decay_0", "weight_decay_0_01", "weight_decay_1", "weight_decay_3")
+CONTEXTS = ("context_256", "context_512", "context_1024", "context_4096", "context_8192")
+STEPS = ("ladder_moe", "ladder_g2", "ladder_decay_0_3", "ladder_t4096")         # which it keeps
+CLAIMS = [
+    Claim("[depth]: the last variance grows", "depth", "last var.",
+          ("depth_32", "depth_24", "depth_12")),
+    Claim("[depth]: blocks are used less", "depth", "log ratio",
+          ("depth_32", "depth_24", "depth_12")),
+    Claim("[depth]: the causal score falls", "depth", "causal",
+          ("depth_32", "depth_24", "depth_12")),
+    Claim("[decay] lowers the variance", "weight_decay", "last var.", DECAYS),
+    Claim("[decay] of 0.1 is best for usefulness", "weight_decay", "log ratio", DECAYS),
+    Claim("[decay] of 0.1 is best for perplexity", "weight_decay", "val loss", DECAYS),
+    Claim("[context]: longer lowers the variance", "context", "last var.", CONTEXTS),
+    Claim("[context] of 2048 to 4096 is best for usefulness", "context", "log ratio", CONTEXTS),
+    Claim("[context] of 2048 is best for perplexity", "context", "val loss", CONTEXTS),
+    Claim("[GQA] lowers the variance", "gqa", "last var.", ("gqa_4", "gqa_16")),
+    Claim("[GQA] raises usefulness", "gqa", "log ratio", ("gqa_4", "gqa_16")),
+    Claim("[GQA] lowers perplexity a little", "gqa", "val loss", ("gqa_4", "gqa_16")),
+    Claim("[MoE] lowers the variance", "moe", "last var.", ("moe_1b",)),
+    Claim("[MoE] raises usefulness", "moe", "log ratio", ("moe_1b", "moe_400m")),
+    Claim("[MoE] lowers perplexity at equal active FLOPs", "moe", "val loss",
+          ("moe_1b", "moe_400m")),
+    Claim("[recipe]: each step raises usefulness", "ladder", "log ratio", STEPS),
+    Claim("[recipe]: each step raises accuracy", "ladder", "accuracy", STEPS)]
+RELEASED = {"log ratio": "rel.ratio", "causal": "rel.causal", "last var.": "rel.var."}
+
+def claims(found: dict[str, Runs], scale: str) -> str:
+    """A row per claim: the verdicts on its comparisons, and one of the differences."""
+    rows = []
+    for claim in CLAIMS:
+        runs = found.get(claim.family, {})
+        rows.append([claim.says, verdicts(claim, runs, claim.column), example(claim, runs, scale)])
+    return markdown(["the paper says", "verdict here", "for example"], rows)
+
+def claims_as_released(found: dict[str, Runs]) -> str:
+    """The verdicts on the claims of whose score the released scripts compute another one."""
+    rows = []
+    for claim in CLAIMS:
+        runs = found.get(claim.family, {})
+        if claim.column in RELEASED:
+            rows.append([claim.says, claim.column, verdicts(claim, runs, claim.column),
+                         verdicts(claim, runs, RELEASED[claim.column])])
+    return markdown(["the paper says", "score", "as defined", "as released"], rows)
+
+def verdicts(claim: Claim, runs: Runs, column: str) -> str:
+    """How many comparisons of a claim came out which way, as "reproduced 2, undecided 1 of 3"."""
+    compared = [difference(claim.family, member, runs, column) for member in claim.members]
+    words = [d.verdict.replace("no interval", "undecided") for d in compared if d]
+    words = [word for word in words if word not in ("", "no direction")]
+    said = [f"{word} {words.count(word)}" for word in ("reproduced", "contradicted", "undecided")
+            if word in words]
+    return f"{', '.join(said)} of {len(words)}" if words else "not measured"
+
+def example(claim: Claim, runs: Runs, scale: str) -> str:
+    """The difference in the first comparison of a claim, with its interval."""
+    member = claim.members[0]
+    d = difference(claim.family, member, runs, claim.column)
+    if d is None:
+        return ""
+    numbers, sign = [d.mean, d.mean - d.half, d.mean + d.half], "+"
+    name = claim.column
+    if claim.column in LOGARITHMS:           # a factor says more than a logarithm
+        numbers, sign = [math.exp(x) for x in numbers], ""
+        name += " times"
+    mean, low, high = (f"{x:{sign}.3g}" for x in numbers)
+    between = "one seed" if math.isnan(d.half) else f"{low} to {high}"
+    return f"{label(claim.family, member, scale)}: {name} {mean} ({between})"
 
 def ranks(x: Sequence[float]) -> np.ndarray:
     """The place of each number among all, from 1; equal ones share the mean of their places."""
@@ -707,7 +824,7 @@ def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 # ---- the mechanism: does sparsity damp the variance, and does that keep blocks useful? -----------
 QUESTIONS = [("near zero", "growth"), ("eff. keys", "growth"), ("key heads", "growth"),
              ("active FFN", "growth"), ("density", "growth"), ("growth", "log ratio"),
-             ("growth", "useful"), ("growth", "val loss")]
+             ("growth", "useful"), ("growth", "val loss"), ("last var.", "log ratio")]
 MECHANISM = """\
 Rank correlations over runs, with 95% bootstrap intervals and the number of runs; a family is left
 out where one of the two does not vary. growth: of ln variance per block. The paper's claim is that
@@ -738,13 +855,21 @@ def different_runs(found: dict[str, Runs]) -> Runs:
                 together[member] = seeds
     return together
 
-def mechanism(found: dict[str, Runs]) -> str:
-    """A row per question, a column per family: the rank correlation of the two measures."""
-    groups = {"all": different_runs(found), **found}
-    columns = {"": [f"{x} → {y}" for x, y in QUESTIONS]}
-    for name, runs in groups.items():
-        columns[name] = [correlation(points(runs, x, y)) for x, y in QUESTIONS]
-    return f"{MECHANISM}\n\n{markdown(columns)}"
+def mechanism(found: dict[str, Runs], scale: str) -> str:
+    """A column per question, a row per group of runs: the rank correlation of the two measures.
+
+    The groups are all runs, those of each norm, and each family.
+    """
+    together = different_runs(found)
+    groups = {"all": together}
+    for norm in ("pre", "lns", "peri"):
+        groups[f"norm {norm}"] = {member: seeds for member, seeds in together.items()
+                                  if config(member, scale).norm == norm}
+    groups |= found
+    header = ["", *(f"{x} → {y}" for x, y in QUESTIONS)]
+    rows = [[name, *(correlation(points(runs, x, y)) for x, y in QUESTIONS)]
+            for name, runs in groups.items()]
+    return markdown(header, rows)
 
 def correlation(pairs: Points) -> str:
     """Spearman's, with its interval and number of runs; "" where it means nothing."""
@@ -765,6 +890,7 @@ FAMILY_MARKS = {"depth": ("o", "#0072B2"), "weight_decay": ("s", "#D55E00"),
 MEANINGS = {"near zero": "share of weights near zero", "eff. keys": "share of keys attended to",
             "key heads": "key heads per query head", "active FFN": "share of the FFN met",
             "density": "keys attended to x key heads", "growth": "growth of ln variance a block",
+            "last var.": "variance of the last layer",
             "useful": "usefulness", "val loss": "validation loss"}
 # The panels of a family's figure: a score, its title, and the paper's number of the same kind.
 PANELS = {"log ratio": ("log ratio", ""), "useful": ("usefulness", "useful"),
@@ -903,7 +1029,11 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     for ax, (x, y) in zip(axes, QUESTIONS):
         ax.set_xlabel(MEANINGS.get(x, x), fontsize=8)
         ax.set_ylabel(MEANINGS.get(y, y), fontsize=8)
-        ax.locator_params(nbins=4)
+        if x == "last var.":
+            ax.set_xscale("log")
+            ax.locator_params("y", nbins=4)
+        else:
+            ax.locator_params(nbins=4)
         for name, runs in groups.items():
             mark, color = FAMILY_MARKS[name]
             pairs = np.array(points(runs, x, y)).reshape(-1, 2)

@@ -323,16 +323,18 @@ def test_a_family_is_trained_probed_and_tabulated(ran):
     text = (out / "gqa.md").read_text()
     assert text in done.out
     heads = {}
-    for member in ("gqa_1", "gqa_4", "gqa_16"):
+    rows = table_rows(text)
+    assert rows["config"] == ["`gqa_1`", "`gqa_4`", "`gqa_16`"]
+    for k, member in enumerate(("gqa_1", "gqa_4", "gqa_16")):
         run_dir = folders(out.parent, "laptop")[member] / "seed_0"
         saved = torch.load(run_dir / "ckpt.pt", weights_only=True)
         assert saved["step"] == 3
         heads[member] = saved["settings"]["n_kv_head"]
         r = json.loads((run_dir / "probe.json").read_text())
         log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-        row = next(line for line in text.splitlines() if f"`{member}`" in line)
-        for value in (log[-1]["val_loss"], r["variance"][-1], r["usefulness"]["score"]):
-            assert f" {value:.3f} " in row
+        found = {"val loss": log[-1]["val_loss"], "last var.": r["variance"][-1], "useful": r["usefulness"]["score"]}
+        for name, value in found.items():
+            assert float(rows[name][k]) == pytest.approx(value, abs=6e-4)
     assert heads == {"gqa_1": 4, "gqa_4": 2, "gqa_16": 1}
 
 
@@ -699,17 +701,24 @@ def test_the_table_holds_means_and_deviations_over_seeds_beside_the_papers_numbe
     text = (tmp_path / "out/laptop/gqa.md").read_text()
     said = capsys.readouterr().out
     assert text in said and "not finished: gqa_16\n" in said
-    head, *rows = [[cell.strip() for cell in line.replace("\\|", "!").split("|")[1:-1]]
-                   for line in text.split("\n\n")[0].splitlines()]
-    assert {len(row) for row in rows} == {len(head)} and rows.pop(0) == ["---"] * len(head)
-    one, four = (dict(zip(head, row)) for row in rows)
-    assert (one[""], one["seeds"], one["useful"], one["paper: ppl"]) == ("`gqa_1` G 1", "1", "1.000", "14.52")
-    assert four[""] == "`gqa_4` G 2 (paper: 4)"
-    assert (four["seeds"], four["paper: useful"], four["paper: variance"]) == ("3", "0.87", "125")
-    assert four["useful"] == f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}"
-    assert four["last var."] == "4.000 ± 1.000" and four["peak var."] == "90.0 ± 0.0"
-    assert four["rel.causal"] == "0.375 ± 0.000" and four["rel.useful"] == "1.000 ± 0.000"
-    assert four["val loss"] == "1.250 ± 0.000" and "accuracy" not in head and "loss" not in head
+    rows = table_rows(text)
+    assert rows.pop("") == ["G 1", "G 2 (paper: 4)"] and {len(row) for row in rows.values()} == {2}
+    assert rows["config"] == ["`gqa_1`", "`gqa_4`"]
+    assert rows["seeds"] == ["1", "3"] and rows["paper: ppl"] == ["14.52", "14.5"]
+    assert (rows["paper: useful"][1], rows["paper: variance"][1]) == ("0.87", "125")
+    assert rows["useful"] == ["1.000", f"0.500 ± {statistics.stdev([0.5, 0.75, 0.25]):.3f}"]
+    assert rows["last var."][1] == "4.000 ± 1.000" and rows["peak var."][1] == "90.0 ± 0.0"
+    assert rows["peak at"][1] == "0.500 ± 0.000" and rows["left of it"][1] == f"{4 / 90:.3f} ± {1 / 90:.3f}"
+    assert rows["rel.causal"][1] == "0.375 ± 0.000" and rows["rel.useful"][1] == "1.000 ± 0.000"
+    assert rows["val loss"][1] == "1.250 ± 0.000" and not {"accuracy", "loss", "paper: accuracy"} & set(rows)
+
+
+def table_rows(text):
+    """Of a Markdown table: the cells behind the first one, by that; the header's too."""
+    lines = text.replace("\\|", "!").strip().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells.pop(1) == ["---"] * len(cells[0])
+    return {first: rest for first, *rest in cells}
 
 
 def test_runs_on_different_corpora_are_named(record, tmp_path, capsys):
@@ -761,9 +770,9 @@ def test_the_interval_of_many_is_not_too_narrow_and_of_one_there_is_none():
 @pytest.mark.parametrize("mean, half, before, after, said", [
     (0.2, 0.1, 0.75, 0.81, "reproduced"), (-0.2, 0.1, 0.75, 0.63, "reproduced"),
     (0.2, 0.1, 0.75, 0.63, "contradicted"), (-0.2, 0.1, 0.75, 0.81, "contradicted"),
-    (0.1, 0.2, 0.75, 0.81, "undecided at this scale"), (-0.1, 0.2, 0.75, 0.81, "undecided at this scale"),
-    (0.2, 0.1, 0.75, 0.75, "the paper has no direction"),
-    (0.2, math.nan, 0.75, 0.81, "undecided: no interval"), (0.25, 1e-17, 0.75, 0.81, "undecided: no interval")])
+    (0.1, 0.2, 0.75, 0.81, "undecided"), (-0.1, 0.2, 0.75, 0.81, "undecided"),
+    (0.2, 0.1, 0.75, 0.75, "no direction"),
+    (0.2, math.nan, 0.75, 0.81, "no interval"), (0.25, 1e-17, 0.75, 0.81, "no interval")])
 def test_a_verdict_follows_from_the_interval_and_the_papers_direction(mean, half, before, after, said):
     assert recipe.verdict(mean, half, before, after) == said
 
@@ -771,7 +780,7 @@ def test_a_verdict_follows_from_the_interval_and_the_papers_direction(mean, half
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_member_is_compared_with_one_of_its_family_that_has_less_turned(family):
     for member in FAMILIES[family]:
-        base = recipe.OTHER_BASELINES.get(member, recipe.BASELINES[family])
+        base = recipe.baseline(family, member)
         assert base in FAMILIES[family]
         here, there = (recipe.knobs(config(name, "paper")) for name in (member, base))
         turned = {knob for knob in here if here[knob] != there[knob]}
@@ -795,16 +804,46 @@ def test_differences_are_paired_by_seed(record, tmp_path):
     runs = recipe.runs_of("gqa", rows, arguments())
     values = [0.0625 + seed / 1024 for seed in range(3)]
     assert recipe.paired(runs["gqa_4"], runs["gqa_1"], "log ratio") == pytest.approx(values, rel=1e-4)
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
-             recipe.differences("gqa", runs, "laptop").splitlines()]
-    assert lines[0] == ["", "score", "difference", "95% interval", "n", "paper", "verdict"]
-    found = {line[1]: line for line in lines[2:]}
+    rows = table_rows(recipe.differences("gqa", runs, "laptop"))
     half = 4.303 * statistics.stdev(values) / math.sqrt(3)
-    assert lines[2] == ["G 2 (paper: 4) − G 1", "log ratio", f"{values[1]:.3f}",
-                        f"{values[1] - half:.3f} to {values[1] + half:.3f}", "3", "0.81 → 0.87", "reproduced"]
-    assert found["useful"][2:] == ["0.000", "0.000 to 0.000", "3", "0.81 → 0.87", "undecided: no interval"]
-    assert found["ln last var."][2] == f"{-values[1]:.3f}" and found["ln last var."][5:] == ["220 → 125", "reproduced"]
-    assert found["causal"][5:] == ["", ""]                             # of which the paper says nothing here
+    assert rows[""] == ["G 2 (paper: 4) − G 1"]
+    assert rows["log ratio"] == [f"{values[1]:+.3f} ± {half:.3f} (n = 3) reproduced"]
+    assert rows["useful"] == ["+0.000 ± 0.000 (n = 3) no interval"]
+    assert rows["ln last var."] == [f"{-values[1]:+.3f} ± {half:.3f} (n = 3) reproduced"]
+    assert rows["causal"] == ["+0.000 ± 0.000 (n = 3)"]                # of which the paper says nothing here
+
+
+def test_a_claim_counts_the_verdicts_on_its_comparisons(record, tmp_path):
+    """From 16 on the variance grows with depth as the paper's does, from 12 to 16 not; the released one is constant."""
+    noise = (1.0, 1.01, 0.99)
+    for seed in (0, 1, 2):
+        for member, variance in (("depth_12", 5.0), ("depth_24", 6.0), ("depth_32", 8.0)):
+            record(member, seed, variance=variance * (1 + seed / 1024))
+        record("depth_16", seed, variance=4.0 * noise[seed])
+    record("weight_decay_0", 0)
+    rows, _ = read_rows(tmp_path / "out/results.jsonl")
+    found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "weight_decay")}
+    made = table_rows(recipe.claims(found, "laptop"))
+    assert made.pop("the paper says") == ["verdict here", "for example"]
+    assert list(made) == [claim.says for claim in recipe.CLAIMS]
+    here, example = made["[depth]: the last variance grows"]
+    assert here == "reproduced 2, contradicted 1 of 3"
+    released = table_rows(recipe.claims_as_released(found))
+    assert released["[depth]: the last variance grows"] == ["last var.", here, "undecided 3 of 3"]
+    assert "[GQA] lowers perplexity a little" in made and "[GQA] lowers perplexity a little" not in released
+    logs = [math.log(8 * (1 + seed / 1024) / 4 / noise[seed]) for seed in (0, 1, 2)]
+    mean, half = statistics.mean(logs), 4.303 * statistics.stdev(logs) / math.sqrt(3)
+    assert example == (f"L 16 (paper: 32): last var. times {math.exp(mean):.3g} "
+                       f"({math.exp(mean - half):.3g} to {math.exp(mean + half):.3g})")
+    assert made["[decay] lowers the variance"][0] == "undecided 1 of 1"          # a single seed
+    assert made["[GQA] lowers the variance"] == ["not measured", ""]
+
+
+@pytest.mark.parametrize("claim", recipe.CLAIMS, ids=lambda claim: claim.says)
+def test_the_paper_has_numbers_for_every_comparison_of_a_claim(claim):
+    for member in claim.members:
+        numbers = (recipe.PAPER[claim.family][name] for name in (member, recipe.baseline(claim.family, member)))
+        assert all(recipe.COMPARED[claim.column] in of_member for of_member in numbers)
 
 
 def ranks_by_hand(values):
@@ -844,17 +883,16 @@ def test_the_mechanism_counts_every_run_once_and_leaves_out_what_does_not_vary(r
         record("gqa_16", seed, variance=3.5 + seed / 8)
     rows, _ = read_rows(tmp_path / "out/results.jsonl")
     found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "gqa")}
-    lines = recipe.mechanism(found).splitlines()
-    head = [cell.strip() for cell in lines[-10].split("|")[1:-1]]
-    asked = {cells[0].strip(): dict(zip(head, (cell.strip() for cell in cells)))
-             for cells in (line.split("|")[1:-1] for line in lines[-8:])}
-    assert head == ["", "all", "gqa"] and list(asked) == [f"{x} → {y}" for x, y in recipe.QUESTIONS]
-    keys = asked["key heads → growth"]
-    assert keys["all"].endswith("; 6)") and keys["all"] == keys["gqa"]
+    rows = table_rows(recipe.mechanism(found, "laptop"))
+    asked = rows.pop("")
+    assert list(rows) == ["all", "norm pre", "gqa"]                    # of depth there is a single member
+    assert asked == [f"{x} → {y}" for x, y in recipe.QUESTIONS]
+    keys = {group: dict(zip(asked, cells))["key heads → growth"] for group, cells in rows.items()}
+    assert keys["all"].endswith("; 6)") and keys["all"] == keys["gqa"] == keys["norm pre"]
     share, growth = [1, 1, .5, .5, .25, .25], [math.log(v / 3) for v in (7, 8, 5, 6, 3.5, 3.625)]
     truth = np.corrcoef(ranks_by_hand(share), ranks_by_hand(growth))[0, 1]
     assert keys["all"].startswith(f"{truth:.2f} (")
-    assert asked["active FFN → growth"]["all"] == "" and asked["near zero → growth"]["all"] == ""
+    assert rows["all"][asked.index("active FFN → growth")] == rows["all"][asked.index("near zero → growth")] == ""
 
 
 def test_the_depths_are_put_beside_the_paper_as_defined_and_as_released(record, tmp_path):
@@ -862,11 +900,13 @@ def test_the_depths_are_put_beside_the_paper_as_defined_and_as_released(record, 
     record("depth_32", useful=0.25)
     rows, _ = read_rows(tmp_path / "out/results.jsonl")
     text = recipe.definitions(recipe.runs_of("depth", rows, arguments()), "laptop")
-    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-5:]]
-    assert head == ["", "useful", "rel.useful", "paper: useful", "causal", "rel.causal", "paper: causal"]
-    assert lines[0] == ["L 6 (paper: 12)", "0.875", "1.000", "1", "0.250", "0.375", "0.355"]
+    rows = table_rows(text)
+    assert rows.pop("") == ["L 6 (paper: 12)", "L 16 (paper: 32)", "mean distance"]
+    assert rows.pop("paper: useful") == ["1", "0.562", ""] and rows.pop("paper: causal") == ["0.355", "0.259", ""]
+    assert {name: row[0] for name, row in rows.items()} == {"useful": "0.875", "rel.useful": "1.000",
+                                                            "causal": "0.250", "rel.causal": "0.375"}
     distances = (0.125 + 0.312) / 2, (0 + 0.438) / 2, (0.105 + 0.009) / 2, (0.02 + 0.116) / 2
-    assert [float(x) for x in lines[2][1:] if x] == pytest.approx(distances, abs=6e-4)
+    assert [float(row[2]) for row in rows.values()] == pytest.approx(distances, abs=6e-4)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -965,12 +1005,14 @@ def test_everything_is_reported_from_results_alone(record, tmp_path, run_main, m
     said = run_main(recipe, "report", "--results=results.jsonl", "--out=elsewhere")
     assert said.status == 0, said
     for family in FAMILIES:
-        assert (tmp_path / f"elsewhere/laptop/{family}.md").read_text().strip() in said.out
+        for name in (family, f"{family}_differences"):
+            assert (tmp_path / f"elsewhere/laptop/{name}.md").read_text().strip() in said.out
     for name in (*FAMILIES, *(f"{family}_variance" for family in FAMILIES), "mechanism"):
         path = tmp_path / f"elsewhere/laptop/{name}.png"
         assert path.stat().st_size > 10_000 and path.read_bytes().startswith(b"\x89PNG") and str(path.name) in said.out
         assert "<svg" in path.with_suffix(".svg").read_text()[:500]
-    assert (tmp_path / "elsewhere/laptop/mechanism.md").read_text().strip() in said.out
+    for name in ("depth_definitions", "mechanism", "claims", "claims_as_released"):
+        assert (tmp_path / f"elsewhere/laptop/{name}.md").read_text().strip() in said.out
     fig = recipe.draw_mechanism({family: recipe.runs_of(family, read_rows(Path("results.jsonl"))[0], arguments())
                                  for family in FAMILIES})
     for ax in (ax for ax in fig.axes if ax.get_visible()):

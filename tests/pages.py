@@ -1,0 +1,41 @@
+"""Bring the tables and figures of the pages up to configs/laptop/results.jsonl.
+
+    python tests/pages.py
+
+A page has a table of recipe.py's report between two comments, <!-- depth.md --> and <!-- end -->, and its figures lie in
+assets/. test_readme.py says when a table is no longer what the rows say.
+"""
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+tests = Path(__file__).resolve().parent
+sys.path[:0] = [str(tests), str(tests.parent)]
+from helpers import ROOT, run_python  # noqa: E402
+
+PAGES = [ROOT / "README.md", ROOT / "configs/laptop/README.md"]
+TABLE = re.compile(r"(<!-- (\w+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(page: str, report: Path) -> str:
+    """The page with the tables that are in the folder of a report."""
+    return TABLE.sub(lambda found: found[1] + (report / found[2]).read_text() + found[3], page)
+
+
+def write_report(out: Path) -> Path:
+    """Make recipe.py's report; returns its folder."""
+    done = run_python(ROOT / "recipe.py", "report", "--out", out)
+    assert done.status == 0, done.err
+    return out / "laptop"
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as out:
+        report = write_report(Path(out))
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), report))
+        for figure in ROOT.glob("assets/*"):
+            if (report / figure.name).exists():
+                shutil.copy(report / figure.name, figure)
