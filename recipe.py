@@ -570,7 +570,7 @@ def report(args: Any, families: Sequence[str]) -> None:
     write(out / "mechanism.md", mechanism(found, args.scale))
     print(f"{MECHANISM}\n{drawn}", flush=True)
     write(out / "claims_as_released.md", claims_as_released(found))
-    write(out / "claims.md", claims(found, args.scale))
+    write(out / "claims.md", claims(found))
 
 def write(path: Path, text: str) -> None:
     """Write a table, and print it."""
@@ -761,12 +761,12 @@ CLAIMS = [
     Claim("[recipe]: each step raises accuracy", "ladder", "accuracy", STEPS)]
 RELEASED = {"log ratio": "rel.ratio", "causal": "rel.causal", "last var.": "rel.var."}
 
-def claims(found: dict[str, Runs], scale: str) -> str:
+def claims(found: dict[str, Runs]) -> str:
     """A row per claim: the verdicts on its comparisons, and one of the differences."""
     rows = []
     for claim in CLAIMS:
         runs = found.get(claim.family, {})
-        rows.append([claim.says, verdicts(claim, runs, claim.column), example(claim, runs, scale)])
+        rows.append([claim.says, verdicts(claim, runs, claim.column), example(claim, runs)])
     return markdown(["the paper says", "verdict here", "for example"], rows)
 
 def claims_as_released(found: dict[str, Runs]) -> str:
@@ -788,7 +788,7 @@ def verdicts(claim: Claim, runs: Runs, column: str) -> str:
             if word in words]
     return f"{', '.join(said)} of {len(words)}" if words else "not measured"
 
-def example(claim: Claim, runs: Runs, scale: str) -> str:
+def example(claim: Claim, runs: Runs) -> str:
     """The difference in the first comparison of a claim, with its interval."""
     member = claim.members[0]
     d = difference(claim.family, member, runs, claim.column)
@@ -801,7 +801,7 @@ def example(claim: Claim, runs: Runs, scale: str) -> str:
         name += " times"
     mean, low, high = (f"{x:{sign}.3g}" for x in numbers)
     between = "one seed" if math.isnan(d.half) else f"{low} to {high}"
-    return f"{label(claim.family, member, scale)}: {name} {mean} ({between})"
+    return f"`{member}`: {name} {mean} ({between})"
 
 def ranks(x: Sequence[float]) -> np.ndarray:
     """The place of each number among all, from 1; equal ones share the mean of their places."""

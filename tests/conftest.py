@@ -15,7 +15,7 @@ from helpers import SHARED, Outcome  # noqa: E402
 import data  # noqa: E402
 from model import UserError  # noqa: E402
 
-# A `pytest &` in a script is born deaf to Ctrl-C, one under nohup to SIGHUP; both would hand that on to what they start.
+# A `pytest &` in a script is born deaf to Ctrl-C, one under nohup to SIGHUP; both hand that on to what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

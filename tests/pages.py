@@ -2,8 +2,8 @@
 
     python tests/pages.py
 
-A page has a table of recipe.py's report between two comments, <!-- depth.md --> and <!-- end -->, and its figures lie in
-assets/. test_readme.py says when a table is no longer what the rows say.
+A page has a table of recipe.py's report between two comments, <!-- depth.md --> and <!-- end -->, and its figures
+lie in assets/. test_readme.py says when a table is no longer what the rows say.
 """
 import re
 import shutil

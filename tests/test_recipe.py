@@ -823,7 +823,7 @@ def test_a_claim_counts_the_verdicts_on_its_comparisons(record, tmp_path):
     record("weight_decay_0", 0)
     rows, _ = read_rows(tmp_path / "out/results.jsonl")
     found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "weight_decay")}
-    made = table_rows(recipe.claims(found, "laptop"))
+    made = table_rows(recipe.claims(found))
     assert made.pop("the paper says") == ["verdict here", "for example"]
     assert list(made) == [claim.says for claim in recipe.CLAIMS]
     here, example = made["[depth]: the last variance grows"]
@@ -833,7 +833,7 @@ def test_a_claim_counts_the_verdicts_on_its_comparisons(record, tmp_path):
     assert "[GQA] lowers perplexity a little" in made and "[GQA] lowers perplexity a little" not in released
     logs = [math.log(8 * (1 + seed / 1024) / 4 / noise[seed]) for seed in (0, 1, 2)]
     mean, half = statistics.mean(logs), 4.303 * statistics.stdev(logs) / math.sqrt(3)
-    assert example == (f"L 16 (paper: 32): last var. times {math.exp(mean):.3g} "
+    assert example == (f"`depth_32`: last var. times {math.exp(mean):.3g} "
                        f"({math.exp(mean - half):.3g} to {math.exp(mean + half):.3g})")
     assert made["[decay] lowers the variance"][0] == "undecided 1 of 1"          # a single seed
     assert made["[GQA] lowers the variance"] == ["not measured", ""]
