@@ -567,8 +567,8 @@ def report(args: Any, families: Sequence[str]) -> None:
     if len(families) < len(FAMILIES):
         return
     drawn = save(out / "mechanism", lambda: draw_mechanism(found))
-    write(out / "mechanism.md", mechanism(found, args.scale))
-    print(f"{MECHANISM}\n{drawn}", flush=True)
+    print(f"\nmechanism: {drawn}")
+    write(out / "mechanism.md", f"{MECHANISM}\n\n{mechanism(found, args.scale)}")
     write(out / "claims_as_released.md", claims_as_released(found))
     write(out / "claims.md", claims(found))
 
@@ -709,16 +709,18 @@ def difference(family: str, member: str, runs: Runs, column: str) -> Difference 
 
 def differences(family: str, runs: Runs, scale: str) -> str:
     """A column per comparison, a row per score: the paired difference, and what it says."""
-    pairs = {member: base for member in runs if (base := baseline(family, member)) in runs}
-    pairs = {member: base for member, base in pairs.items() if member != base}
-    header = ["", *(f"{label(family, member, scale)} − {label(family, base, scale)}"
-                    for member, base in pairs.items())]
+    header, members = [""], []
+    for member in runs:
+        base = baseline(family, member)
+        if base in runs and base != member:
+            members.append(member)
+            header.append(f"{label(family, member, scale)} − {label(family, base, scale)}")
     rows = []
     for column in COMPARED:
-        found = [difference(family, member, runs, column) for member in pairs]
+        found = [difference(family, member, runs, column) for member in members]
         name = f"ln {column}" if column in LOGARITHMS else column
         rows.append([name, *(difference_cell(d) for d in found)])
-    return markdown(header, rows) if pairs else "no member has its baseline yet"
+    return markdown(header, rows) if members else "no member has its baseline yet"
 
 def difference_cell(d: Difference | None) -> str:
     """As "+0.021 ± 0.008 (n = 5) reproduced", as far as it is known."""
@@ -794,14 +796,14 @@ def example(claim: Claim, runs: Runs) -> str:
     d = difference(claim.family, member, runs, claim.column)
     if d is None:
         return ""
-    numbers, sign = [d.mean, d.mean - d.half, d.mean + d.half], "+"
-    name = claim.column
+    numbers = [d.mean, d.mean - d.half, d.mean + d.half]
     if claim.column in LOGARITHMS:           # a factor says more than a logarithm
-        numbers, sign = [math.exp(x) for x in numbers], ""
-        name += " times"
-    mean, low, high = (f"{x:{sign}.3g}" for x in numbers)
+        mean, low, high = (f"{math.exp(x):.3g}" for x in numbers)
+        mean = f"times {mean}"
+    else:
+        mean, low, high = (f"{x:+.3g}" for x in numbers)
     between = "one seed" if math.isnan(d.half) else f"{low} to {high}"
-    return f"`{member}`: {name} {mean} ({between})"
+    return f"`{member}`: {claim.column} {mean} ({between})"
 
 def ranks(x: Sequence[float]) -> np.ndarray:
     """The place of each number among all, from 1; equal ones share the mean of their places."""

@@ -15,7 +15,7 @@ tests = Path(__file__).resolve().parent
 sys.path[:0] = [str(tests), str(tests.parent)]
 from helpers import ROOT, run_python  # noqa: E402
 
-PAGES = [ROOT / "README.md", ROOT / "configs/laptop/README.md"]
+WITH_TABLES = [ROOT / "README.md", ROOT / "configs/laptop/README.md"]
 TABLE = re.compile(r"(<!-- (\w+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,7 +34,7 @@ def write_report(out: Path) -> Path:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as out:
         report = write_report(Path(out))
-        for page in PAGES:
+        for page in WITH_TABLES:
             page.write_text(filled(page.read_text(), report))
         for figure in ROOT.glob("assets/*"):
             if (report / figure.name).exists():
