@@ -860,13 +860,16 @@ def different_runs(found: dict[str, Runs]) -> Runs:
 def mechanism(found: dict[str, Runs], scale: str) -> str:
     """A column per question, a row per group of runs: the rank correlation of the two measures.
 
-    The groups are all runs, those of each norm, and each family.
+    The groups are all runs, those of each norm, the baseline's norm and depth, and each family.
     """
     together = different_runs(found)
     groups = {"all": together}
     for norm in ("pre", "lns", "peri"):
         groups[f"norm {norm}"] = {member: seeds for member, seeds in together.items()
                                   if config(member, scale).norm == norm}
+    depth = config("depth_16", scale).n_layer            # most families vary at this depth
+    groups[f"norm pre, L {depth}"] = {member: seeds for member, seeds in groups["norm pre"].items()
+                                      if config(member, scale).n_layer == depth}
     groups |= found
     header = ["", *(f"{x} → {y}" for x, y in QUESTIONS)]
     rows = [[name, *(correlation(points(runs, x, y)) for x, y in QUESTIONS)]

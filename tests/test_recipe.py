@@ -814,7 +814,7 @@ def test_differences_are_paired_by_seed(record, tmp_path):
 
 
 def test_a_claim_counts_the_verdicts_on_its_comparisons(record, tmp_path):
-    """From 16 on the variance grows with depth as the paper's does, from 12 to 16 not; the released one the other way."""
+    """From 16 on the variance grows with depth as the paper's does, from 12 to 16 not; the released one otherwise."""
     noise = (1.0, 1.01, 0.99)
 
     def variances(defined, released):
@@ -887,17 +887,19 @@ def test_the_mechanism_counts_every_run_once_and_leaves_out_what_does_not_vary(r
         record("depth_16", seed, variance=7.0 + seed)                  # is the baseline of five families
         record("gqa_4", seed, variance=5.0 + seed)
         record("gqa_16", seed, variance=3.5 + seed / 8)
+        record("depth_32", seed)                                           # has another depth
     rows, _ = read_rows(tmp_path / "out/results.jsonl")
     found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "gqa")}
     rows = table_rows(recipe.mechanism(found, "laptop"))
     asked = rows.pop("")
-    assert list(rows) == ["all", "norm pre", "gqa"]                    # of depth there is a single member
+    assert list(rows) == ["all", "norm pre", "norm pre, L 8", "gqa"]   # within depth no measure of two varies
     assert asked == [f"{x} → {y}" for x, y in recipe.QUESTIONS]
     keys = {group: dict(zip(asked, cells))["key heads → growth"] for group, cells in rows.items()}
-    assert keys["all"].endswith("; 6)") and keys["all"] == keys["gqa"] == keys["norm pre"]
+    assert keys["all"] == keys["norm pre"] and keys["all"].endswith("; 8)")
+    assert keys["gqa"] == keys["norm pre, L 8"] and keys["gqa"].endswith("; 6)")
     share, growth = [1, 1, .5, .5, .25, .25], [math.log(v / 3) for v in (7, 8, 5, 6, 3.5, 3.625)]
     truth = np.corrcoef(ranks_by_hand(share), ranks_by_hand(growth))[0, 1]
-    assert keys["all"].startswith(f"{truth:.2f} (")
+    assert keys["gqa"].startswith(f"{truth:.2f} (")
     assert rows["all"][asked.index("active FFN → growth")] == rows["all"][asked.index("near zero → growth")] == ""
 
 
