@@ -3,7 +3,7 @@
     python data.py python                         # the sources of torch and Python, in bytes
     python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
     python data.py my_rows/ --field story         # .csv .json .json.gz .jsonl.zst .parquet .arrow
-    python data.py fineweb-edu --max_tokens 10e9  # the paper's, streamed
+    python data.py fineweb-edu --max_tokens 10.5e9  # the paper's, streamed
     python data.py data/python --verify           # read it all again and compare the checksums
 
 .parquet, .arrow and fineweb-edu need: pip install datasets. .zst needs pyarrow, which it brings.
@@ -1618,7 +1618,7 @@ def main() -> None:
     parser.add_argument("--val_fraction", type=float,
                         help="share of documents (default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=float("inf"),
-                        help="stop after so many, for example 10e9")
+                        help="stop after so many, for example 10.5e9")
     parser.add_argument("--field", help="where the text of a row is (default: text, or content)")
     parser.add_argument("--encoding", help="of text without a byte-order mark (default: utf-8)")
     parser.add_argument("--again", action="store_true", help="prepare anew what is at --out")

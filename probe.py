@@ -410,7 +410,7 @@ EXPERIMENTS["usefulness"] = Experiment(
             "log ratio": lambda r: r["usefulness"]["mean_log_ratio"],
             "heldout": lambda r: r["usefulness_heldout"]["mean_log_ratio"]},
     figure=lambda results: lollipops(
-        results, affine_ratios, "Loss with a block's best affine map instead",
+        results, affine_ratios, "Loss with an affine map in place of a block",
         "block", "loss with the map / loss", line=USEFUL, line_label=f"useful\nabove {USEFUL}"),
     fits=True)
 

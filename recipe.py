@@ -58,7 +58,7 @@ def knobs(c: TrainConfig) -> dict[str, str]:
 
 # The members of each family in the paper's order, and the knob that makes a member what it is; its
 # value comes from the config, see `label`. A + is a knob turned on top of an earlier row, the one
-# from which the member's config starts.
+# from which the member's config starts; an "or" is another value of the row above.
 FAMILIES = {
     "depth": {"depth_12": "L {L}",
               "depth_16": "L {L}",
@@ -85,10 +85,10 @@ FAMILIES = {
     "ladder": {"ladder_16": "L {L}",
                "ladder_32": "L {L}",
                "ladder_t4096": "+ T {T}",
-               "ladder_t8192": "+ T {T}",
+               "ladder_t8192": "or T {T}",
                "ladder_decay_0_3": "+ decay {decay}",
-               "ladder_decay_0_6": "+ decay {decay}",
-               "ladder_decay_1": "+ decay {decay}",
+               "ladder_decay_0_6": "or decay {decay}",
+               "ladder_decay_1": "or decay {decay}",
                "ladder_g2": "+ G {G}",
                "ladder_moe": "+ experts {experts}"},
     "norms": {},
@@ -130,10 +130,6 @@ def label(family: str, member: str, scale: str) -> str:
     for knob, value in here.items():
         shown[knob] = value if value == paper[knob] else f"{value} (paper: {paper[knob]})"
     return FAMILIES[family][member].format(**shown)
-
-def is_sweep(family: str) -> bool:
-    """Does it turn a single knob, so that a line may join its members?"""
-    return len(set(FAMILIES[family].values())) == 1
 
 def folders(out: str | Path, scale: str) -> dict[str, Path]:
     """Where each member's runs are: in the folder of the first member with the same settings."""
@@ -677,11 +673,15 @@ def verdict(mean: float, half: float, before: float, after: float) -> str:
     """Does an interval of differences lie on the side to which the paper's number goes?"""
     if before == after:
         return "no direction"                # in the paper's two numbers
-    if not half > 1e-6:                      # one seed, or a score that moved by the same step
+    if not has_interval(half):
         return "no interval"
     if abs(mean) <= half:
         return "undecided"
     return "reproduced" if (mean > 0) == (after > before) else "contradicted"
+
+def has_interval(half: float) -> bool:
+    """Not with one seed, nor where a score moved by the same step in every seed."""
+    return half > 1e-6                           # of nan too this is false
 
 class Difference(NamedTuple):
     """By how much a score of a member is larger than its baseline's."""
@@ -714,7 +714,7 @@ def differences(family: str, runs: Runs, scale: str) -> str:
         base = baseline(family, member)
         if base in runs and base != member:
             members.append(member)
-            header.append(f"{label(family, member, scale)} − {label(family, base, scale)}")
+            header.append(f"{label(family, member, scale)} vs {label(family, base, scale)}")
     rows = []
     for column in COMPARED:
         found = [difference(family, member, runs, column) for member in members]
@@ -726,7 +726,7 @@ def difference_cell(d: Difference | None) -> str:
     """As "+0.021 ± 0.008 (n = 5) reproduced", as far as it is known."""
     if d is None:
         return ""
-    half = "" if math.isnan(d.half) else f" ± {d.half:.3f}"
+    half = f" ± {d.half:.3f}" if has_interval(d.half) else ""
     return f"{d.mean:+.3f}{half} (n = {d.n}) {d.verdict}".rstrip()
 
 class Claim(NamedTuple):
@@ -769,7 +769,7 @@ def claims(found: dict[str, Runs]) -> str:
     for claim in CLAIMS:
         runs = found.get(claim.family, {})
         rows.append([claim.says, verdicts(claim, runs, claim.column), example(claim, runs)])
-    return markdown(["the paper says", "verdict here", "for example"], rows)
+    return markdown(["the paper says", "verdict here", "first comparison"], rows)
 
 def claims_as_released(found: dict[str, Runs]) -> str:
     """The verdicts on the claims of whose score the released scripts compute another one."""
@@ -833,12 +833,15 @@ out where one of the two does not vary. growth: of ln variance per block. The pa
 each measure of density (eff. keys, key heads, active FFN, density) goes with more growth, near zero
 with less; and growth with a lower log ratio and usefulness, and a higher loss.
 
+"all" counts a run that is in several families once. A deep model grows less per block and uses each
+block less, so rows that mix depths mix this in; "norm pre, L 8" has the runs of one norm and depth.
+
 What is mechanical: the norm before each attention and FFN takes away the stream's scale, so what a
-block adds is as large as its weights make it. Decay shrinks all weights: fewer exceed a fixed
-threshold, and blocks add less. That near zero goes with a small variance is therefore arithmetic,
-and no evidence that sparsity did it. Nor is a correlation over families: their members differ in
-one knob, which may move both. Runs of one member are near copies: the intervals are of these
-members, and too narrow for others."""
+block adds is as large as its weights make it. Decay shrinks all weights: more of them fall below
+the fixed threshold of near zero, and blocks add less. That decay makes weights near zero and the
+last variance small is therefore arithmetic, and no evidence that sparsity did it. Nor is any
+correlation here: members differ in a knob, which may move both measures. Runs of one member are
+near copies and the bootstrap draws runs, so the intervals are too narrow for other members."""
 
 Points = list[tuple[float, float]]
 
@@ -891,15 +894,21 @@ def correlation(pairs: Points) -> str:
 BLUE, ORANGE = "#0072B2", "#D55E00"          # told apart by all eyes (Okabe and Ito)
 FAMILY_MARKS = {"depth": ("o", "#0072B2"), "weight_decay": ("s", "#D55E00"),
                 "context": ("^", "#009E73"), "gqa": ("D", "#CC79A7"), "moe": ("P", "#E69F00"),
-                "ladder": ("v", "#56B4E9"), "norms": ("X", "#000000"), "several": ("o", "#999999")}
+                "ladder": ("v", "#56B4E9"), "norms": ("X", "#000000"), "in several": ("o", "#999999")}
 MEANINGS = {"near zero": "share of weights near zero", "eff. keys": "share of keys attended to",
-            "key heads": "key heads per query head", "active FFN": "share of the FFN met",
-            "density": "keys attended to x key heads", "growth": "growth of ln variance a block",
+            "key heads": "key heads per query head", "active FFN": "active share of the FFN",
+            "density": "keys attended to x key heads", "growth": "growth of ln variance per block",
             "last var.": "variance of the last layer",
             "useful": "usefulness", "val loss": "validation loss"}
+# What a family turns, and what the letters of its labels are.
+TITLES = {"depth": "L layers", "weight_decay": "weight decay", "context": "contexts of T tokens",
+          "gqa": "G query heads on each key/value head",
+          "moe": "experts at equal active FLOPs; d: width", "ladder": "the recipe, step by step",
+          "norms": "each cure under three norms"}
 # The panels of a family's figure: a score, its title, and the paper's number of the same kind.
 PANELS = {"log ratio": ("log ratio", ""), "useful": ("usefulness", "useful"),
           "rel.useful": ("usefulness as released", "useful"), "causal": ("causal score", "causal"),
+          "rel.causal": ("causal as released", "causal"),
           "permuted": ("permutation score", "permuted"), "last var.": ("last variance", "variance"),
           "val loss": ("validation loss", ""), "accuracy": ("accuracy", "")}
 
@@ -930,12 +939,18 @@ def panels(count: int, across: int, height: float, **shared: Any) -> tuple[Any, 
         ax.set_visible(False)
     return fig, axes[:count]
 
+def title_of(family: str, runs: Runs, scale: str) -> str:
+    """As "depth: L layers; laptop scale, 3 to 5 seeds"."""
+    counts = sorted({len(seeds) for seeds in runs.values()})
+    seeds = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
+    return f"{family}: {TITLES[family]}; {scale} scale, seeds: {seeds}"
+
 def draw_scores(family: str, runs: Runs, scale: str) -> Any:
     """A panel per score, a row per member: each seed, the mean with its interval, the paper's."""
     columns = [name for name in PANELS
                if any(values_of(seeds, name) for seeds in runs.values())]
     fig, axes = panels(len(columns), 4, 0.8 + 0.36 * len(runs), sharey=True)
-    fig.suptitle(f"{family}, {scale} scale", fontsize=10)
+    fig.suptitle(title_of(family, runs, scale), fontsize=10)
     labels = [label(family, member, scale).replace(" (paper", "\n(paper") for member in runs]
     axes[0].set_yticks(range(len(runs)), labels)
     axes[0].set_ylim(len(runs) - 0.5, -0.5)                      # the first member on top
@@ -951,29 +966,44 @@ def draw_scores(family: str, runs: Runs, scale: str) -> Any:
     return fig
 
 def draw_score(ax: Any, runs: Runs, column: str, papers: Sequence[float | None]) -> None:
-    """One panel of `draw_scores`."""
+    """One panel of `draw_scores`. The variance has a log axis, and the mean of its logarithms."""
+    is_log = column == "last var."
     for place, seeds in enumerate(runs.values()):
-        values = values_of(seeds, column)
-        if values:
-            mean, half = interval(values)
-            ax.plot(values, [place + 0.2] * len(values), "o", color="gray", fillstyle="none",
-                    markersize=3.5, label="a seed")
-            ax.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", color=BLUE,
+        values = [x for x in values_of(seeds, column) if x > 0 or not is_log]
+        ax.plot(values, [place + 0.2] * len(values), "o", color="gray", fillstyle="none",
+                markersize=3.5, label="a seed")
+        if len(values) > 1:
+            mean, low, high = ends_of_interval(values, is_log)
+            ax.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=BLUE,
                         markersize=5, capsize=2.5, label="mean, 95% interval")
     known = [(x, place - 0.2) for place, x in enumerate(papers) if x is not None]
-    if known:
-        ax.plot(*zip(*known), "D", color=ORANGE, fillstyle="none", markersize=5,
-                label="the paper's")
-    if column == "last var.":
+    if is_log:
         values = [x for seeds in runs.values() for x in values_of(seeds, column)]
         decades = np.log10([x for x in [*values, *(x for x, _ in known)] if x > 0])
-        ax.set(xscale="log", xlim=(10 ** np.floor(decades.min()), 10 ** np.ceil(decades.max())))
+        left = 10 ** np.floor(decades.min() - 0.2)
+        ax.set(xscale="log", xlim=(left, 10 ** np.ceil(decades.max() + 0.2)))
         ax.xaxis.set_minor_formatter("")
+        zeros = [place for x, place in known if x == 0]
+        known = [(x, place) for x, place in known if x > 0]
+        if zeros:
+            ax.plot([left] * len(zeros), zeros, "<", color=ORANGE, fillstyle="none", markersize=6,
+                    clip_on=False, label="the paper's, about 0")
     else:
         ax.locator_params("x", nbins=4)
         if "useful" in column:
             ax.set_xlim(-0.05, 1.05)
+    if known:
+        ax.plot(*zip(*known), "D", color=ORANGE, fillstyle="none", markersize=5,
+                label="the paper's")
     ax.grid(axis="x", alpha=0.3)
+
+def ends_of_interval(values: Sequence[float], is_log: bool) -> tuple[float, float, float]:
+    """The mean of at least two values and both ends of its interval, of their logarithms if so."""
+    if is_log:
+        mean, half = interval([math.log(x) for x in values])
+        return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    mean, half = interval(values)
+    return mean, mean - half, mean + half
 
 def draw_variance(family: str, runs: Runs, scale: str) -> Any:
     """The last layer's variance by step, a panel per norm: the geometric mean over seeds, and each
@@ -983,9 +1013,10 @@ def draw_variance(family: str, runs: Runs, scale: str) -> Any:
     for member in runs:
         norms.setdefault(config(member, scale).norm, []).append(member)
     fig, axes = panels(len(norms), 1, 4.5 if len(norms) == 1 else 2.6, sharey=True)
-    fig.suptitle(f"{family}, {scale} scale: variance of the last layer", fontsize=10)
+    fig.suptitle(f"{title_of(family, runs, scale)}\nvariance of the last layer over training",
+                 fontsize=10)
     for ax, members in zip(axes, norms.values()):
-        colors = colormaps["viridis"](np.linspace(0, 0.85, len(members)))
+        colors = colormaps["viridis"](np.linspace(0, 0.75, len(members)))
         ends = {}
         for color, member in zip(colors, members):
             end = draw_curves(ax, [row["curve"] for row in runs[member]], color)
@@ -1026,12 +1057,15 @@ def label_ends(ax: Any, ends: dict[str, tuple[tuple[float, float], Any]]) -> Non
 def draw_mechanism(found: dict[str, Runs]) -> Any:
     """A panel per question, a mark per run, by family; what is in several families is gray."""
     groups: dict[str, Runs] = {}
-    for member, seeds in different_runs(found).items():
+    together = different_runs(found)
+    for member, seeds in together.items():
         families = [family for family, runs in found.items() if seeds in runs.values()]
-        name = families[0] if len(families) == 1 else "several"
+        name = families[0] if len(families) == 1 else "in several"
         groups.setdefault(name, {})[member] = seeds
     fig, axes = panels(len(QUESTIONS), 3, 2.4)
+    fig.suptitle("Over all runs: rank correlation (95% interval; runs)", fontsize=10)
     for ax, (x, y) in zip(axes, QUESTIONS):
+        ax.set_title(correlation(points(together, x, y)), fontsize=8)
         ax.set_xlabel(MEANINGS.get(x, x), fontsize=8)
         ax.set_ylabel(MEANINGS.get(y, y), fontsize=8)
         if x == "last var.":

@@ -86,7 +86,7 @@ class TrainConfig(ModelConfig):
     seed: int = setting(0, "of the weights and of the order of the data")
     device: str = setting("auto", "auto: every GPU there is, else the CPU; mps: Apple's", "auto/cpu/cuda/mps")
     dtype: str = setting("auto", "bfloat16 is autocast, weights float32; auto: that on cuda", "auto/float32/bfloat16")
-    compile: bool | None = setting(None, "true | false | auto: torch.compile; auto: on cuda")
+    compile: bool | None = setting(None, "torch.compile: true | false | auto: on cuda, and for long CPU runs")
 
     def __post_init__(self) -> None:
         super().__post_init__()

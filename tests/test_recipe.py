@@ -28,7 +28,6 @@ from recipe import FAMILIES, PAPER, Job, config, diagnose, folders, label, read_
 from train import bare, load_settings, vocabulary
 
 SCALES = ("laptop", "paper")
-SWEEPS = ("depth", "weight_decay", "context", "gqa")
 MEMBERS = list(dict.fromkeys(member for members in FAMILIES.values() for member in members))
 
 
@@ -201,10 +200,6 @@ def test_a_label_names_exactly_the_knobs_that_the_config_turns(scale):
                 assert named - {"norm"} == turned - {"norm"} and named >= turned, member
                 compared += 1
     assert compared > 25
-
-
-def test_only_the_sweeps_turn_a_single_knob():
-    assert [family for family in FAMILIES if recipe.is_sweep(family)] == list(SWEEPS)
 
 
 def comment_of(path):
@@ -806,11 +801,11 @@ def test_differences_are_paired_by_seed(record, tmp_path):
     assert recipe.paired(runs["gqa_4"], runs["gqa_1"], "log ratio") == pytest.approx(values, rel=1e-4)
     rows = table_rows(recipe.differences("gqa", runs, "laptop"))
     half = 4.303 * statistics.stdev(values) / math.sqrt(3)
-    assert rows[""] == ["G 2 (paper: 4) − G 1"]
+    assert rows[""] == ["G 2 (paper: 4) vs G 1"]
     assert rows["log ratio"] == [f"{values[1]:+.3f} ± {half:.3f} (n = 3) reproduced"]
-    assert rows["useful"] == ["+0.000 ± 0.000 (n = 3) no interval"]
+    assert rows["useful"] == ["+0.000 (n = 3) no interval"]
     assert rows["ln last var."] == [f"{-values[1]:+.3f} ± {half:.3f} (n = 3) reproduced"]
-    assert rows["causal"] == ["+0.000 ± 0.000 (n = 3)"]                # of which the paper says nothing here
+    assert rows["causal"] == ["+0.000 (n = 3)"]                # of which the paper says nothing here
 
 
 def test_a_claim_counts_the_verdicts_on_its_comparisons(record, tmp_path):
@@ -830,7 +825,7 @@ def test_a_claim_counts_the_verdicts_on_its_comparisons(record, tmp_path):
     rows, _ = read_rows(tmp_path / "out/results.jsonl")
     found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "weight_decay")}
     made = table_rows(recipe.claims(found))
-    assert made.pop("the paper says") == ["verdict here", "for example"]
+    assert made.pop("the paper says") == ["verdict here", "first comparison"]
     assert list(made) == [claim.says for claim in recipe.CLAIMS]
     here, example = made["[depth]: the last variance grows"]
     assert here == "reproduced 2, contradicted 1 of 3"
@@ -944,26 +939,43 @@ def by_marker(ax, marker, **properties):
             for x, y in zip(*line.get_data())]
 
 
+def ends_of_bars(ax):
+    """Where the error bars of a panel begin and end."""
+    return [bars.get_segments()[0][:, 0].tolist() for container in ax.containers for bars in container.lines[2]]
+
+
 def test_the_figure_has_a_panel_per_score_with_seeds_means_intervals_and_the_papers(drawn):
     fig = drawn(recipe.draw_scores, "depth", DEPTH)
     shown = {ax.get_title(): ax for ax in fig.axes if ax.get_visible()}
-    assert list(shown) == ["log ratio", "usefulness", "usefulness as released", "causal score", "permutation score",
-                           "last variance", "validation loss"]
+    assert list(shown) == ["log ratio", "usefulness", "usefulness as released", "causal score", "causal as released",
+                           "permutation score", "last variance", "validation loss"]
     assert not any(ax.patches for ax in fig.axes)                                       # no bars
     boxes = [tuple(np.round(ax.get_position().bounds, 3)) for ax in shown.values()]
     assert len(set(boxes)) == len(boxes)                                                # no second axis in any panel
     useful = shown["usefulness"]
     assert by_marker(useful, "o", fillstyle="none") == [(0.5, 0.2), (1.0, 0.2), (0.25, 1.2)]
-    assert by_marker(useful, "o", fillstyle="full") == [(0.75, 0.0), (0.25, 1.0)]
+    assert by_marker(useful, "o", fillstyle="full") == [(0.75, 0.0)]                    # a single seed has no interval
     assert by_marker(useful, "D") == [(1.0, -0.2), (0.562, 0.8)]
-    halves = [np.ptp(bars.get_segments()[0][:, 0]) / 2 for container in useful.containers
-              for bars in container.lines[2]]
-    assert halves == [pytest.approx(12.706 * statistics.stdev([0.5, 1.0]) / math.sqrt(2)), 0]
+    half = 12.706 * statistics.stdev([0.5, 1.0]) / math.sqrt(2)
+    assert ends_of_bars(useful) == [pytest.approx([0.75 - half, 0.75 + half])]
+    mean, half = math.log(24) / 2, 12.706 * statistics.stdev([math.log(4), math.log(6)]) / math.sqrt(2)
+    assert ends_of_bars(shown["last variance"]) == [pytest.approx([math.exp(mean - half), math.exp(mean + half)])]
+    assert by_marker(shown["last variance"], "o", fillstyle="full") == [(pytest.approx(math.sqrt(24)), 0.0)]
+    assert by_marker(shown["causal as released"], "D") == by_marker(shown["causal score"], "D")
+    assert fig.get_suptitle() == "depth: L layers; laptop scale, seeds: 1 to 2"
     assert by_marker(shown["validation loss"], "D") == [] and shown["last variance"].get_xscale() == "log"
     assert by_marker(shown["last variance"], "D") == [(400.0, -0.2), (1200.0, 0.8)]
     assert [x.get_text().replace("\n", " ") for x in fig.axes[0].get_yticklabels()] == DEPTH_LABELS
     low, high = fig.axes[0].get_ylim()
     assert low > high                                                                   # the first member is on top
+
+
+def test_a_paper_variance_of_about_0_is_marked_at_the_end_of_the_log_axis(drawn):
+    fig = drawn(recipe.draw_scores, "weight_decay", [("weight_decay_1", 0, {}), ("weight_decay_0", 0, {})])
+    ax, = (ax for ax in fig.axes if ax.get_title() == "last variance")
+    assert by_marker(ax, "<") == [(ax.get_xlim()[0], 0.8)] and by_marker(ax, "D") == [(320.0, -0.2)]
+    assert ax.get_xlim()[0] < 7.0                                                       # left of what was measured
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a seed", "the paper's", "the paper's, about 0"]
 
 
 def test_accuracy_has_a_panel_where_there_is_one_and_norms_have_no_paper(drawn):

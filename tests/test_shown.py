@@ -447,7 +447,7 @@ def points_of(ax: Any) -> list[Any]:
 def test_usefulness_is_drawn_in_sample_and_held_out_as_points_on_stems_that_begin_at_1(labels):
     place = panel(figure("usefulness", labels))
     ax, = place.axes
-    assert place.get_suptitle() == "Loss with a block's best affine map instead"
+    assert place.get_suptitle() == "Loss with an affine map in place of a block"
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("block", "loss with the map / loss", "linear")
     assert not ax.containers and not ax.patches                              # no bars
     want = [(k, naive_scores(kind)[key]["ratio"])
