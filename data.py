@@ -643,9 +643,17 @@ def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.nda
     write_json(out / "progress.json", meta)
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file by rename: a reader sees the old one or the new one."""
+    """Replace a JSON file by rename: a reader sees the old one or the new one. UserError where the
+    disk is full."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=1))
+    try:
+        tmp.write_text(json.dumps(value, indent=1))
+    except OSError as e:
+        if e.filename:                           # it cannot be opened: see `run`
+            raise
+        tmp.unlink()
+        raise UserError(f"cannot write {path} ({e.strerror}): free some space or choose another "
+                        "folder; what was there is intact") from e
     os.replace(tmp, path)
 
 def bigram_entropy(folder: Path, meta: dict) -> float:
@@ -1573,10 +1581,11 @@ def choose_device(asked: str) -> torch.device:
 
 # What the system says of a path that the user gave: it may not be used, or cannot be one.
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+FULL = (errno.ENOSPC, errno.EFBIG)       # and this of a disk, when it is written to
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a UserError or an unusable path is one line on stderr and exit status 2,
-    Ctrl-C is status 130."""
+    """Run a script's main: a UserError, an unusable path or a full disk is one line on stderr and
+    exit status 2, Ctrl-C is status 130."""
     try:
         try:
             main()
@@ -1591,10 +1600,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # nor at exit
         sys.exit(141)
     except OSError as e:
-        if not e.filename or e.errno not in UNUSABLE:
+        if e.errno in FULL:
+            mistake = f"cannot write ({e.strerror}): free some space or choose another folder"
+        elif e.filename and e.errno in UNUSABLE:
+            mistake = f"cannot use {e.filename} ({e.strerror}): give another path, or mend that"
+        else:
             raise
-        print(f"error: cannot use {e.filename} ({e.strerror}): give another path, or mend that",
-              file=sys.stderr, flush=True)
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

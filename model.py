@@ -552,7 +552,7 @@ class CrossEntropy(torch.autograd.Function):
         return grad * grad_x, grad * grad_W, None, None
 
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0) -> Tensor:
-    """Mean cross-entropy of head(x) in nats, x (B, T, d).
+    """Mean cross-entropy of head(x) in nats, x (B, T, d), targets (B, T) from 0 to V - 1.
 
     at_once: how many logits exist at a time, by default what suits the device. A fork whose head is
     more than a matrix says in CrossEntropy what its gradient is.

@@ -599,19 +599,25 @@ def lens(run: Run) -> Questions:
 def lens_sums(model: GPT, streams: list[Tensor], idx: Tensor) -> Tensor:
     """(n + 1, 3), summed over tokens: KL(the model's output || the stream's), the stream's negative
     log-likelihood, and the share of the model's 5 likeliest tokens that are among the stream's 5
-    likeliest."""
-    k = min(5, model.config.vocab_size)
+    likeliest. With a large vocabulary logits are large: of one sequence, three times."""
+    def log_p(x: Tensor) -> Tensor:
+        return wide(model.head(model.norm(x))).log_softmax(-1)           # (T, V)
+
     sums = torch.zeros(len(streams), 3, dtype=finest(idx.device), device=idx.device)
-    for i, targets in enumerate(idx[:, 1:, None]):                        # one sequence's logits, (T, V)
-        own = wide(model.head(model.norm(streams[-1][i]))).log_softmax(-1)
-        top = own.topk(k).indices
+    for i, targets in enumerate(idx[:, 1:, None]):
+        own = log_p(streams[-1][i])
+        top = own.topk(min(5, own.size(-1))).indices
         for l, stream in enumerate(streams):
-            q = wide(model.head(model.norm(stream[i]))).log_softmax(-1)
-            kl = (own.exp() * (own - q)).sum()
-            loss = -q[:-1].gather(1, targets).sum()
-            shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum()
-            sums[l] += torch.stack([kl, loss, shared.to(kl.dtype) / k])
+            sums[l] += lens_of(own, top, log_p(stream[i]), targets)
     return sums
+
+def lens_of(own: Tensor, top: Tensor, q: Tensor, targets: Tensor) -> Tensor:
+    """The three of `lens_sums` for a stream that is read as q; q is overwritten."""
+    k = top.size(-1)
+    loss = -q[:-1].gather(1, targets).sum()
+    shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum()
+    kl = own.exp().mul_(q.neg_().add_(own)).sum()                        # of p (ln p - ln q)
+    return torch.stack([kl, loss, shared.to(kl.dtype) / k])
 
 EXPERIMENTS["lens"] = Experiment(
     lens,
@@ -1941,7 +1947,7 @@ def main() -> None:
         return export(args.checkpoints[0], args.export, args.tokenizer)
     if does == "figures":
         return draw_again(args)
-    if does == "measure" and args.only != "tasks":
+    if does == "measure" and args.only != "tasks" and place_among_ranks()[0] == 0:
         say_without_figures()
 
     results: dict[str, Result] = {}

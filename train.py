@@ -85,7 +85,7 @@ class TrainConfig(ModelConfig):
     recompute: bool = setting(False, "recompute a block's activations in the backward pass: less memory, more FLOPs")
     seed: int = setting(0, "of the weights and of the order of the data")
     device: str = setting("auto", "auto: every GPU there is, else the CPU; mps: Apple's", "auto/cpu/cuda/mps")
-    dtype: str = setting("auto", "bfloat16 is autocast, weights float32; auto: that on cuda", "auto/float32/bfloat16")
+    dtype: str = setting("auto", "float32 is TF32 on cuda; auto: bfloat16 (autocast) on cuda", "auto/float32/bfloat16")
     compile: bool | None = setting(None, "torch.compile: true | false | auto: on cuda, and for long CPU runs")
 
     def __post_init__(self) -> None:
@@ -441,7 +441,7 @@ def check_compiler(c: TrainConfig, here: Process) -> None:
                "win32": "install the Build Tools for Visual Studio"}
     remedy = install.get(sys.platform, "install g++, for example with: apt install build-essential")
     check(not c.compile or here.device.type != "cpu" or compiler_found(),
-          f"compile=True needs a C++ compiler, and there is no {cpp_compiler()}: {remedy}; "
+          f"compile=True needs a C++ compiler, and there is no working {cpp_compiler()}: {remedy}; "
           "or leave --compile out")
 
 def cpp_compiler() -> str:
@@ -450,7 +450,14 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", usual)
 
 def compiler_found() -> bool:
-    return shutil.which(cpp_compiler()) is not None
+    path = shutil.which(cpp_compiler())
+    return path is not None and tells_its_version(path)
+
+def tells_its_version(compiler: str) -> bool:
+    """Does it work at all? Of Windows' cl there is no such question."""
+    if sys.platform == "win32":
+        return True
+    return subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
 
 def prepare_python_corpus(c: TrainConfig) -> None:
     """Prepare the one corpus that needs no download, if the run is on it and it is not there yet."""
@@ -662,8 +669,12 @@ def snapshot(c: TrainConfig, step: int, tokenizer: str, model: GPT,
         t = whole(t.detach())
         return t.to("cpu", copy=True) if rank == 0 else None
 
-    # The weights first: afterwards FSDP2's parameters are sharded again.
-    weights = {name: copy(p) for name, p in model.state_dict().items()}
+    # The weights first: afterwards FSDP2's parameters are sharded again. Tied ones are one copy.
+    weights, copies = {}, {}
+    for name, p in model.state_dict(keep_vars=True).items():
+        if id(p) not in copies:
+            copies[id(p)] = copy(p)
+        weights[name] = copies[id(p)]
     moments = {}
     for name, p in model.named_parameters():
         moments[name] = {key: copy(value) for key, value in optimizer.state[p].items()}
@@ -908,6 +919,7 @@ PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
         "B200": 2250e12, "A100": 312e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12,
         "RTX A6000": 155e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
         "MI300X": 1307e12}
+OTHER_CARD = re.compile(r"\b(Laptop|Ti|SUPER|D|NVL|MIG)\b")       # after a name: not that card, or a part
 
 def peak_of_all(here: Process) -> float | None:
     """FLOP/s of all ranks to measure MFU against; None on a CPU: what else runs there changes it."""
@@ -920,7 +932,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(device)
         for name, peak in PEAK.items():
-            if re.search(rf"\b{name}\b", card) and "Laptop" not in card:
+            found = re.search(rf"\b{name}\b", card)
+            if found and not OTHER_CARD.search(card, found.end()):
                 return peak
     return gemm_rate(device, dtype, 1024 if device.type == "cpu" else 8192)
 

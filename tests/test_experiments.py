@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
@@ -22,6 +23,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import probe
 from helpers import (GOLDEN, TINY, attention_by_hand, differences, ffn_by_hand, logits_by_hand, loss_by_hand,
@@ -557,6 +560,30 @@ def naive_lens(t: Truth) -> dict[str, Any]:
 @every_model_in_both_precisions
 def test_the_lens_equals_its_naive_version(kind, dtype):
     assert_close(worked_out(naive_lens, kind), measured(kind, dtype), dtype)
+
+
+class Largest(TorchDispatchMode):
+    """How many tensors of at least so many bytes are there at once?"""
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.refs, self.most = size, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.refs += [weakref.ref(t) for t in made if t.untyped_storage().nbytes() >= self.size]
+        alive = {t.untyped_storage().data_ptr() for ref in self.refs if (t := ref()) is not None}
+        self.most = max(self.most, len(alive))
+        return out
+
+
+def test_the_lens_holds_three_times_the_logits_of_a_sequence_at_most():
+    V, T = 4096, 8
+    model = make_model(**MODELS["dense"] | {"vocab_size": V})
+    streams = [torch.randn(2, T, model.config.n_embd) for _ in range(6)]
+    with torch.no_grad(), Largest(T * V * 4) as seen:
+        probe.lens_sums(model.float(), streams, make_tokens(2, T, V))
+    assert seen.most == 3                                   # the weights were there before
 
 
 @pytest.mark.parametrize("V", [1, 3])

@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -315,6 +316,33 @@ def test_a_bfloat16_checkpoint_is_probed_in_float32(cli, workplace, no_matplotli
     for key in ("loss", "variance", "causal", "usefulness"):
         assert got[key] == want[key]
     assert rough["loss"] != got["loss"] and rough["loss"] == pytest.approx(got["loss"], rel=0.02)
+
+
+def test_a_disk_too_full_for_the_result_is_one_line_and_leaves_the_old_one(cli, workplace, no_matplotlib):
+    resource = pytest.importorskip("resource")
+    assert cli("dense/ckpt.pt", "--only", "variance", "--samples", 4)[0] == 0
+    before = (workplace / "dense/probe.json").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        status, out, err = cli("dense/ckpt.pt", "--only", "causal", "--samples", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_mistake((status, out, err.removeprefix(NO_FIGURES)), "cannot write dense/probe.json", "free some space")
+    assert "causal" in out                                                   # the measured numbers are not lost
+    assert (workplace / "dense/probe.json").read_bytes() == before
+    assert not list(workplace.glob("dense/*.tmp"))
+
+
+def test_a_disk_too_full_for_the_figures_is_one_line(cli, workplace):
+    figure = pytest.importorskip("matplotlib.figure")
+
+    def full(self, file, **_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(figure.Figure, "savefig", full):
+        outcome = cli("dense/ckpt.pt", "--only", "variance", "--samples", 4)
+    assert_mistake(outcome, "cannot write (No space left on device)", "free some space")
+    assert (workplace / "dense/probe.json").exists()
 
 
 def test_checkpoints_of_one_folder_do_not_overwrite_each_other_s_results(cli, workplace, no_matplotlib):

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import weakref
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,11 +147,41 @@ def test_two_checkpoints_are_never_in_memory_at_once(begin, monkeypatch):
     assert alive == [0, 0, 0, 0] and len(taken) > 4
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_snapshot_takes_the_host_memory_that_the_plan_says(tied):
+    c = TrainConfig(**TINY | {"vocab_size": VOCAB, "tie_embeddings": tied})
+    here = train.Process(0, 1, torch.device("cpu"), torch.float32)
+    model, _ = train.build(c, here)
+    optimizer = train.make_optimizer(model, c)
+    idx = torch.randint(VOCAB, (2, c.block_size))
+    train.gradients(model, [(idx, idx)], torch.float32, stats=False)
+    optimizer.step()
+    saved = train.snapshot(c, 1, "bytes", model, optimizer, rank=0)
+    moments = [value for of_one in saved["optimizer"].values() for name, value in of_one.items() if name != "step"]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*saved["model"].values(), *moments]}
+    assert sum(sizes.values()) == 12 * sum(p.numel() for p in model.parameters())
+    assert saved["model"].keys() == model.state_dict().keys()
+    large = replace(c, n_embd=2048, vocab_size=50304)
+    said, = re.findall(r"host memory +([\d.]+) GB", train.plan(large, 1, 0.5))
+    assert float(said) == round(12 * train.bare(large).count_parameters()["total"] / 1e9, 1) > 1
+
+
+def test_fsdp_shards_on_the_device_of_the_run_whatever_torch_sees(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "init_device_mesh", lambda *where: where)
+    monkeypatch.setattr(train, "fully_shard", lambda module, mesh, **_: asked.append(mesh))
+    c = TrainConfig(**TINY | {"vocab_size": VOCAB})
+    train.shard(train.bare(c), train.Process(0, 2, torch.device("cpu"), torch.float32))
+    assert asked == [("cpu", (2,))] * (c.n_layer + 1)
+
+
 @pytest.mark.parametrize("card, tera", [
     ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
     ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
     ("AMD Instinct MI300X", 1307), ("NVIDIA A10G", None),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None)])
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200 NVL", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
 def test_the_peak_of_a_card_is_its_data_sheets_and_of_others_measured(card, tera, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     monkeypatch.setattr(train, "gemm_rate", lambda *_: 1.0)
@@ -965,14 +995,15 @@ def test_a_clock_that_stands_still_or_is_set_back_stops_no_run(begin, monkeypatc
 
 
 @pytest.mark.parametrize("platform, env, there, words", [
-    ("linux", None, [], ["no g++", "build-essential"]),
-    ("darwin", None, ["g++"], ["no clang++", "xcode-select --install"]),
-    ("win32", None, ["g++"], ["no cl:", "Visual Studio"]), ("linux", "icpx", ["g++"], ["no icpx"]),
+    ("linux", None, [], ["no working g++", "build-essential"]),
+    ("darwin", None, ["g++"], ["no working clang++", "xcode-select --install"]),
+    ("win32", None, ["g++"], ["no working cl:", "Visual Studio"]), ("linux", "icpx", ["g++"], ["no working icpx"]),
     ("linux", None, ["g++"], []), ("darwin", None, ["clang++"], []), ("linux", "icpx", ["icpx"], []),
 ], ids=str)
 def test_compiling_needs_a_compiler_and_its_package_is_named(begin, tmp_path, monkeypatch, platform, env, there, words):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(train, "tells_its_version", lambda compiler: True)
     monkeypatch.delenv("CXX", raising=False)
     if env:
         monkeypatch.setenv("CXX", env)
@@ -985,6 +1016,16 @@ def test_compiling_needs_a_compiler_and_its_package_is_named(begin, tmp_path, mo
     for compile in (None, False):                                    # nobody asks for it
         train.check_compiler(TrainConfig(compile=compile), cpu)
     train.check_compiler(TrainConfig(compile=True), cpu._replace(device=torch.device("cuda")))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="cl cannot be asked")
+def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
+    for status, works in ((0, True), (1, False)):
+        compiler = tmp_path / f"c{status}"
+        compiler.write_text(f"#!/bin/sh\nexit {status}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        assert train.compiler_found() == works
 
 
 def test_the_peak_is_the_data_sheets_in_bfloat16_on_a_gpu_it_knows_and_else_measured(monkeypatch):
@@ -1116,6 +1157,7 @@ def test_a_compiled_run_gives_the_losses_of_an_eager_one(begin, monkeypatch, fre
 ], ids=str)
 def test_auto_compiles_on_cuda_and_in_long_runs_on_a_cpu(monkeypatch, capsys, steps, there, where, compiles):
     monkeypatch.setattr(shutil, "which", lambda name: name if there else None)
+    monkeypatch.setattr(train, "tells_its_version", lambda compiler: True)
     c = TrainConfig(**TINY | {"vocab_size": VOCAB, "max_steps": steps, "compile": None})
     here = train.Process(0, 1, torch.device("cpu"), torch.float32)._replace(**where)
     assert train.worth_compiling(c, train.bare(c), here) == compiles
