@@ -534,7 +534,7 @@ class CrossEntropy(torch.autograd.Function):
             log_p = (some_x @ w.T).log_softmax(-1, dtype=total.dtype)     # (rows, V)
             row = torch.arange(len(target), device=x.device)
             total = total - log_p[row, target].sum()
-            slope = log_p.exp_()
+            slope = log_p.exp_()                       # in its place: softmax, then minus one-hot
             slope[row, target] -= 1
             slope = slope.to(dtype)
             grad.copy_(slope @ w)

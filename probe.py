@@ -883,8 +883,8 @@ def fit_maps(run: Run, bounds: Sequence[tuple[int, int]], watch: bool) -> Forwar
     second_half = [nothing.clone() for _ in range(run.n)]
     to_recorded = nothing.clone()
 
-    def solved(moments: Tensor) -> Map:
-        W, b = affine_map(moments.to(device))
+    def solved(summed: Tensor) -> Map:
+        W, b = affine_map(summed.to(device))
         return W.to(weight.dtype).to(weight.device), b.to(weight.dtype).to(weight.device)
 
     for number, (start, end) in reversed(list(enumerate(bounds))):
@@ -1069,8 +1069,8 @@ def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
         asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
         requests = torch.tensor(asked, dtype=torch.long).view(-1, 4)
         nats = []
-        rows = max(1, logits_at_once(device) // model.config.vocab_size)
-        for part in requests[:, :3].to(device).split(rows):
+        at_a_time = max(1, logits_at_once(device) // model.config.vocab_size)
+        for part in requests[:, :3].to(device).split(at_a_time):
             b, place, token = part.T
             logits = wide(model.head(model.norm(x[b, place])))
             nats.append(F.cross_entropy(logits, token, reduction="none"))

@@ -504,7 +504,7 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
         if compiled and here.device.type == "cpu":
             print("compiling: about two minutes, once for models of this shape "
                   "(--compile=false: none)", flush=True)
-    if compiled and here.world > 1:
+    if compiled and here.world > 1:              # alone, the whole model is one graph: see below
         compile_blocks(raw)
     if sharded:
         shard(raw, here)
@@ -1013,9 +1013,10 @@ def memory(c: TrainConfig, gpus: int, size: int) -> Memory:
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.blocks[0].parameters())
 
-    two = pass_memory(replace(c, n_layer=2), size, sharded)
-    three = pass_memory(replace(c, n_layer=3), size, sharded)
-    passing = two + (c.n_layer - 2) * (three - two)     # every further block adds as much
+    of_two_blocks = pass_memory(replace(c, n_layer=2), size, sharded)
+    of_three = pass_memory(replace(c, n_layer=3), size, sharded)
+    each_further = of_three - of_two_blocks
+    passing = of_two_blocks + (c.n_layer - 2) * each_further
     if sharded:
         # FSDP2 has whole at a time: two blocks' weights (the next is fetched ahead) and one's
         # gradients, both as computed and in float32 for the reduction, and the weights and
