@@ -834,7 +834,8 @@ each measure of density (eff. keys, key heads, active FFN, density) goes with mo
 with less; and growth with a lower log ratio and usefulness, and a higher loss.
 
 "all" counts a run that is in several families once. A deep model grows less per block and uses each
-block less, so rows that mix depths mix this in; "norm pre, L 8" has the runs of one norm and depth.
+block less, so rows that mix depths mix this in. Two rows do not: one has the runs of the baseline's
+norm and depth, one those of its decay as well.
 
 What is mechanical: the norm before each attention and FFN takes away the stream's scale, so what a
 block adds is as large as its weights make it. Decay shrinks all weights: more of them fall below
@@ -863,16 +864,21 @@ def different_runs(found: dict[str, Runs]) -> Runs:
 def mechanism(found: dict[str, Runs], scale: str) -> str:
     """A column per question, a row per group of runs: the rank correlation of the two measures.
 
-    The groups are all runs, those of each norm, the baseline's norm and depth, and each family.
+    The groups are all runs, those of each norm, of the baseline's norm and depth, of its decay as
+    well, and each family.
     """
     together = different_runs(found)
     groups = {"all": together}
     for norm in ("pre", "lns", "peri"):
         groups[f"norm {norm}"] = {member: seeds for member, seeds in together.items()
                                   if config(member, scale).norm == norm}
-    depth = config("depth_16", scale).n_layer            # most families vary at this depth
-    groups[f"norm pre, L {depth}"] = {member: seeds for member, seeds in groups["norm pre"].items()
-                                      if config(member, scale).n_layer == depth}
+    base = config("depth_16", scale)
+    deep = f"norm pre, L {base.n_layer}"
+    groups[deep] = {member: seeds for member, seeds in groups["norm pre"].items()
+                    if config(member, scale).n_layer == base.n_layer}
+    groups[f"{deep}, decay {base.weight_decay:g}"] = {
+        member: seeds for member, seeds in groups[deep].items()
+        if config(member, scale).weight_decay == base.weight_decay}
     groups |= found
     header = ["", *(f"{x} → {y}" for x, y in QUESTIONS)]
     rows = [[name, *(correlation(points(runs, x, y)) for x, y in QUESTIONS)]

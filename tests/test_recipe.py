@@ -883,15 +883,18 @@ def test_the_mechanism_counts_every_run_once_and_leaves_out_what_does_not_vary(r
         record("gqa_4", seed, variance=5.0 + seed)
         record("gqa_16", seed, variance=3.5 + seed / 8)
         record("depth_32", seed)                                           # has another depth
+        record("weight_decay_0", seed)                                     # and this another decay
     rows, _ = read_rows(tmp_path / "out/results.jsonl")
-    found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "gqa")}
+    found = {family: recipe.runs_of(family, rows, arguments()) for family in ("depth", "gqa", "weight_decay")}
     rows = table_rows(recipe.mechanism(found, "laptop"))
     asked = rows.pop("")
-    assert list(rows) == ["all", "norm pre", "norm pre, L 8", "gqa"]   # within depth no measure of two varies
+    one = "norm pre, L 8, decay 0.064"
+    assert list(rows) == ["all", "norm pre", "norm pre, L 8", one, "gqa"]     # within depth no measure of two varies
     assert asked == [f"{x} → {y}" for x, y in recipe.QUESTIONS]
     keys = {group: dict(zip(asked, cells))["key heads → growth"] for group, cells in rows.items()}
-    assert keys["all"] == keys["norm pre"] and keys["all"].endswith("; 8)")
-    assert keys["gqa"] == keys["norm pre, L 8"] and keys["gqa"].endswith("; 6)")
+    assert keys["all"] == keys["norm pre"] and keys["all"].endswith("; 10)")
+    assert keys["norm pre, L 8"].endswith("; 8)")
+    assert keys["gqa"] == keys[one] and keys["gqa"].endswith("; 6)")
     share, growth = [1, 1, .5, .5, .25, .25], [math.log(v / 3) for v in (7, 8, 5, 6, 3.5, 3.625)]
     truth = np.corrcoef(ranks_by_hand(share), ranks_by_hand(growth))[0, 1]
     assert keys["gqa"].startswith(f"{truth:.2f} (")
