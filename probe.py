@@ -1330,11 +1330,15 @@ def draw(results: dict[str, Result], out: Path) -> str:
         pictures["probe"] = of_page
     with matplotlib.rc_context(STYLE):
         for file, shown in pictures.items():
-            fig = picture(results, shown)
-            for ending in ("png", "svg"):
-                fig.savefig(out / f"{file}.{ending}", dpi=150)
+            save_figure(picture(results, shown), out / file)
     on_a_page = f", on one page in {out / 'probe.png'}" if of_page else ""
     return f"figures in {out}{on_a_page}" if names else ""
+
+def save_figure(fig: Any, path: Path) -> None:
+    """Save a figure of matplotlib as path.png and path.svg."""
+    fig.savefig(f"{path}.png", dpi=150)
+    fig.set_layout_engine("none")       # its parts have their places: half of the time is finding them
+    fig.savefig(f"{path}.svg", dpi=150)
 
 def picture(results: dict[str, Result], names: Sequence[str]) -> Any:
     """The panels of these experiments under one heading, in a figure that is 8 inches wide: two in

@@ -39,8 +39,8 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import UserError, check
-from probe import (EXPERIMENTS, USEFUL, home_of, make_folder, remarks, score_names, score_table,
-                   scores)
+from probe import (EXPERIMENTS, USEFUL, home_of, make_folder, remarks, save_figure, score_names,
+                   score_table, scores)
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -807,8 +807,9 @@ def example(claim: Claim, runs: Runs) -> str:
 
 def ranks(x: Sequence[float]) -> np.ndarray:
     """The place of each number among all, from 1; equal ones share the mean of their places."""
-    x = np.asarray(x)
-    return (x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) + 1) / 2
+    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[which]
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """The rank correlation; nan where x or y does not vary."""
@@ -926,8 +927,7 @@ def save(path: Path, make: Callable[[], Any]) -> str:
         return "no figure: pip install matplotlib"
     figure = make()
     try:
-        for ending in (".png", ".svg"):
-            figure.savefig(f"{path}{ending}", dpi=150)
+        save_figure(figure, path)
     except OSError as e:
         raise UserError(f"cannot write {path}.png ({e.strerror}): choose another --out") from e
     return f"{path}.png and .svg"

@@ -49,6 +49,12 @@ def run_script(name: str, *args: Any, cwd: str | Path | None = None, env: dict[s
     return run_python(ROOT / name, *args, cwd=cwd, env=env)
 
 
+def without(package: str, folder: Path) -> dict[str, str]:
+    """The environment in which Python does not find this package; folder: an empty one, for that."""
+    (folder / f"{package}.py").write_text(f"raise ImportError('no {package}')\n")
+    return {"PYTHONPATH": str(folder)}
+
+
 PEAK = """
 def peak():         # bytes, of this process alone: ru_maxrss begins at the peak of the process that started it
     try:
