@@ -24,9 +24,9 @@ def filled(page: str, report: Path) -> str:
     return TABLE.sub(lambda found: found[1] + (report / found[2]).read_text() + found[3], page)
 
 
-def write_report(out: Path) -> Path:
+def write_report(out: Path, env: dict[str, str] | None = None) -> Path:
     """Make recipe.py's report; returns its folder."""
-    done = run_python(ROOT / "recipe.py", "report", "--out", out)
+    done = run_python(ROOT / "recipe.py", "report", "--out", out, env=env)
     assert done.status == 0, done.err
     return out / "laptop"
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from helpers import GOLDEN, PEAK, ROOT, assert_mistake, checkpoint_of, differenc
 
 import data as D
 import model as M
+import probe
+import train
 from model import GPT, ModelConfig, UserError, setting
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -690,12 +693,14 @@ def test_a_folder_without_a_readable_tokenizer_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["qwen3_tied", "qwen2_moe"])
-def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path):
+def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path, run_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     theirs, path = make_folder(case, tmp_path / "hf")
     write_words_tokenizer(path, eos_token_id=2)
     (tmp_path / "words.txt").write_text(" ".join(random.Random(0).choices(["a", "b", "cat", "dog"], k=3000)))
-    code, out, err = run_script("probe.py", "hf", "--data", "words.txt", "--samples", 4, "--length", 20, "--only",
-                                "variance,removal", "--out", "result", cwd=tmp_path)
+    code, out, err = run_main(probe, "hf", "--data", "words.txt", "--samples", 4, "--length", 20, "--only",
+                              "variance,removal", "--out", "result")
     assert code == 0, err
     result = json.loads((tmp_path / "result/probe.json").read_text())
     enc = D.get_tokenizer(str(path))
@@ -706,8 +711,8 @@ def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path):
         loss = torch.nn.functional.cross_entropy(theirs(idx).logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()).item()
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
 
-    code, out, err = run_script("probe.py", "hf", "--data", "words.txt", "--samples", 4, "--length", 20, "--drop", 1,
-                                "--save", "pruned.pt", cwd=tmp_path)
+    code, out, err = run_main(probe, "hf", "--data", "words.txt", "--samples", 4, "--length", 20, "--drop", 1,
+                              "--save", "pruned.pt")
     assert code == 0, err
     pruned, saved = D.load_model(tmp_path / "pruned.pt")
     theirs.model.layers = torch.nn.ModuleList([theirs.model.layers[0], theirs.model.layers[2]])
@@ -715,26 +720,24 @@ def test_a_folder_is_probed_pruned_trained_on_and_sampled_from(case, tmp_path):
     with torch.no_grad():
         assert (pruned(idx)[0] - theirs(idx, use_cache=False).logits).abs().max() < 1e-4
 
-    code, out, err = run_script("data.py", "words.txt", "--tokenizer", "hf", "--out", "words", "--val_fraction", 0.5,
-                                cwd=tmp_path)
+    code, out, err = run_main(D, "words.txt", "--tokenizer", "hf", "--out", "words", "--val_fraction", 0.5)
     assert code != 0 and "leave the train split empty" in err        # one document cannot be split in two
     shutil.rmtree(tmp_path / "words", ignore_errors=True)
     (tmp_path / "texts").mkdir()
     for i in range(6):
         shutil.copy(tmp_path / "words.txt", tmp_path / "texts" / f"{i}.txt")
-    code, out, err = run_script("data.py", "texts", "--tokenizer", "hf/tokenizer.json", "--out", "words",
-                                "--val_fraction", 0.5, cwd=tmp_path)
+    code, out, err = run_main(D, "texts", "--tokenizer", "hf/tokenizer.json", "--out", "words",
+                              "--val_fraction", 0.5)
     assert code == 0, err
-    code, out, err = run_script("train.py", "--init_from=hf", "--data=words", "--out_dir=healed", "--max_steps=2",
-                                "--block_size=32", "--tokens_per_step=64", "--learning_rate=1e-9", "--device=cpu",
-                                cwd=tmp_path)
+    code, out, err = run_main(train, "--init_from=hf", "--data=words", "--out_dir=healed", "--max_steps=2",
+                              "--block_size=32", "--tokens_per_step=64", "--learning_rate=1e-9", "--device=cpu")
     assert code == 0, err
     healed, saved = D.load_model(tmp_path / "healed/ckpt.pt")
     original = D.load_model(path)[0]
     assert (healed(idx)[0] - original(idx)[0]).abs().max() < 1e-4 and saved["step"] == 2
-    code, out, err = run_script("probe.py", "hf", "--sample", "cat a", "--new_tokens", 2, cwd=tmp_path)
+    code, out, err = run_main(probe, "hf", "--sample", "cat a", "--new_tokens", 2)
     assert code == 0 and out.startswith("cat a"), err
-    code, out, err = run_script("probe.py", "healed/ckpt.pt", "--export", "again", cwd=tmp_path)
+    code, out, err = run_main(probe, "healed/ckpt.pt", "--export", "again")
     assert code == 0 and "again: healed/ckpt.pt as" in out and (tmp_path / "again/tokenizer.json").is_file(), err
 
 

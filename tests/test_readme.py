@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_mistake, run_python
+from helpers import ROOT, assert_mistake, run_python, without
 from pages import TABLE, WITH_TABLES, filled, write_report
 
 README = (ROOT / "README.md").read_text()
@@ -46,8 +46,8 @@ def fork(tmp_path):
     return tmp_path
 
 
-def in_fork(fork, *args):
-    done = run_python(*args, cwd=fork)
+def in_fork(fork, *args, env=None):
+    done = run_python(*args, cwd=fork, env=env)
     assert done.status == 0, done.err
     return done.out
 
@@ -66,12 +66,15 @@ def table(out, first):
     return rows
 
 
-def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and_is_refused_by_export(fork, corpus):
+def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and_is_refused_by_export(fork, corpus,
+                                                                                                    tmp_path_factory):
+    no_figures = without("matplotlib", tmp_path_factory.mktemp("without"))
     diff, = code_blocks("diff")
     (fork / "model.py").write_text(apply_changes(diff, (fork / "model.py").read_text()))
     for norm in ("pre", "ffn_post"):
         in_fork(fork, "train.py", *TINY, f"--data={corpus}", f"--norm={norm}", f"--out_dir=out/{norm}")
-    out = in_fork(fork, "probe.py", "out/pre/ckpt.pt", "out/ffn_post/ckpt.pt", "--samples", 4, "--out", "compare")
+    out = in_fork(fork, "probe.py", "out/pre/ckpt.pt", "out/ffn_post/ckpt.pt", "--samples", 4, "--out", "compare",
+                  env=no_figures)
     results = {norm: json.loads((fork / "compare" / norm / "probe.json").read_text()) for norm in ("pre", "ffn_post")}
     assert "ffn_post" in out and results["pre"]["loss"] != results["ffn_post"]["loss"]
 
@@ -82,7 +85,7 @@ def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and
     added = {norm: r["ffn_variance"][0] for norm, r in results.items()}            # almost 0 where nothing norms it
     assert 100 * added["pre"] < added["ffn_post"] < 1
 
-    in_fork(fork, "probe.py", "out/ffn_post/ckpt.pt", "--drop", 1, "--samples", 4)
+    in_fork(fork, "probe.py", "out/ffn_post/ckpt.pt", "--drop", 1, "--samples", 4, env=no_figures)
     dropped = torch.load(fork / "out/ffn_post/pruned.pt", weights_only=True)
     assert torch.equal(dropped["model"]["blocks.1.ffn_out_norm.weight"], saved["model"][gains[2]])
     assert_mistake(run_python("probe.py", "out/ffn_post/ckpt.pt", "--export", "hf", cwd=fork), "norm='ffn_post'")
@@ -142,8 +145,8 @@ def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 250 and len(README.encode()) <= 14_000
 
 
-def test_the_tables_of_the_pages_are_what_the_recorded_runs_say(tmp_path):
-    report = write_report(tmp_path)
+def test_the_tables_of_the_pages_are_what_the_recorded_runs_say(tmp_path, tmp_path_factory):
+    report = write_report(tmp_path, without("matplotlib", tmp_path_factory.mktemp("without")))
     for page in WITH_TABLES:
         text = page.read_text()
         assert TABLE.search(text) and filled(text, report) == text, f"{page} is old: python tests/pages.py"

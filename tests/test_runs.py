@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, assert_mistake
-from test_scale import (RUN, SLOW, assert_same_end, end, errors, launch, logged, read_log, truncate,
+from test_scale import (RUN, SLOW, assert_same_end, end, errors, here, launch, logged, read_log, truncate,
                         until, without_rates, workers)
 
 import train
@@ -28,7 +28,7 @@ from data import load_checkpoint
 from model import UserError
 from train import TrainConfig, load_settings
 
-__all__ = ["launch"]              # a fixture
+__all__ = ["here", "launch"]      # fixtures
 SHORT = RUN | dict(max_steps=12, save_interval=4)
 HANG = """
 honest, calls = train.gradients, []
@@ -44,6 +44,12 @@ train.gradients = hang
 def start(launch):
     """As test_scale's, with the settings of SHORT."""
     return lambda out, *args, **kwargs: launch(out, *args, **SHORT | kwargs)
+
+
+@pytest.fixture
+def start_here(here):
+    """As test_scale's `here`, with the settings of SHORT."""
+    return lambda out, *args, **kwargs: here(out, *args, **SHORT | kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +89,10 @@ def files(out):
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.1.pt"])
-def test_a_fresh_start_where_a_checkpoint_lies_is_refused_and_touches_nothing(start, out, name):
+def test_a_fresh_start_where_a_checkpoint_lies_is_refused_and_touches_nothing(start_here, out, name):
     os.replace(out / "ckpt.pt", out / name)
     before = files(out)
-    said, err = end(start(out), status=2)
+    said, err = start_here(out, status=2)
     assert_mistake((2, said, err), str(out), "--resume", "another --out_dir", "--overwrite")
     assert files(out) == before
 
@@ -98,21 +104,21 @@ def test_two_ranks_refuse_a_fresh_start_in_one_line(start, out):
     assert "--overwrite" in line and files(out) == before
 
 
-def test_overwrite_puts_an_earlier_run_aside_in_place_of_the_one_before_it(start, out, tmp_path):
+def test_overwrite_puts_an_earlier_run_aside_in_place_of_the_one_before_it(start_here, out):
     before = files(out)
-    end(start(out, "--overwrite", seed=1))
+    start_here(out, "--overwrite", seed=1)
     kept = files(out)
     assert {name: kept[f"{name}.old"] for name in before} == before
     assert load_checkpoint(out / "ckpt.pt")["settings"]["seed"] == 1
-    end(start(out, "--overwrite", seed=2))
+    start_here(out, "--overwrite", seed=2)
     assert {name: files(out)[f"{name}.old"] for name in before} == {name: kept[name] for name in before}
     assert load_checkpoint(out / "ckpt.pt")["settings"]["seed"] == 2
 
 
-def test_a_log_without_a_checkpoint_is_put_aside_and_what_was_put_aside_before_stays(start, tmp_path):
+def test_a_log_without_a_checkpoint_is_put_aside_and_what_was_put_aside_before_stays(start_here, tmp_path):
     for name in ("log.jsonl", "log.jsonl.old", "log.jsonl.old2"):
         (tmp_path / name).write_text(name)
-    said, _ = end(start(tmp_path, max_steps=1))
+    said, _ = start_here(tmp_path, max_steps=1)
     assert f"{tmp_path / 'log.jsonl'} of an earlier run is now log.jsonl.old3" in said
     assert [(tmp_path / f"log.jsonl.{old}").read_text() for old in ("old", "old2", "old3")] == [
         "log.jsonl.old", "log.jsonl.old2", "log.jsonl"]
@@ -141,9 +147,11 @@ def test_switches_that_contradict_each_other_are_refused(switches):
 
 
 @pytest.mark.parametrize("switches", [(), ("--overwrite",)])
-def test_a_restart_by_torchrun_resumes_however_the_run_was_started(start, whole, out, switches):
+def test_a_restart_by_torchrun_resumes_however_the_run_was_started(start_here, whole, out, switches,
+                                                                                     monkeypatch):
     (out / "log.jsonl.old").write_text("of an earlier run")
-    said, _ = end(start(out, *switches, env={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    said, _ = start_here(out, *switches)
     assert ", from step 8" in said and (out / "log.jsonl.old").read_text() == "of an earlier run"
     assert_same_end(out, whole)
 
@@ -154,23 +162,23 @@ def test_a_restart_by_torchrun_resumes_however_the_run_was_started(start, whole,
 
 @pytest.mark.parametrize("switch", ["--resume", "--overwrite"])
 def test_a_second_run_in_an_out_dir_is_refused_by_the_name_of_the_first_until_that_has_died(
-        start, whole, tmp_path, switch):
+        start, start_here, whole, tmp_path, switch):
     out = tmp_path / "out"
     first = start(out, change=SLOW, max_steps=10_000)
     until(logged(out, 6), first)
     for _ in range(2):                                               # a refused one does not take the name away
-        said, err = end(start(out, switch), status=2)
+        said, err = start_here(out, switch, status=2)
         assert_mistake((2, said, err), f"pid {first.pid} on {platform.node()}", str(out), "--out_dir")
     assert first.poll() is None and not list(out.glob("*.old"))
     first.kill()
     first.communicate()
-    end(start(out, switch))
+    start_here(out, switch)
     if switch == "--overwrite":
         assert_same_end(out, whole)
     assert (out / "lock").read_text() == ""
 
 
-def test_orphans_of_a_killed_torchrun_keep_a_second_run_out_as_long_as_they_live(start, tmp_path):
+def test_orphans_of_a_killed_torchrun_keep_a_second_run_out_as_long_as_they_live(start, start_here, tmp_path):
     out = tmp_path / "out"
     first = start(out, ranks=2, change=SLOW, max_steps=10_000)
     until(logged(out, 5), first)
@@ -182,13 +190,13 @@ def test_orphans_of_a_killed_torchrun_keep_a_second_run_out_as_long_as_they_live
         while not logged(out, n + 5)() and time.time() < deadline:
             time.sleep(0.05)
         assert logged(out, n + 5)()                                  # they do live on
-        _, err = end(start(out, "--resume"), status=2)
+        _, err = start_here(out, "--resume", status=2)
         assert f"pid {ranks[0]} on " in err
     finally:
         for pid in ranks.values():
             os.kill(pid, signal.SIGKILL)
     first.communicate()
-    end(start(out, "--resume"))
+    start_here(out, "--resume")
 
 
 @pytest.mark.parametrize("fcntl", [None, "no locks on this disk"])
@@ -337,11 +345,11 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert process.communicate()[1] == "" and process.returncode == 141
 
 
-def test_a_checkpoint_that_was_copied_alone_goes_on(start, whole, tmp_path):
+def test_a_checkpoint_that_was_copied_alone_goes_on(start_here, whole, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(whole / "ckpt.1.pt", out / "ckpt.pt")
-    said, _ = end(start(out, "--resume"))
+    said, _ = start_here(out, "--resume")
     assert "log.jsonl is not there: a new one begins after step 8" in said
     assert torch.equal(*(load_checkpoint(x / "ckpt.pt")["model"]["embed.weight"] for x in (out, whole)))
 
@@ -386,7 +394,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_nothing_is_passed_over(wh
 # what was run
 
 
-def test_config_json_says_all_that_repeats_a_run(start, corpus, tmp_path):
+def test_config_json_says_all_that_repeats_a_run(start, start_here, tmp_path):
     config, out = tmp_path / "a.py", tmp_path / "out"
     config.write_text("n_layer = 1\n")
     process = start(out, str(config), ranks=2, max_steps=2, n_layer=3)
@@ -399,7 +407,7 @@ def test_config_json_says_all_that_repeats_a_run(start, corpus, tmp_path):
     assert (said["torch"], said["python"], said["host"]) == (torch.__version__, platform.python_version(),
                                                              platform.node())
     assert (said["device"], said["world_size"]) == ("cpu", 2)
-    end(start(out, "--resume", str(config), max_steps=3, n_layer=3))     # every start writes it
+    start_here(out, "--resume", str(config), max_steps=3, n_layer=3)     # every start writes it
     said = json.loads((out / "config.json").read_text())
     assert said["settings"]["max_steps"] == 3 and said["world_size"] == 1 and "--resume" in said["command"]
 
@@ -465,10 +473,10 @@ def test_an_absolute_out_dir_is_of_one_config_wherever_it_is_started_from(corpus
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_corpus_that_changed_under_its_path_is_refused(start, whole, out, corpus, tmp_path, split):
+def test_a_corpus_that_changed_under_its_path_is_refused(start_here, out, corpus, tmp_path, split):
     words = tmp_path / "words"
     shutil.copytree(corpus, words)
-    end(start(out, "--resume", data=words, max_steps=9))             # a copy elsewhere is the same corpus
+    start_here(out, "--resume", data=words, max_steps=9)             # a copy elsewhere is the same corpus
     meta = json.loads((words / "meta.json").read_text())
     before = files(out)
     shard = words / meta[split]["shards"][0]["file"]
@@ -478,7 +486,7 @@ def test_a_corpus_that_changed_under_its_path_is_refused(start, whole, out, corp
     meta[split]["shards"][0]["crc32"] = zlib.crc32(tokens)
     (words / "meta.json").write_text(json.dumps(meta))
     for spelling in (words, words / ".." / "words"):
-        said, err = end(start(out, "--resume", data=spelling), status=2)
+        said, err = start_here(out, "--resume", data=spelling, status=2)
         assert_mistake((2, said, err), str(spelling), "has changed", str(out / "ckpt.pt"))
         assert files(out) == before
 
