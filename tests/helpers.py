@@ -50,9 +50,10 @@ def run_script(name: str, *args: Any, cwd: str | Path | None = None, env: dict[s
 
 
 def without(package: str, folder: Path) -> dict[str, str]:
-    """The environment in which Python does not find this package; folder: an empty one, for that."""
-    (folder / f"{package}.py").write_text(f"raise ImportError('no {package}')\n")
-    return {"PYTHONPATH": str(folder)}
+    """The environment in which Python does not find this package, by a file that is put into this folder."""
+    (folder / "without").mkdir()
+    (folder / f"without/{package}.py").write_text(f"raise ImportError('no {package}')\n")
+    return {"PYTHONPATH": str(folder / "without")}
 
 
 PEAK = """

@@ -115,11 +115,11 @@ def test_without_the_package_an_id_is_one_line(tmp_path):
     assert_mistake(run_python("-c", code, cwd=tmp_path), "owner/tiny", "pip install huggingface_hub")
 
 
-def test_the_scripts_take_ids_without_a_network(tmp_path, tmp_path_factory, model):
+def test_the_scripts_take_ids_without_a_network(tmp_path, model):
     """Results go to ./NAME, a pruned model beside that; nothing is written into the cache."""
     lay_out(tmp_path / "cache", "owner/tiny-1.5B", model[1])
     env = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    env |= without("matplotlib", tmp_path_factory.mktemp("without"))
+    env |= without("matplotlib", tmp_path)
     before = sorted(tmp_path.glob("cache/**/*"))
 
     def run(script, *args):

@@ -66,9 +66,8 @@ def table(out, first):
     return rows
 
 
-def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and_is_refused_by_export(fork, corpus,
-                                                                                                    tmp_path_factory):
-    no_figures = without("matplotlib", tmp_path_factory.mktemp("without"))
+def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and_is_refused_by_export(fork, corpus):
+    no_figures = without("matplotlib", fork)
     diff, = code_blocks("diff")
     (fork / "model.py").write_text(apply_changes(diff, (fork / "model.py").read_text()))
     for norm in ("pre", "ffn_post"):
@@ -145,8 +144,8 @@ def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 250 and len(README.encode()) <= 14_000
 
 
-def test_the_tables_of_the_pages_are_what_the_recorded_runs_say(tmp_path, tmp_path_factory):
-    report = write_report(tmp_path, without("matplotlib", tmp_path_factory.mktemp("without")))
+def test_the_tables_of_the_pages_are_what_the_recorded_runs_say(tmp_path):
+    report = write_report(tmp_path, without("matplotlib", tmp_path))
     for page in WITH_TABLES:
         text = page.read_text()
         assert TABLE.search(text) and filled(text, report) == text, f"{page} is old: python tests/pages.py"

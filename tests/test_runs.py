@@ -147,8 +147,7 @@ def test_switches_that_contradict_each_other_are_refused(switches):
 
 
 @pytest.mark.parametrize("switches", [(), ("--overwrite",)])
-def test_a_restart_by_torchrun_resumes_however_the_run_was_started(start_here, whole, out, switches,
-                                                                                     monkeypatch):
+def test_a_restart_by_torchrun_resumes_however_the_run_was_started(start_here, whole, out, monkeypatch, switches):
     (out / "log.jsonl.old").write_text("of an earlier run")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     said, _ = start_here(out, *switches)
