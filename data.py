@@ -1366,7 +1366,7 @@ def holds(family: str, c: ModelConfig) -> dict[str, tuple[Any, ...]]:
 # What config.json says at any value, and what acts in training alone. A setting that is neither here
 # nor in `holds` is refused: one that a fork adds, until somebody says what it is for transformers.
 EXPRESSED = {*FIELDS.values(), *MOE_FIELDS.values(), "rope_scaling", "shared_gate", "lb_loss_weight",
-             "z_loss_weight"}
+             "z_loss_weight", "embed_init_std", "scaled_init"}
 
 def export_family(c: ModelConfig, path: str | Path) -> str:
     """The family of transformers that has all settings of c; UserError names those that the nearest

@@ -11,6 +11,7 @@ and replaced by hand.
 """
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -51,6 +52,8 @@ class ModelConfig:
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", 1)
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm", 1e-38)
     init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth")
+    embed_init_std: float = setting(0.0, "that of the embedding; 0: init_std", 0)
+    scaled_init: bool = setting(False, "divide it by sqrt(2 n_layer) in matrices that write to the stream, as GPT-2")
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
     head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
     qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
@@ -373,6 +376,14 @@ class Block(nn.Module):
             y, router = self.ffn(x), None
         return self.ffn_out_norm(y), router
 
+    def without_attn(self, x: Tensor) -> Tensor:
+        """The stream after the block with attention's output zero, (B, T, d)."""
+        return x + self.ffn_output(x)[0]
+
+    def without_ffn(self, x: Tensor) -> Tensor:
+        """The stream after the block with the FFN's output zero, (B, T, d)."""
+        return x + self.attn_output(x)
+
     def forward(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None,
                 detail: bool = False) -> Tensor | tuple[Tensor, Detail]:
         """The stream after the block, (B, T, d); with `detail` also what was added on the way."""
@@ -395,6 +406,9 @@ class GPT(nn.Module):
         super().__init__()
         check(config.vocab_size > 0, "vocab_size=0: the model needs the size of its vocabulary")
         self.config = config
+        self.d, self.vocab_size, self.context = config.n_embd, config.vocab_size, config.block_size
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.n_experts, self.init_std = config.n_experts, config.init_std
         self.recompute = False          # activations of blocks in the backward pass
         self.logits_at_once = 0         # in the loss; 0: what suits the device
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
@@ -407,8 +421,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Every matrix ~ N(0, init_std), every norm 1, every bias 0; no depth-scaled residual init:
-        the paper's regime.
+        """Every matrix ~ N(0, init_std), every norm 1, every bias 0: the paper's regime, unless
+        embed_init_std or scaled_init says otherwise.
 
         Drawn on the CPU one whole matrix at a time: the same on every device and however many ranks
         hold its shards. put(parameter, values): how they get there, if the parameter is but a
@@ -421,11 +435,23 @@ class GPT(nn.Module):
                 continue
             values = torch.empty(p.shape)
             if p.dim() > 1:
-                values.normal_(std=self.config.init_std)
+                values.normal_(std=self.init_std_of(name))
             else:
                 values.fill_(0.0 if name.endswith("bias") else 1.0)
             put(p, values)
         self.blocks[0].attn.rope.reset()
+
+    def init_std_of(self, name: str) -> float:
+        """The standard deviation with which a matrix begins."""
+        c = self.config
+        if name == "embed.weight" and c.embed_init_std:
+            return c.embed_init_std
+        writes_to_stream = name.endswith(("attn.proj.weight", ".down", ".down.weight"))
+        return c.init_std / math.sqrt(2 * c.n_layer) if c.scaled_init and writes_to_stream else c.init_std
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the head reads off the stream x (B, T, d): (B, T, vocab_size)."""
+        return self.head(self.norm(x))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False,
                 return_logits: bool = True):

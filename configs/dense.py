@@ -4,6 +4,7 @@ block_size = 128
 n_layer = 8
 n_head = 4
 n_embd = 64
+init_std = 0.113            # 0.02 * sqrt(2048 / n_embd): the paper's initialisation, see laptop/base.py
 
 max_steps = 1000
 tokens_per_step = 2048

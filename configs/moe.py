@@ -1,6 +1,6 @@
-# Explicit sparsity, experts: 16 of them, 2 per token, with the active FLOPs of dense.py. (paper: 64 experts, top 8)
+# Explicit sparsity, experts: 64 of them, 8 per token, as in the paper, with the active FLOPs of dense.py.
 base = "dense.py"
-n_experts = 16
-top_k = 2
-expert_hidden = 128
+n_experts = 64
+top_k = 8
+expert_hidden = 32
 max_steps = 600

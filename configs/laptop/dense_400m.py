@@ -1,5 +1,5 @@
-# Dense and narrower, with the FFN that a token visits in moe_400m.py: d = 32 stands for the
-# paper's 768.
+# Dense and narrower, with the FFN that a token visits in moe_400m.py: d = 32 stands for the paper's 768.
 base = "base.py"
 n_embd = 32
-ffn_hidden = 192
+ffn_hidden = 320
+init_std = 0.16             # 0.02 * sqrt(2048 / 32)

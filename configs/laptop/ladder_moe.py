@@ -1,6 +1,5 @@
-# The ladder's top: + MoE; 16 experts, top 2, stand for the paper's 64, top 8, with the active FLOPs
-# of the steps below.
+# The ladder's top: + MoE, 64 experts, 8 per token, as in the paper, with the active FLOPs of the steps below.
 base = "ladder_g2.py"
-n_experts = 16
-top_k = 2
-expert_hidden = 128
+n_experts = 64
+top_k = 8
+expert_hidden = 32

@@ -1,6 +1,5 @@
-# Explicit sparsity, experts: 16, top 2, stand for the paper's 64, top 8. One in eight is active, as
-# there, with the active FLOPs of dense_1b.py.
+# Explicit sparsity, experts: 64, 8 per token, as in the paper, with the active FLOPs of dense_1b.py.
 base = "dense_1b.py"
-n_experts = 16
-top_k = 2
-expert_hidden = 128
+n_experts = 64
+top_k = 8
+expert_hidden = 32

@@ -1,7 +1,7 @@
-# Explicit sparsity, experts: 16, top 2, stand for the paper's 32, top 4; and one that all tokens
-# share. Each is as wide, relative to n_embd, as the paper's.
+# Explicit sparsity, experts: 32, 4 per token, as in the paper; and one that all tokens share. Each is as wide, relative
+# to n_embd, as the paper's.
 base = "dense_400m.py"
-n_experts = 16
-top_k = 2
+n_experts = 32
+top_k = 4
 expert_hidden = 64
 shared_hidden = 64
