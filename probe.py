@@ -204,6 +204,29 @@ def streams_of(layers: Sequence[Layer], x: Tensor) -> list[Tensor]:
     """The stream x (B, T, d) and what it becomes after each of the layers."""
     return list(accumulate(layers, lambda x, layer: layer(x), initial=x))
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, where equal values share the mean of their ranks; nan
+    where x or y does not vary."""
+    def centred_ranks(values: Sequence[float]) -> np.ndarray:
+        _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+        last = np.cumsum(count)
+        ranks = (last - (count - 1) / 2)[which]
+        return ranks - ranks.mean()
+
+    a, b = centred_ranks(x), centred_ranks(y)
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / scale) if scale else math.nan
+
+def trend(values: Sequence[float]) -> float:
+    """Do later blocks have more or less of something? The rank correlation with the block's index,
+    over the blocks 1 to n - 1: block 0 reads the embedding and is unlike all others."""
+    return rank_correlation(range(len(values) - 1), values[1:])
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean of the values that were measured (not nan); nan if there are none."""
+    found = [x for x in values if not math.isnan(x)]
+    return float(np.mean(found)) if found else math.nan
+
 def perplexity_ratios(r: Result, losses: Sequence[float]) -> list[float]:
     """By how much the perplexity grows where the loss is one of these."""
     return [math.exp(min(loss - r["loss"], 700)) for loss in losses]
@@ -226,6 +249,10 @@ def variance(run: Run) -> Questions:
     return {"variance": of_streams, "attn_variance": attn / run.positions,
             "ffn_variance": ffn / run.positions, "variance_growth": growth}
 
+def log_ratio(x: float, y: float) -> float:
+    """ln(x / y); nan where one of them is 0."""
+    return math.log(x / y) if x > 0 and y > 0 else math.nan
+
 def added_variances(r: Result) -> dict[str, Sequence[float]]:
     """The variance of the stream after each block, and of what joined it there."""
     lines = {"stream": r["variance"][1:], "attention adds": r.get("attn_variance"),
@@ -236,7 +263,8 @@ EXPERIMENTS["variance"] = Experiment(
     variance,
     columns=[("variance", lambda r: r["variance"][1:], "of the stream after the block"),
              ("growth", lambda r: r["variance_growth"], "of the variance in the block")],
-    scores={"last var.": lambda r: r["variance"][-1]},
+    scores={"last var.": lambda r: r["variance"][-1],
+            "ln Vn/V1": lambda r: log_ratio(r["variance"][-1], r["variance"][1])},
     figure=lambda results: curves(
         results, added_variances, "Variance of the stream after each block",
         "block (not shown: the embedding's output h_0)", "variance", scale="log"))
@@ -281,7 +309,8 @@ def later_means(C: Sequence[Sequence[float]]) -> list[float]:
 EXPERIMENTS["causal"] = Experiment(
     causal,
     columns=[("causal", lambda r: later_means(r["causal"]), "later updates without it")],
-    scores={"causal": lambda r: r["causal_mean"]},
+    scores={"causal": lambda r: r["causal_mean"],
+            "causal 1+": lambda r: mean_above_diagonal([row[1:] for row in r["causal"][1:]])},
     figure=lambda results: heat(
         results, lambda r: r["causal"], "Causal score: how block l's update changes without block s",
         "later block l", "skipped block s", "change / update", empty=np.tri))
@@ -326,7 +355,8 @@ def swap_means(P: Sequence[Sequence[float]]) -> list[float]:
 EXPERIMENTS["permutation"] = Experiment(
     permutation,
     columns=[("permuted", lambda r: swap_means(r["permutation"]), "loss change of its swaps")],
-    scores={"permuted": lambda r: r["permutation_mean"]},
+    scores={"permuted": lambda r: r["permutation_mean"],
+            "perm. 1+": lambda r: mean_above_diagonal([row[1:] for row in r["permutation"][1:]])},
     figure=lambda results: heat(
         results, lambda r: r["permutation"],
         "Permutation score: how the loss changes when blocks i and j are swapped",
@@ -395,6 +425,10 @@ def affine_map(moments: Tensor) -> Map:
     W = scale[:, None] * (inverse @ (scale[:, None] * cov_xy))
     return W, mean_y - mean_x @ W
 
+def log_ratios(r: Result) -> list[float]:
+    """ln(loss with its best affine map instead / loss) of each block."""
+    return np.log(r["usefulness"]["ratio"]).tolist()
+
 def affine_ratios(r: Result) -> dict[str, Sequence[float]]:
     """The loss ratios with each block's affine map, by what it was fitted to."""
     found = {"in-sample": "usefulness", "held out": "usefulness_heldout"}
@@ -408,7 +442,12 @@ EXPERIMENTS["usefulness"] = Experiment(
               "the same, fitted on other sequences")],
     scores={"useful": lambda r: r["usefulness"]["score"],
             "log ratio": lambda r: r["usefulness"]["mean_log_ratio"],
-            "heldout": lambda r: r["usefulness_heldout"]["mean_log_ratio"]},
+            "heldout": lambda r: r["usefulness_heldout"]["mean_log_ratio"],
+            "useful 1+": lambda r: mean_of(float(x > USEFUL) for x in r["usefulness"]["ratio"][1:]),
+            "ratio 1+": lambda r: mean_of(log_ratios(r)[1:]),
+            "ratio late": lambda r: mean_of(log_ratios(r)[len(log_ratios(r)) // 2:]),
+            "ratio sum": lambda r: float(np.sum(log_ratios(r))),
+            "trend use": lambda r: trend(log_ratios(r))},
     figure=lambda results: lollipops(
         results, affine_ratios, "Loss with an affine map in place of a block",
         "block", "loss with the map / loss", line=USEFUL, line_label=f"useful\nabove {USEFUL}"),
@@ -476,8 +515,7 @@ EXPERIMENTS["released"] = Experiment(
 
 def mean_above_diagonal(C: Sequence[Sequence[float]]) -> float:
     """The mean of C[s, l] over all s < l; nan if there are none."""
-    pairs = [row[l] for s, row in enumerate(C) for l in range(s + 1, len(row))]
-    return float(np.mean(pairs or math.nan))
+    return mean_of(row[l] for s, row in enumerate(C) for l in range(s + 1, len(row)))
 
 # ---- removal -------------------------------------------------------------------------------------
 def removal(run: Run) -> Questions:
@@ -529,7 +567,9 @@ EXPERIMENTS["removal"] = Experiment(
     removal,
     columns=[("removed", lambda r: removed_runs(r).get("run of 1"), "perplexity ratio without it"),
              ("influence", lambda r: r["block_influence"], "1 - cosine of its input and output")],
-    scores={"influence": lambda r: float(np.mean(r["block_influence"]))},
+    scores={"influence": lambda r: float(np.mean(r["block_influence"])),
+            "infl. sum": lambda r: float(np.sum(r["block_influence"])),
+            "trend infl": lambda r: trend(r["block_influence"])},
     figure=lambda results: curves(
         results, removed_runs, "How much the perplexity grows without a block or a run of blocks",
         "block, of a run the first", "growth of the perplexity", scale="percent"))
@@ -580,7 +620,8 @@ EXPERIMENTS["jacobian"] = Experiment(
     jacobian,
     columns=[("|J-I|/d", lambda r: r["jacobian"]["deviation"],
               "its Jacobian's distance from the identity")],
-    scores={"|J-I|/d": lambda r: float(np.mean(r["jacobian"]["deviation"]))},
+    scores={"|J-I|/d": lambda r: float(np.mean(r["jacobian"]["deviation"])),
+            "trend J-I": lambda r: trend(r["jacobian"]["deviation"])},
     figure=lambda results: curves(
         results, lambda r: {"": r["jacobian"]["deviation"]},
         "How far each block's mean Jacobian J is from the identity", "block",
@@ -1528,7 +1569,7 @@ def hatch(ax: Any, missing: np.ndarray) -> None:
 
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
-USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
+USES = {"measure": "only data samples length tokens seed pairs remove sublayers jacobian_samples below tasks out "
                    "device dtype tokenizer spread",
         "drop": "save data samples length tokens seed device dtype tokenizer",
         "sample": "new_tokens temperature top_k seed device dtype tokenizer spread",
@@ -1697,7 +1738,8 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     result: Result = {"run": ran}
     if only:
         progress = make_progress()
-        result |= probe(model, tokens, only, seed=args.seed, progress=progress, **options)
+        result |= probe(model, tokens, only, seed=args.seed, sublayers=args.sublayers, progress=progress,
+                        **options)
         if first:
             print(f"\n{path} on {len(tokens)} x {tokens.size(1)} tokens of {origin}")
             print(block_table(result, len(model.blocks)), "", score_table({label: result}), sep="\n")
@@ -1843,6 +1885,8 @@ def read_arguments() -> tuple[Any, str]:
     add("--seed", type=int, default=0, help="of the choice of sequences and pairs, and of --sample")
     add("--pairs", type=int, default=0, help="permute a sample of so many pairs (default: all)")
     add("--remove", default="", help="lengths of runs to remove (default: 1,2,4,... below n_layer)")
+    add("--sublayers", action=argparse.BooleanOptionalAction, default=True,
+        help="also remove each attention and each FFN alone (default: yes)")
     add("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
     add("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
     add("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
