@@ -1293,11 +1293,9 @@ def advise(args: Any) -> None:
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
-    least = config("ladder_moe", "laptop").expert_hidden
-    check(c.expert_hidden >= least,
-          f"--params {args.params:g}: below the range: with {args.n_layer} blocks it leaves "
-          f"{c.n_experts} experts of width {c.expert_hidden}, and the smallest that was tried "
-          f"(configs/laptop/) is {least}")
+    least = config("ladder_moe", "laptop").n_embd
+    check(c.n_embd >= least, f"--params {args.params:g}: below the range: with {args.n_layer} blocks "
+                             f"it leaves a width of {c.n_embd}; configs/laptop/ has {least}")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
@@ -1314,7 +1312,8 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     head_dim = ladder.n_embd // ladder.n_head
     n_embd = advised_width(ladder, n_layer, params)
     n_head = max(2, 2 * round(n_embd / head_dim / 2))             # even, so that G = 2 divides it
-    n_embd = 8 * n_head * max(1, round(n_embd / n_head / 8))      # heads and experts of whole eights
+    step = math.lcm(8, 2 * n_head)                # RoPE takes even heads, grouped_mm multiples of 8
+    n_embd = step * max(1, round(n_embd / step))
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps
         T //= 2
@@ -1411,8 +1410,11 @@ def read_arguments() -> Any:
     if args.command == "advise":
         check(not args.settings, f"unknown argument {args.settings[:1]}; see --help")
         return args
-    wrong = [word for word in args.settings if not word.startswith("--") or "=" not in word]
-    check(not wrong, f"{wrong[:1]}: settings of train.py are given as --name=value")
+    for word in args.settings:
+        name = word.removeprefix("--").partition("=")[0]
+        check("=" in word and name in DEFAULTS and name not in ("seed", "out_dir"),
+              f"{word}: not an option of `recipe.py {args.command}`, nor a setting of train.py as "
+              "--name=value")
     if args.results is None:
         own = f"configs/{args.scale}/results.jsonl"
         args.results = Path(args.out, args.scale, "results.jsonl") if args.settings else ROOT / own
