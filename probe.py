@@ -71,15 +71,13 @@ class Options:
     seed: int = 0                       # for the random pairs
 
 class Progress:
-    """A line on stderr: where a measurement is, and about how long it will take.
-
-    Work is counted in evaluations of one block on one sequence.
-    """
+    """A line on stderr: where a measurement is, and about how long it will take. Work is counted in
+    evaluations of one block on one sequence."""
     def __init__(self, shown: bool = False, prefix: str = "") -> None:
         self.shown, self.prefix = shown, prefix
         self.begun, self.last = time.perf_counter(), -math.inf
         self.work = self.done = 0.0
-        self.experiment = self.micro_batch = ""
+        self.experiment = ""
 
     def say(self, step: str) -> None:
         """Print the line: five times a second on a terminal, otherwise every half minute."""
@@ -89,7 +87,7 @@ class Progress:
             return
         self.last = now
         left = elapsed * max(self.work - self.done, 0) / max(self.done, 1)
-        line = (f"{self.prefix}{self.experiment}, {step}, {self.micro_batch}, {duration(elapsed)}, "
+        line = (f"{self.prefix}{self.experiment}, {step}, {duration(elapsed)}, "
                 f"about {duration(left)} left")
         print(line.ljust(100), end="\r" if live else "\n", file=sys.stderr, flush=True)
 
@@ -114,7 +112,9 @@ class Pass:
     options: Options
     progress: Progress
     maps: Maps | None = None    # fitted on the whole sample
-    keep: bool = False          # is there enough memory to keep all streams without each block?
+    micro_batch: str = ""       # its number among the micro-batches, for the progress line
+    is_last: bool = True        # is this the last micro-batch?
+    is_small: bool = False      # do all streams of the sample fit into memory?
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -143,19 +143,16 @@ class Pass:
 
     @torch.no_grad()
     def without(self, s: int) -> list[Tensor]:
-        """The streams in the model without block s. Up to h_s they are those of the whole model.
-
-        All are kept if there is memory, otherwise only the last one, for `end_without`.
-        """
+        """The streams in the model without block s. Up to h_s they are those of the whole model."""
         g = self.cache.get(("without", s), [])
         if len(g) < len(self.h):
             g = self.h[:s + 1] + streams_of(self.model.blocks[s + 1:], self.h[s])
             self.progress.done += (len(g) - s - 2) * len(self.idx)
-            self.cache["without", s] = g if self.keep else g[-1:]
+            self.cache["without", s] = g if self.is_small else g[-1:]
         return list(g)
 
     def end_without(self, s: int) -> Tensor:
-        """The last stream without block s, (B, T, d)."""
+        """The last stream without block s, (B, T, d). It is kept when `without` computes it."""
         return (self.cache.get(("without", s)) or self.without(s))[-1]
 
     def jacobian(self, l: int) -> Tensor:
@@ -185,7 +182,7 @@ class Pass:
     def watch(self, items: Sequence[Any], what: str = "block") -> Iterator[Any]:
         """Iterate over the items and report progress."""
         for k, item in enumerate(items, 1):
-            self.progress.say(f"{what} {k} of {len(items)}")
+            self.progress.say(f"{what} {k} of {len(items)}{self.micro_batch}")
             yield item
 
 @torch.no_grad()
@@ -226,15 +223,6 @@ class Column(NamedTuple):
     meaning: str
     errors: Callable[[Result], Sequence[float]] | None = None   # their standard errors
 
-class Size(NamedTuple):
-    """What the work of an experiment depends on."""
-    n: int                      # blocks
-    d: int                      # width
-    later: int                  # blocks behind each block, summed over all blocks
-    head: float                 # the cost of the logits, in blocks
-    few: float                  # share of the sequences in the Jacobian's sample
-    options: Options
-
 class Experiment(NamedTuple):
     """Two functions that measure, and how the result is shown."""
     sums: Callable[[Model, Pass], Sums]                 # of one micro-batch
@@ -242,7 +230,7 @@ class Experiment(NamedTuple):
     columns: Sequence[Column] = ()                      # values for each block
     scores: dict[str, Callable[[Result], float]] = {}   # values for the whole model, by column
     figure: Callable[[Any, dict[str, Result]], None] | None = None     # draws into a subfigure
-    work: Callable[[Size], float] = lambda size: 0      # evaluations of one block on one sequence
+    work: Callable[[int, Options], tuple] = lambda n, options: (0, 0, 0)        # see `work_of`
     fits: bool = False                                  # does it use p.maps?
     round: int = 0                                      # slow experiments run in later rounds
 
@@ -362,7 +350,7 @@ EXPERIMENTS["causal"] = Experiment(
     figure=lambda fig, results: matrices(
         fig, results, lambda r: r["causal"], "Causal score: change of block l's update without block s",
         "later block l", "skipped block s", "change / update", blank=np.tri),
-    work=lambda size: size.later)
+    work=lambda n, options: (n * (n - 1) / 2, 0, 0))
 
 # ---- permutation score ---------------------------------------------------------------------------
 def permutation(model: Model, p: Pass) -> Sums:
@@ -394,6 +382,11 @@ def swapped(blocks: Sequence[Layer], i: int, j: int) -> list[Layer]:
     """The blocks with i < j exchanged."""
     return [*blocks[:i], blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
 
+def swaps(n: int, pairs: int) -> tuple[float, float, float]:
+    """The work: behind the first of two blocks there are 2 n / 3 blocks on average."""
+    pairs = pairs or n * (n - 1) // 2
+    return pairs * 2 * n / 3, pairs, 0
+
 def swap_means(P: Sequence[Sequence[float]]) -> list[float]:
     """The mean of each block's swaps with the other blocks, as far as they were sampled."""
     return [mean([x for j, x in enumerate(row) if j != l]) for l, row in enumerate(P)]
@@ -410,7 +403,7 @@ EXPERIMENTS["permutation"] = Experiment(
         "Permutation score: change of the loss if blocks i and j are swapped",
         "block j", "block i", "change of the loss / loss", blank=np.eye,
         errors=lambda r: r["permutation_stderr"]),
-    work=lambda size: (size.options.pairs or size.later) * (2 * size.n / 3 + size.head),
+    work=lambda n, options: swaps(n, options.pairs),
     round=2)
 
 # ---- usefulness ----------------------------------------------------------------------------------
@@ -539,7 +532,7 @@ EXPERIMENTS["usefulness"] = Experiment(
         fig, results, map_ratios, "Growth of the loss with an affine map in place of a block", "block",
         "growth of the loss", scale="percent", errors=lambda r: map_ratios(r, "ratio_stderr"),
         threshold=USEFUL),
-    work=lambda size: 1.5 * (size.later + size.n * size.head) + size.n,
+    work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
     fits=True)
 
 # ---- the scores as the released scripts compute them ---------------------------------------------
@@ -595,7 +588,7 @@ EXPERIMENTS["released"] = Experiment(
             "rel.useful": lambda r: r["released"]["usefulness"]["score"],
             "rel.ratio": lambda r: r["released"]["usefulness"]["mean_log_ratio"],
             "rel.causal": lambda r: mean(above_diagonal(r["released"]["causal"]))},
-    work=lambda size: 2 * size.later + size.n * size.head + 2 * size.d * size.few,
+    work=lambda n, options: (n * (n - 1), n, n),
     fits=True, round=1)
 
 # ---- removal -------------------------------------------------------------------------------------
@@ -666,10 +659,9 @@ def if_removed(values: Callable[[Result, str], list[float]]) -> Callable[[Result
     """These values of the single blocks, if single blocks were removed."""
     return lambda r: values(r, "1") if "1" in r["removal"] else None
 
-def removal_work(size: Size) -> float:
-    runs = [size.n - length + 1 for length in set(size.options.remove)]
-    work = sum(m * (m - 1) / 2 + m * size.head for m in runs)
-    return work + 2 * (size.later + size.n * (0.5 + size.head)) * size.options.sublayers
+def removal_work(n: int, options: Options) -> tuple[float, float, float]:
+    runs = [n - length + 1 for length in set(options.remove)] + [n, n] * options.sublayers
+    return sum(m * (m - 1) / 2 for m in runs), sum(runs), 0
 
 EXPERIMENTS["removal"] = Experiment(
     removal, removal_score,
@@ -735,7 +727,7 @@ EXPERIMENTS["jacobian"] = Experiment(
         fig, results, lambda r: {"": r["jacobian"]["deviation"]},
         "Distance of each block's mean Jacobian J from the identity", "block",
         r"$\|J - I\|_F\,/\,d$", scale="log"),
-    work=lambda size: 2 * size.d * size.n * size.few,
+    work=lambda n, options: (0, 0, n),
     round=1)
 
 # ---- lens and contribution -----------------------------------------------------------------------
@@ -754,24 +746,22 @@ def lens_score(model: Model, totals: Sums) -> Result:
 def lens_sums(model: Model, streams: list[Tensor], idx: Tensor) -> Tensor:
     """(n + 1, 3), summed over tokens: KL(the model's output || the stream's), the stream's -log p,
     and the share of the model's 5 likeliest tokens among the stream's 5 likeliest."""
-    def log_p(x: Tensor) -> Tensor:
-        return wide(model.logits(x[None]))[0].log_softmax(-1)            # (T, vocab_size)
-
     sums = torch.zeros(len(streams), 3, dtype=finest(idx.device), device=idx.device)
+    k = min(5, model.vocab_size)
     for i, targets in enumerate(idx[:, 1:, None]):       # one sequence at a time: logits are large
-        own = log_p(streams[-1][i])
-        top = own.topk(min(5, own.size(-1))).indices
+        own = log_p(model, streams[-1][i])
+        top = own.topk(k).indices                                        # (T, k)
         for l, stream in enumerate(streams):
-            sums[l] += lens_of(own, top, log_p(stream[i]), targets)
+            q = log_p(model, stream[i])
+            shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum() / k
+            loss = -q[:-1].gather(1, targets).sum()
+            kl = own.exp().mul_(q.neg_().add_(own)).sum()                # p (ln p - ln q), in place
+            sums[l] += torch.stack([kl, loss, shared])
     return sums
 
-def lens_of(own: Tensor, top: Tensor, q: Tensor, targets: Tensor) -> Tensor:
-    """The three values of `lens_sums` for a stream that gives q. q is overwritten."""
-    k = top.size(-1)
-    loss = -q[:-1].gather(1, targets).sum()
-    shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum()
-    kl = own.exp().mul_(q.neg_().add_(own)).sum()                        # of p (ln p - ln q)
-    return torch.stack([kl, loss, shared.to(kl.dtype) / k])
+def log_p(model: Model, x: Tensor) -> Tensor:
+    """The model's log-probabilities (T, vocab_size) for a last stream (T, d)."""
+    return wide(model.logits(x[None]))[0].log_softmax(-1)
 
 EXPERIMENTS["lens"] = Experiment(
     lens, lens_score,
@@ -781,7 +771,7 @@ EXPERIMENTS["lens"] = Experiment(
         fig, results, lambda r: {"": r["lens"]["kl"][1:]},
         "Lens: distance of what the head reads after each block from the model's output",
         "block (the embedding's h_0 is not shown)", "KL divergence (nats)"),
-    work=lambda size: (size.n + 1) * size.head)
+    work=lambda n, options: (0, n + 1, 0))
 
 def contribution(model: Model, p: Pass) -> Sums:
     """How large is what attention and FFN add, and does it point where the stream points?  (after
@@ -870,26 +860,13 @@ class SeenAttention(TorchFunctionMode):
             self.calls.append((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-def attention_probabilities(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-        enable_gqa: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weights that scaled_dot_product_attention, whose arguments these are, puts on the values,
-    and which keys are visible: for one sequence after the other, each (n_head, T, keys)."""
-    for b in range(len(query)):
-        q, k = wide(query[b]), wide(key[b])                               # (heads, T, head_dim)
-        scores = q @ k.repeat_interleave(len(q) // len(k), dim=0).mT * (scale or q.size(-1) ** -0.5)
-        visible = torch.ones_like(scores, dtype=torch.bool)
-        if is_causal:
-            visible = visible.tril()
-        if attn_mask is not None:
-            mask = attn_mask.expand(len(query), *scores.shape)[b]
-            if mask.dtype == torch.bool:
-                visible = mask
-            else:
-                lowest = torch.finfo(mask.dtype).min                      # some models write this for -inf
-                scores, visible = scores + mask, mask > lowest
-        yield scores.masked_fill(~visible, -math.inf).softmax(-1), visible
+def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+                      ) -> Tensor:
+    """The weights of scaled_dot_product_attention, (B, n_head, T, keys): its output if the values
+    are the identity."""
+    identity = torch.eye(key.size(-2), device=key.device, dtype=key.dtype)
+    return F.scaled_dot_product_attention(
+        query, key, identity.expand(*value.shape[:2], -1, -1), *args, **kwargs)
 
 def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
     """How sparse is the attention of a block that makes these calls? (3,), summed over tokens, the
@@ -899,26 +876,29 @@ def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
     90% of the weight; perplexity of the attention / visible keys. The first position sees one key
     and is left out.
     """
-    check(len(calls) > 0,
-          "sparsity: this model's attention does not call torch's scaled_dot_product_attention, so its "
-          "weights cannot be seen: leave sparsity out of --only")
+    check(len(calls) > 0, "sparsity: this model's attention does not call torch's "
+          "scaled_dot_product_attention and cannot be seen: leave sparsity out of --only")
     sums = []
-    for args, kwargs in calls:
-        for p, visible in attention_probabilities(*args, **kwargs):      # one sequence at a time
-            p = p[:, 1:]                                                  # (n_head, T - 1, keys)
-            keys = visible[:, 1:].sum(-1).to(p.dtype)                     # (n_head, T - 1)
-            entropy = torch.special.entr(p).sum(-1)                       # (n_head, T - 1)
-            needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
-            relative = entropy / keys.log().clamp_min(1e-30)              # 0 if one key is visible
-            values = (relative, needed / keys, entropy.exp() / keys)
-            sums.append(torch.stack([value.mean(0).sum() for value in values]))
+    for (query, *args), kwargs in calls:
+        query, *args = (wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
+                        for x in (query, *args))
+        kwargs = {key: wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
+                  for key, x in kwargs.items()}
+        p = attention_weights(query, *args, **kwargs)[:, :, 1:]           # (B, n_head, T - 1, keys)
+        uniform = attention_weights(0 * query, *args, **kwargs)[:, :, 1:]
+        keys = 1 / uniform.amax(-1)                                       # how many are visible
+        entropy = torch.special.entr(p).sum(-1)                           # (B, n_head, T - 1)
+        needed = (p.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1) + 1
+        relative = entropy / keys.log().clamp_min(1e-30)                  # 0 if one key is visible
+        values = (relative, needed / keys, entropy.exp() / keys)
+        sums.append(torch.stack([value.mean(1).sum() for value in values]))
     return torch.stack(sums).to(finest(sums[0].device)).sum(0) / len(calls)
 
 EXPERIMENTS["sparsity"] = Experiment(
     sparsity, sparsity_score,
     columns=[Column("attn.H", lambda r: r["sparsity"]["attention"]["entropy"],
                     "entropy of its attention / entropy of uniform attention")],
-    work=lambda size: size.n)
+    work=lambda n, options: (n, 0, 0))
 
 # ---- the whole measurement -----------------------------------------------------------------------
 # The mean loss is measured every time.
@@ -943,23 +923,30 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     if hasattr(model, "capture"):                   # HFModel: what its layers need for this length
         model.capture(tokens.size(1))
     chosen = {"loss": LOSS} | {name: EXPERIMENTS[name] for name in names}
-    sample = Sample(model, tokens, options, progress or Progress(), list(chosen.values()))
-    maps = None
-    if any(experiment.fits for experiment in chosen.values()):
-        maps = fit_maps(model, sample.passes())
+    progress = progress or Progress()
+    progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), options)
+    n, d = len(model.blocks), model.d
+    is_small = 2 * n * (n + 7) * d * tokens.numel() < KEPT_IN_MEMORY        # bytes of all streams
+    kept = list(passes(model, tokens, options, progress)) if is_small else []
 
+    def each_pass(maps: Maps | None = None) -> Iterator[Pass]:
+        for p in kept or passes(model, tokens, options, progress):
+            p.maps, p.is_small = maps, is_small
+            yield p
+
+    fits = any(experiment.fits for experiment in chosen.values())
+    maps = fit_maps(model, each_pass()) if fits else None
     result = {} if into is None else into
-    seconds = result.setdefault("seconds", {})
+    result["seconds"] = {}
     for which in sorted({experiment.round for experiment in chosen.values()}):
         some = {name: e for name, e in chosen.items() if e.round == which}
-        totals = run_round(model, some, sample.passes(maps), seconds)
-        for name, experiment in some.items():
-            result |= to_json(experiment.score(model, totals[name]))
+        run_round(model, some, each_pass(maps), result)
     return result
 
 def run_round(model: Model, experiments: dict[str, Experiment], passes: Iterable[Pass],
-              seconds: dict[str, float]) -> dict[str, Sums]:
-    """The sums of these experiments over all micro-batches of all ranks."""
+              result: Result) -> None:
+    """Add up the sums of these experiments over all micro-batches of all ranks; put their scores
+    into the result."""
     totals: dict[str, Sums] = {name: {} for name in experiments}
     for p in passes:
         for name, experiment in experiments.items():
@@ -967,44 +954,38 @@ def run_round(model: Model, experiments: dict[str, Experiment], passes: Iterable
             begun = time.perf_counter()
             for key, x in experiment.sums(model, p).items():
                 totals[name][key] = totals[name].get(key, 0) + to_cpu_float64(x)
-            seconds[name] = seconds.get(name, 0) + time.perf_counter() - begun
-    for sums in totals.values():
-        for x in sums.values():
-            add_over_ranks(x)
-    return totals
+            if p.is_last:
+                for x in totals[name].values():
+                    add_over_ranks(x)
+                result |= to_json(experiment.score(model, totals[name]))
+            seconds = time.perf_counter() - begun
+            result["seconds"][name] = result["seconds"].get(name, 0) + seconds
 
-class Sample:
-    """The sequences of this rank, and the passes over them."""
-    def __init__(self, model: Model, tokens: Tensor, options: Options, progress: Progress,
-                 experiments: Sequence[Experiment]) -> None:
-        self.model, self.tokens, self.options, self.progress = model, tokens, options, progress
-        rank, ranks = place_among_ranks()
-        numbers = torch.arange(rank, len(tokens), ranks)                # ranks take turns
-        at_once = TOKENS_AT_ONCE
-        if tokens.device.type != "cpu":         # a narrow model does not fill an H200 (measured)
-            at_once *= max(2, 512 // model.d)
-        self.parts = numbers.split(max(1, at_once // tokens.size(1)))
-        n, d, later = len(model.blocks), model.d, len(model.blocks) * (len(model.blocks) - 1) // 2
-        few = (options.jacobian_samples or len(tokens) / 2) / len(tokens)
-        size = Size(n, d, later, head_cost(model), min(few, 1), options)
-        progress.work = len(numbers) * (n + sum(e.work(size) for e in experiments))
-        streams = 3 * n + later + n             # with what blocks add, and without each block
-        self.keep = 4 * streams * d * tokens.size(1) * len(numbers) < KEPT_IN_MEMORY
-        self.kept: list[Pass] = []
+def rank_sequences(tokens: Tensor) -> Tensor:
+    """The numbers of this rank's sequences: ranks take turns."""
+    rank, ranks = place_among_ranks()
+    return torch.arange(rank, len(tokens), ranks)
 
-    def passes(self, maps: Maps | None = None) -> Iterator[Pass]:
-        """One pass per micro-batch. The streams of a large sample are computed again each time."""
-        for k, part in enumerate(self.parts):
-            self.progress.micro_batch = f"micro-batch {k + 1} of {len(self.parts)}"
-            if k < len(self.kept):
-                p = self.kept[k]
-            else:
-                p = forward(self.model, self.tokens[part], part, len(self.tokens), self.options,
-                            self.progress)
-            if self.keep and k == len(self.kept):
-                self.kept.append(p)
-            p.maps, p.keep = maps, self.keep
-            yield p
+def passes(model: Model, tokens: Tensor, options: Options, progress: Progress) -> Iterator[Pass]:
+    """One pass for each micro-batch of this rank."""
+    at_once = TOKENS_AT_ONCE
+    if tokens.device.type != "cpu":             # a narrow model does not fill an H200 (measured)
+        at_once *= max(2, 512 // model.d)
+    parts = rank_sequences(tokens).split(max(1, at_once // tokens.size(1)))
+    for k, part in enumerate(parts, 1):
+        p = forward(model, tokens[part], part, len(tokens), options, progress)
+        p.micro_batch, p.is_last = f", micro-batch {k} of {len(parts)}", k == len(parts)
+        yield p
+
+def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
+            options: Options) -> float:
+    """The work per sequence, in evaluations of a block. An experiment's `work` are its evaluations
+    of blocks and of losses, and its Jacobians, which take d backward passes each."""
+    n = len(model.blocks)
+    works = [experiment.work(n, options) for experiment in experiments]
+    blocks, losses, jacobians = map(sum, zip(*works))
+    few = min(1, (options.jacobian_samples or len(tokens) / 2) / len(tokens))
+    return 3 * n + blocks + losses * head_cost(model) + 2 * model.d * jacobians * few
 
 def place_among_ranks() -> tuple[int, int]:
     """The number of this process among torchrun's processes, from 0, and how many there are."""
@@ -1184,7 +1165,8 @@ def important_blocks(r: Result, enough: bool) -> str:
     if not most:
         return "No removal raises the perplexity beyond doubt: more --samples would tell."
     prices = [price(growth[l], errors[l]) for l in most]
-    return f"Most is done by {named(most)}: without it, the perplexity is {listed(prices)} times as large."
+    return (f"Most is done by {named(most)}: without {'it' if len(most) == 1 else 'each alone'}, the "
+            f"perplexity is {listed(prices)} times as large.")
 
 def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     """Which block or run of blocks could go, and at what price.
@@ -1201,7 +1183,7 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
         return (f"Cheapest to remove: {named(blocks)}, for {said}. Too uncertain to act on: more "
                 "--samples would tell.")
     if growth > math.log(CHEAP):
-        return f"Nothing is cheap to remove: {named(blocks)} cost least, {said}."
+        return f"Not cheap to remove: the least costly is {named(blocks)}, {said}."
     drop = ",".join(map(str, blocks))
     return (f"Could go: {named(blocks)}, for {said}:  "
             f"python probe.py {path} --drop {drop} --save pruned.pt")
@@ -1307,6 +1289,7 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
     is below two standard errors.
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
     maps = [np.array(values(r), dtype=float) for r in results.values()]
     maps = [np.where(blank(len(a)), math.nan, a) for a in maps]
     high = max(np.nanmax(a, initial=0) for a in maps) or 1.0
@@ -1322,8 +1305,9 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)
-    fig.colorbar(image, ax=list(axes), label=unit, format="%g",
-                 extend="min" if lowest < low else "neither")
+    bar = fig.colorbar(image, ax=list(axes), label=unit, format="%g", ticks=LogLocator(subs=(1, 2, 5)),
+                       extend="min" if lowest < low else "neither")
+    bar.minorticks_off()
 
 def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str) -> None:
     """Values of log.jsonl over training. keys: their names in the figure."""
@@ -1334,7 +1318,7 @@ def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: 
             ax.plot(*np.array(found).reshape(-1, 2).T, label=name if k == 0 else "",
                     color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
                     marker="o" if len(found) < 100 else "", linewidth=1.2 if len(found) < 100 else 0.5)
-    ax.set(xlabel="step", yscale="log" if "variance" in keys else "linear")
+    ax.set(xlabel="step")
     finish(fig, ax, title)
 
 def loss_curve(fig: Any, results: dict[str, Result]) -> None:
@@ -1351,9 +1335,9 @@ def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     panels = [EXPERIMENTS[name].figure for name in names if name not in wide]
     if len(names) > 1 and all(r.get("log") for r in results.values()):
         panels += [loss_curve, variance_curve]
-    rows = [panels[i:i + 2] for i in range(0, len(panels), 2)]
+    across = min(3, max(len(panels), 1 + len(wide)))
+    rows = [panels[i:i + across] for i in range(0, len(panels), across)]
     rows += [[EXPERIMENTS[name].figure] for name in wide]
-    across = max(map(len, rows))
     heading = [textwrap.fill(line, 55 * across + 10) for line in headings(results)]
     fig = Figure((4.2 * across, 2.9 * len(rows) + 0.15 * len(heading) + 0.3), layout="constrained")
     if len(results) > 1:
@@ -1362,7 +1346,8 @@ def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     else:
         fig.suptitle(heading[0], fontsize=8)
     for strip, row in zip(fig.subfigures(len(rows), 1, squeeze=False)[:, 0], rows):
-        for place, panel in zip(strip.subfigures(1, len(row), squeeze=False)[0], row):
+        places = strip.subfigures(1, across if row[0] in panels else 1, squeeze=False)[0]
+        for place, panel in zip(places, row):
             panel(place, results)
     return fig
 
@@ -1829,7 +1814,7 @@ def home_of(path: Path) -> Path:
     """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face."""
     if path.is_file():
         return path.parent if path.name == "ckpt.pt" else path.with_suffix("")
-    return Path("out", name_of(path.resolve() if path.exists() else path))
+    return Path("out", name_of(path))
 
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
     """The label of a model among the others, and the folder of its results."""
