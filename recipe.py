@@ -4,7 +4,6 @@
     python recipe.py run ladder --scale paper --dry-run  # what would run at the paper's size
     python recipe.py report                              # tables and figures of results.jsonl
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
-    python recipe.py diagnose out/gqa_deep               # does it use its depth? what would help?
     python recipe.py plot out/gqa_deep out/dense         # the course of their training
 
 A member of a family is a file of configs/laptop/ or configs/paper/, perhaps with a setting changed,
@@ -39,8 +38,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import UserError, check
-from probe import (EXPERIMENTS, USEFUL, home_of, make_folder, remarks, save_figure, score_names,
-                   score_table, scores)
+from probe import EXPERIMENTS, make_folder, save_figure, score_names, scores
 from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -1233,93 +1231,6 @@ def assignments(c: TrainConfig) -> list[str]:
     values = {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != f.default}
     return [f"{name} = {value!r}" for name, value in values.items()]
 
-# ---- the rule of thumb: what would help a run ----------------------------------------------------
-IDLE = 0.02      # a block with a cosine above 0.98 between its input and its output: our choice
-# What probe.py's table says of each block in a result, by column.
-OF_BLOCKS = {name: values for experiment in EXPERIMENTS.values()
-             for name, values, _ in experiment.columns}
-
-def diagnose(path: Path) -> str:
-    """Does a run use its depth, what could go, what next? From settings, log.jsonl, probe.json."""
-    ckpt = path / "ckpt.pt" if (path / "ckpt.pt").exists() else path
-    home = home_of(ckpt)
-    settings = load_checkpoint(ckpt)["settings"]
-    check((home / "probe.json").exists(), f"{path} is not probed yet: python probe.py {ckpt}")
-    try:
-        result = read_probe(ckpt, home)
-        absent = [name for name in ("variance", "usefulness", "removal") if name not in result]
-        same_tokens = [f"--{name} {result['run'][name]}" for name in ("samples", "length")
-                       if name in result["run"]]
-        check(not absent, f"{home}: {', '.join(absent)} not measured yet: python probe.py {ckpt} "
-                          f"--only {','.join(absent)} {' '.join(same_tokens)}")
-        found = symptoms(result, read_log(home), ckpt)
-        return "\n".join([f"{path}: {found[0]}", *found[1:], *remedies(result, settings)])
-    except DAMAGED as e:
-        raise UserError(
-            f"{home}: probe.json is old or in part, or it or log.jsonl is damaged ({e}): "
-            f"python probe.py {ckpt}; a damaged log.jsonl must go") from e
-
-def symptoms(result: dict[str, Any], log: Sequence[dict[str, Any]], ckpt: Path) -> list[str]:
-    """How a model uses its depth, a line each."""
-    ratios = OF_BLOCKS["affine"](result)
-    useful = [str(l) for l, ratio in enumerate(ratios) if ratio > USEFUL]
-    lines = [f"{len(useful)} of {len(ratios)} blocks are useful: {', '.join(useful) or 'none'}",
-             score_table({"": result}), *remarks(result, str(ckpt))]
-
-    variance = OF_BLOCKS["variance"](result)
-    first, last = variance[0], variance[-1]
-    line = (f"variance x{last / max(first, 1e-38):.1f} from the first block to the last, "
-            f"{first:.3g} to {last:.3g}")
-    curve = variance_curve(log)
-    if curve:
-        step, peak = max(curve, key=lambda point: (point[1], point[0]))
-        line += f"; over training the last peaked at {peak:.3g}, step {step}"
-    lines.append(line)
-
-    idle = [str(l) for l, x in enumerate(OF_BLOCKS["influence"](result)) if x < IDLE]
-    lines.append(f"near the identity (influence below {IDLE}): {', '.join(idle) or 'no block'}")
-    return lines
-
-def remedies(result: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """The steps of the paper's ladder that a run has not taken, in the order to try them in."""
-    if scores(result)["useful"] >= 0.9:
-        return ["next: its depth is used"]
-    goals = {name: goal for name in LADDER if (goal := goal_of(name, settings)) is not None}
-    if not goals:
-        return ["next: every step of the recipe is taken"]
-    knobs = list(goals)
-    variance = OF_BLOCKS["variance"](result)
-    if "weight_decay" in knobs and variance[-1] >= 10 * variance[0]:
-        knobs.remove("weight_decay")         # it acts on the variance itself: before all others
-        knobs.insert(0, "weight_decay")
-    first, *others = knobs
-    return [f"next in the paper's ladder: {first} {goals[first]:.3g}, here {settings.get(first)}; "
-            f"in the paper {LADDER[first]}",
-            f"then: {', '.join(f'{name} {goals[name]:.3g}' for name in others) or 'nothing'}"]
-
-def goal_of(name: str, settings: dict[str, Any]) -> float | None:
-    """Where the ladder's step that turns the setting `name` leads a run; None: it has taken it.
-
-    The ladder is that of configs/laptop/ or configs/paper/, whichever is nearer in width.
-    """
-    def distance(scale: str) -> float:
-        return abs(math.log(config("ladder_moe", scale).n_embd / settings["n_embd"]))
-    ladder = config("ladder_moe", min(("laptop", "paper"), key=distance))
-    if name == "n_kv_head":                  # G = 2, or the next that divides the heads
-        fewer = [n for n in range(1, settings["n_head"]) if settings["n_head"] % n == 0]
-        return fewer[-1] if settings["n_kv_head"] == settings["n_head"] and fewer else None
-    if name == "n_experts":
-        return None if settings["n_experts"] else ladder.n_experts
-    if name == "block_size":
-        return None if settings["block_size"] >= ladder.block_size else ladder.block_size
-    goal = ladder.weight_decay
-    if settings.get("learning_rate") and settings.get("max_steps"):
-        # What counts is rate x decay x steps.
-        decayed = ladder.learning_rate * ladder.weight_decay * ladder.max_steps
-        most = config("ladder_decay_1", "paper").weight_decay     # of a short run it would be huge
-        goal = min(most, decayed / settings["learning_rate"] / settings["max_steps"])
-    return None if settings.get("weight_decay", 0) > 0.95 * goal else goal
-
 # ---- the command line ----------------------------------------------------------------------------
 def read_arguments() -> Any:
     """The command line; `settings` are those of train.py behind `run`."""
@@ -1352,9 +1263,6 @@ def read_arguments() -> Any:
     add("--tokens", type=float, required=True, help="to train on")
     add("--gpus", type=int, default=8, help="to train with (default 8)")
     add("--out", help="config file to write")
-
-    add = commands.add_parser("diagnose", help="does a run use its depth?").add_argument
-    add("paths", nargs="+", type=Path, help="folders of runs, or checkpoints")
 
     add = commands.add_parser("plot", help="the course of one or several runs").add_argument
     add("paths", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
@@ -1400,11 +1308,8 @@ def main() -> None:
         report(args, list(FAMILIES))
     elif args.command == "advise":
         advise(args)
-    elif args.command == "plot":
-        plot(args)
     else:
-        for k, path in enumerate(args.paths):
-            print("\n" * (k > 0) + diagnose(path), flush=True)
+        plot(args)
 
 if __name__ == "__main__":
     run(main)
