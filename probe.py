@@ -258,12 +258,20 @@ def mean(values: Any) -> float:
     return float(values.mean()) if values.size else math.nan
 
 def trend(values: Sequence[float]) -> float:
-    """Do later blocks have more or less of something? Spearman's rank correlation with the block's
-    index over blocks 1 to n - 1; nan if the values do not vary. Equal values share the mean of their
-    ranks. Block 0 is left out: it reads the embedding and is unlike the others."""
-    _, which, count = np.unique(values[1:], return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[which]
-    return float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1]) if len(count) > 1 else math.nan
+    """Do later blocks have more or less of something? The rank correlation with the block's index
+    over blocks 1 to n - 1. Block 0 is left out: it reads the embedding and is unlike the others."""
+    return rank_correlation(range(len(values) - 1), values[1:])
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks. nan if x or y does not
+    vary."""
+    ranks = []
+    for values in (x, y):
+        _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+        if len(count) < 2:
+            return math.nan
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[which])
+    return float(np.corrcoef(*ranks)[0, 1])
 
 def number(x: float | None) -> float:
     """A number of probe.json, where null stands for nan."""

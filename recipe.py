@@ -1,49 +1,141 @@
-"""The paper's experiments, run and put beside its numbers; and its rule of thumb for your model.
+"""The paper's experiments, run and put beside its numbers; and its recipe at your size.
 
-    python recipe.py run depth --seeds 2                 # train and probe a family; resumable
+    python recipe.py run depth --seeds 2                 # train, probe and record a family; resumable
     python recipe.py run ladder --scale paper --dry-run  # what would run at the paper's size
-    python recipe.py report                              # tables and figures of results.jsonl
+    python recipe.py report                              # every table and figure, from results.jsonl
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
-    python recipe.py plot out/gqa_deep out/dense         # the course of their training
 
-A member of a family is a file of configs/laptop/ or configs/paper/, perhaps with a setting changed,
-as in "gqa_16,norm=lns". Members with equal settings are one run. Settings of train.py at the end of
-`run` or `report` change all members.
-
-What a run came to is a line of configs/SCALE/results.jsonl, which git keeps: a run whose line is
-there is done, also on a machine that has none of its files. With settings of your own the lines go
-to OUT/SCALE/results.jsonl instead; --results FILE is another file.
+A member of a family is a config of configs/laptop/ or configs/paper/, perhaps with settings changed,
+as in "gqa_16,norm=lns". Members with equal settings are one run. A finished run is one line of
+configs/SCALE/results.jsonl, and a run that has its line is not repeated. Settings of train.py at the
+end of `run` or `report` change all members; the lines then go to OUT/SCALE/results.jsonl.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import re
 import platform
 import signal
 import statistics
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from data import Parser, load_checkpoint, run
-from model import UserError, check
-from probe import EXPERIMENTS, make_folder, save_figure, score_names, scores
-from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
+from data import Corpus, Parser, load_checkpoint, run, save_checkpoint
+from model import check
+from probe import EXPERIMENTS, make_folder, rank_correlation, save_figure, scores
+from train import PEAK, TrainConfig, bare, load_settings, plan, vocabulary
 
 ROOT = Path(__file__).parent
 
 # ---- the families --------------------------------------------------------------------------------
+# The members of each family and what a table calls them. {L}, {T}, ... are settings, see `knobs`. A +
+# is a knob turned on top of an earlier row; an "or" is another value of the row above.
+FAMILIES = {
+    "depth": {"depth_12": "L {L}", "depth_16": "L {L}", "depth_24": "L {L}", "depth_32": "L {L}"},
+    "init": {"depth_16,init_std=0.02": "L {L}, init 0.02",
+             "depth_16,init_std=0.057": "L {L}, init 0.057",
+             "depth_16": "L {L}, init 0.113",
+             "depth_16,embed_init_std=0.02": "L {L}, init 0.113, embedding 0.02",
+             "depth_16,scaled_init=true": "L {L}, init 0.113, scaled",
+             "depth_32,init_std=0.02": "L {L}, init 0.02",
+             "depth_32,init_std=0.057": "L {L}, init 0.057",
+             "depth_32": "L {L}, init 0.113",
+             "depth_32,embed_init_std=0.02": "L {L}, init 0.113, embedding 0.02",
+             "depth_32,scaled_init=true": "L {L}, init 0.113, scaled",
+             "moe_1b": "64 experts, top 8",
+             "moe_1b,n_experts=16,top_k=2,expert_hidden=128": "16 experts, top 2"},
+    "weight_decay": {"weight_decay_0": "decay {decay}", "weight_decay_0_01": "decay {decay}",
+                     "weight_decay_0_1": "decay {decay}", "weight_decay_1": "decay {decay}",
+                     "weight_decay_3": "decay {decay}"},
+    "gqa": {"gqa_1": "G {G}", "gqa_4": "G {G}", "gqa_16": "G {G}"},
+    "moe": {"dense_400m": "d {d}", "moe_400m": "+ experts {experts}",
+            "dense_1b": "d {d}", "moe_1b": "+ experts {experts}"},
+    "ladder": {"ladder_16": "L {L}", "ladder_32": "L {L}",
+               "ladder_t4096": "+ T {T}", "ladder_t8192": "or T {T}",
+               "ladder_decay_0_3": "+ decay {decay}", "ladder_decay_0_6": "or decay {decay}",
+               "ladder_decay_1": "or decay {decay}",
+               "ladder_g2": "+ G {G}", "ladder_moe": "+ experts {experts}"},
+    "context": {"context_256": "T {T}", "context_512": "T {T}", "context_1024": "T {T}",
+                "context_2048": "T {T}", "context_4096": "T {T}", "context_8192": "T {T}"},
+    "norms": {"dense_1b": "norm pre", "dense_1b,norm=lns": "norm lns", "dense_1b,norm=peri": "norm peri",
+              "gqa_16": "norm pre, GQA", "gqa_16,norm=lns": "norm lns, GQA",
+              "gqa_16,norm=peri": "norm peri, GQA",
+              "moe_1b": "norm pre, MoE", "moe_1b,norm=lns": "norm lns, MoE",
+              "moe_1b,norm=peri": "norm peri, MoE"},
+    "width": {"depth_16": "L {L}, d {d}", "depth_32": "L {L}, d {d}"},
+    "long": {"depth_16": "L {L}, {steps} steps", "depth_32": "L {L}, {steps} steps"},
+    "rates": {},
+}
+for depth in ("depth_16", "depth_32"):
+    # The same rate / init_std as at width 64: the two numbers that should carry over to any width.
+    wide = f"{depth},n_embd=128,init_std=0.08,learning_rate=0.00212"
+    FAMILIES["width"][wide] = "L {L}, d {d}"
+    FAMILIES["long"][f"{depth},max_steps=8000"] = "L {L}, {steps} steps"
+    for std in (0.02, 0.113):
+        for rate in (5e-4, 1e-3, 3e-3, 9e-3):
+            member = f"{depth},init_std={std},learning_rate={rate:g}"
+            FAMILIES["rates"][member] = f"L {{L}}, init {std}, rate {rate:g}"
+
+# Seed 0 is the pilot and enters no verdict. Seed 100 chose the learning rate and serves nothing else.
+SEEDS = {"depth": (1, 2, 3, 4, 5), "init": (1, 2, 3), "weight_decay": (1, 2, 3, 4, 5),
+         "gqa": (1, 2, 3, 4, 5), "moe": (1, 2, 3, 4, 5), "ladder": (1, 2, 3),
+         "context": (1, 2, 3, 4, 5), "norms": (1, 2, 3), "width": (1, 2, 3), "long": (1, 2, 3),
+         "rates": (100,)}
+END_TO_END = ("ladder_32", "ladder_moe")         # the recipe against its baseline: five seeds
+
+# The member that each member is compared with, seed by seed.
+BASELINES = {"depth": "depth_16", "weight_decay": "weight_decay_0_1", "context": "context_2048",
+             "gqa": "gqa_1", "moe": "dense_1b", "ladder": "ladder_32", "norms": "dense_1b",
+             "init": "depth_16", "width": "depth_16", "long": "depth_16", "rates": ""}
+OTHER_BASELINES = {
+    ("moe", "moe_400m"): "dense_400m", ("moe", "dense_400m"): "dense_400m",
+    ("ladder", "ladder_decay_0_3"): "ladder_t4096", ("ladder", "ladder_decay_0_6"): "ladder_t4096",
+    ("ladder", "ladder_decay_1"): "ladder_t4096", ("ladder", "ladder_g2"): "ladder_decay_0_3",
+    ("ladder", "ladder_moe"): "ladder_g2",
+    ("init", "moe_1b"): "moe_1b", ("norms", "gqa_16"): "dense_1b", ("norms", "moe_1b"): "dense_1b"}
+for member in FAMILIES["init"]:
+    if member.startswith("depth_32"):
+        OTHER_BASELINES["init", member] = "depth_32"
+    if member.startswith("moe_1b"):
+        OTHER_BASELINES["init", member] = "moe_1b"
+for norm in ("lns", "peri"):                     # a cure on top of a norm: against that norm alone
+    for cure in ("gqa_16", "moe_1b"):
+        OTHER_BASELINES["norms", f"{cure},norm={norm}"] = f"dense_1b,norm={norm}"
+for family in ("width", "long"):                 # deep against shallow, at that width or length
+    shallow, deep = [member for member in FAMILIES[family] if "," in member]
+    OTHER_BASELINES[family, deep] = shallow
+    OTHER_BASELINES[family, shallow] = shallow
+
+def baseline(family: str, member: str) -> str:
+    """The member that this one is compared with."""
+    return OTHER_BASELINES.get((family, member), BASELINES[family])
+
+def seeds_of(family: str, member: str) -> tuple[int, ...]:
+    """The seeds of a member that enter its family's numbers."""
+    return SEEDS["depth"] if family == "ladder" and member in END_TO_END else SEEDS[family]
+
+def arguments(member: str, scale: str) -> list[str]:
+    """What train.py is told about a member: its config, and the settings behind a comma."""
+    name, *changes = member.split(",")
+    return [str(ROOT / "configs" / scale / f"{name}.py"), *(f"--{change}" for change in changes)]
+
+@cache
+def config(member: str, scale: str, settings: tuple[str, ...] = ()) -> TrainConfig:
+    """The settings of a member, with these of the command line; out_dir is the same for all."""
+    return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
+
 def knobs(c: TrainConfig) -> dict[str, str]:
     """What members of a family differ in, as a table shows it."""
     return {"L": f"{c.n_layer}",                       # blocks
@@ -52,85 +144,20 @@ def knobs(c: TrainConfig) -> dict[str, str]:
             "decay": f"{c.weight_decay:g}",
             "G": f"{c.n_head // c.n_kv_head}",         # query heads per key/value head
             "experts": f"{c.n_experts}, top {c.top_k}",
-            "norm": c.norm}
+            "steps": f"{c.max_steps}"}
 
-# The members of each family in the paper's order, and the knob that makes a member what it is; its
-# value comes from the config, see `label`. A + is a knob turned on top of an earlier row, the one
-# from which the member's config starts; an "or" is another value of the row above.
-FAMILIES = {
-    "depth": {"depth_12": "L {L}",
-              "depth_16": "L {L}",
-              "depth_24": "L {L}",
-              "depth_32": "L {L}"},
-    "weight_decay": {"weight_decay_0": "decay {decay}",
-                     "weight_decay_0_01": "decay {decay}",
-                     "weight_decay_0_1": "decay {decay}",
-                     "weight_decay_1": "decay {decay}",
-                     "weight_decay_3": "decay {decay}"},
-    "context": {"context_256": "T {T}",
-                "context_512": "T {T}",
-                "context_1024": "T {T}",
-                "context_2048": "T {T}",
-                "context_4096": "T {T}",
-                "context_8192": "T {T}"},
-    "gqa": {"gqa_1": "G {G}",
-            "gqa_4": "G {G}",
-            "gqa_16": "G {G}"},
-    "moe": {"dense_400m": "d {d}",
-            "moe_400m": "+ experts {experts}",
-            "dense_1b": "d {d}",
-            "moe_1b": "+ experts {experts}"},
-    "ladder": {"ladder_16": "L {L}",
-               "ladder_32": "L {L}",
-               "ladder_t4096": "+ T {T}",
-               "ladder_t8192": "or T {T}",
-               "ladder_decay_0_3": "+ decay {decay}",
-               "ladder_decay_0_6": "or decay {decay}",
-               "ladder_decay_1": "or decay {decay}",
-               "ladder_g2": "+ G {G}",
-               "ladder_moe": "+ experts {experts}"},
-    "norms": {},
-}
-# Not in the paper: does each cure still help on top of LayerNorm Scaling or Peri-LN?
-CURES = {"dense_1b": "norm {norm}",
-         "weight_decay_0": "norm {norm}, decay {decay}",
-         "context_4096": "norm {norm}, T {T}",
-         "gqa_16": "norm {norm}, G {G}",
-         "moe_1b": "norm {norm}, experts {experts}"}
-# What the members are compared with, seed by seed: the baseline of their family, or another member.
-BASELINES = {"depth": "depth_16", "weight_decay": "weight_decay_0_1", "context": "context_2048",
-             "gqa": "gqa_1", "moe": "dense_1b", "ladder": "ladder_32", "norms": "dense_1b"}
-OTHER_BASELINES = {"moe_400m": "dense_400m", "dense_400m": "dense_400m",      # with none
-                   "ladder_decay_0_3": "ladder_t4096", "ladder_decay_0_6": "ladder_t4096",
-                   "ladder_decay_1": "ladder_t4096", "ladder_g2": "ladder_decay_0_3",
-                   "ladder_moe": "ladder_g2"}
-for cure, its_knobs in CURES.items():
-    for change in ("", ",norm=lns", ",norm=peri"):
-        FAMILIES["norms"][cure + change] = its_knobs
-        if change and cure != "dense_1b":
-            OTHER_BASELINES[cure + change] = "dense_1b" + change
-
-def arguments(member: str, scale: str) -> list[str]:
-    """What train.py is told about a member: its config, and the settings changed after a comma."""
-    name, *changes = member.split(",")
-    return [str(ROOT / "configs" / scale / f"{name}.py"), *(f"--{change}" for change in changes)]
-
-def config(member: str, scale: str, settings: Sequence[str] = ()) -> TrainConfig:
-    """The settings of a member, with these of the command line; out_dir is the same for all."""
-    return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
-
-@cache
 def label(family: str, member: str, scale: str) -> str:
-    """What makes a member: its knob, and what the value stands for, as in "L 16 (paper: 32)"."""
-    here = knobs(config(member, scale))
-    paper = knobs(config(member, "paper"))
-    shown = {}
-    for knob, value in here.items():
-        shown[knob] = value if value == paper[knob] else f"{value} (paper: {paper[knob]})"
+    """What a table calls a member, and what its value stands for, as in "L 16 (paper: 32)"."""
+    here, paper = knobs(config(member, scale)), knobs(config(member, "paper"))
+    if family in ("width", "long"):                    # the paper has no such runs
+        paper = here
+    shown = {knob: value if value == paper[knob] else f"{value} (paper: {paper[knob]})"
+             for knob, value in here.items()}
     return FAMILIES[family][member].format(**shown)
 
-def folders(out: str | Path, scale: str) -> dict[str, Path]:
-    """Where each member's runs are: in the folder of the first member with the same settings."""
+@cache
+def folders(out: str, scale: str) -> dict[str, Path]:
+    """The folder of each member's runs: that of the first member with the same settings."""
     of_settings: dict[str, Path] = {}
     of_member = {}
     for members in FAMILIES.values():
@@ -141,28 +168,27 @@ def folders(out: str | Path, scale: str) -> dict[str, Path]:
 
 Numbers = dict[str, dict[str, dict[str, float]]]        # by family, member and column
 
-def read_reported() -> tuple[list[str], Numbers]:
-    """configs/paper/reported.txt: its columns of numbers, and what it says; - is not known."""
-    header, *rows = (ROOT / "configs/paper/reported.txt").read_text().splitlines()
+def read_reported() -> Numbers:
+    """What the paper reports: configs/paper/reported.txt, where - is not known."""
+    header, *rows = (ROOT / "configs/paper/reported.txt").read_text("utf-8").splitlines()
     columns = header.split()[2:]
-    numbers: Numbers = {}
-    for family, members in FAMILIES.items():
-        numbers[family] = {member: {} for member in members}
+    numbers: Numbers = {family: {member: {} for member in members}
+                        for family, members in FAMILIES.items()}
     for row in rows:
         family, member, *cells = row.split()
-        for column, x in zip(columns, cells, strict=True):
-            if x != "-":
-                numbers[family][member][column] = float(x)
-    return columns, numbers
+        found = {column: float(x) for column, x in zip(columns, cells, strict=True) if x != "-"}
+        numbers[family][member] = found
+    return numbers
 
-PAPER_COLUMNS, PAPER = read_reported()
+PAPER = read_reported()
 
 # ---- running -------------------------------------------------------------------------------------
-# By default: all that has a score, and how sparse the model is.
-MEASURED = ",".join(name for name in EXPERIMENTS
-                    if EXPERIMENTS[name].scores or name == "sparsity")
-# Of `run all`, to save time: they have 17 members that are in no other family.
-MOST_SEEDS = {"ladder": 3, "norms": 3}
+# What is measured of a trained model; and before the first step and at common lengths.
+MEASURED = ",".join(name for name in EXPERIMENTS if EXPERIMENTS[name].scores or name == "sparsity")
+BRIEFLY = "variance,causal,permutation,usefulness,removal,jacobian"
+TOKENS = 8192               # that a laptop model is probed on, whatever its context
+# A model is also probed at these lengths, where all contexts see the same tokens at the same places.
+COMMON_LENGTHS = {16: 512, 64: 128}              # tokens per sequence: sequences
 
 class Job(NamedTuple):
     """A run of one member with one seed, and its folder."""
@@ -170,972 +196,1068 @@ class Job(NamedTuple):
     seed: int
     out: Path
 
-Work = dict[Job, dict[str, list[str]]]        # of each job the commands it still needs, by stage
-
 def run_family(args: Any) -> None:
-    """Train, probe and record what is not yet; a run that fails does not stop the others."""
+    """Train, probe and record what has no row yet; a run that fails does not stop the others."""
     families = list(FAMILIES) if args.family == "all" else [args.family]
-    rows, _ = read_rows(args.results)
-    work = {}
-    for job in jobs_of(families, args):
-        c = load_settings(training(job, args))[0]
-        work[job] = commands(job, args, find_row(rows, c, job.seed))
+    rows = read_rows(args.results)
+    jobs = [job for job in jobs_of(families, args) if not recorded(job, rows, args)]
     if args.dry_run:
-        print_costs(work, args)
+        print_costs(jobs, args)
         return
-    failed = [str(job.out) for job in run_all(work, args)]
-    report(args, families)
-    check(not failed, f"{len(failed)} of {len(work)} runs failed: {', '.join(failed)}; "
+    failed = [str(job.out) for job in run_all(jobs, args)]
+    check(not failed, f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; "
           "the same command tries again")
+    print(f"all runs of {args.family} are recorded in {args.results}: python recipe.py report")
 
 def jobs_of(families: Sequence[str], args: Any) -> list[Job]:
-    """A job for each member and seed, all of seed 0 first; those with equal settings share one."""
+    """A job for each member and seed, family by family; members with equal settings share one."""
     folder = folders(args.out, args.scale)
     jobs: dict[Path, Job] = {}
-    for seed in range(args.seeds):
-        for family in families:
-            if len(families) > 1 and seed >= MOST_SEEDS.get(family, args.seeds):
-                continue
+    for family in families:
+        for k in range(min(args.seeds, 5)):
             for member in FAMILIES[family]:
-                out = folder[member] / f"seed_{seed}"
-                jobs.setdefault(out, Job(member, seed, out))
+                for seed in seeds_of(family, member)[k:k + 1]:
+                    out = folder[member] / f"seed_{seed}"
+                    jobs.setdefault(out, Job(member, seed, out))
     return list(jobs.values())
+
+def recorded(job: Job, rows: Sequence[Row], args: Any) -> bool:
+    """Is there a row of this run? With --here only one from this kind of processor counts."""
+    c = config(job.member, args.scale, tuple(args.settings))
+    return any(row["seed"] == job.seed and not differing(c, row["settings"])
+               and (not args.here or row["processor"] == processor()) for row in rows)
 
 def training(job: Job, args: Any) -> list[str]:
     """What train.py is told of a job."""
-    of_member = arguments(job.member, args.scale)
-    return [*of_member, *args.settings, f"--seed={job.seed}", f"--out_dir={job.out}"]
+    return [*arguments(job.member, args.scale), *args.settings,
+            f"--seed={job.seed}", f"--out_dir={job.out}"]
 
-def commands(job: Job, args: Any, row: Row | None = None) -> dict[str, list[str]]:
-    """The commands that a job still needs, by stage: train, probe, record, the last of which is
-    none. row: what is recorded of it."""
-    wanted, recorded = args.only.split(","), row or {"experiments": [], "tasks": []}
-    if row and set(wanted) <= set(row["experiments"]) and set(args.tasks) <= set(row["tasks"]):
-        return {}
-    c = load_settings(training(job, args))[0]
-    saved = read_checkpoint(job.out)
-    another = bool(differing(c, saved.get("settings", {})))        # train.py puts that aside
-    todo, probed = {}, {}
-    if another or saved.get("step") != c.max_steps:
-        todo["train"] = train_command(job, args, resume=not another)
-    else:
-        with contextlib.suppress(*DAMAGED):
-            told = read_probe(job.out / "ckpt.pt", job.out)["run"]
-            if "weights" in told:                # else it is too old for probe.py to add to
-                probed = told
-
-    # A row is written whole; probe.json keeps what it holds.
-    wanted = union(recorded["experiments"], wanted)
-    experiments = [name for name in wanted if name not in probed.get("experiments", [])]
-    tasks = union(probed.get("tasks", []), union(recorded["tasks"], args.tasks))
-    if tasks == probed.get("tasks", []):
-        tasks = []                               # nothing new; else probe.py scores all of them
-    if experiments or tasks:
-        todo["probe"] = probe_command(job, args, c.block_size, experiments, tasks)
-    return todo | {"record": []}
-
-def union(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """Those of a, and those of b that are not in a, in order."""
-    return list(dict.fromkeys([*a, *b]))
-
-def train_command(job: Job, args: Any, resume: bool) -> list[str]:
-    """The command that trains: on every GPU, if there are several."""
+def train_command(job: Job, args: Any) -> list[str]:
+    """The command that trains, on every GPU if there are several; it resumes what was begun."""
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
-    command += [str(ROOT / "train.py"), *training(job, args)]
-    command.append("--resume" if resume else "--overwrite")
-    return command
+    return [*command, str(ROOT / "train.py"), *training(job, args), "--resume"]
 
-def probe_command(job: Job, args: Any, T: int, experiments: Sequence[str],
-                  tasks: Sequence[str]) -> list[str]:
-    """The command that measures a trained model of context T."""
-    samples = 100
-    if args.scale == "laptop":
-        samples = max(2, 8192 // T)         # 8,192 tokens whatever T is: 64 sequences of 128
-    command = [sys.executable, str(ROOT / "probe.py"), str(job.out / "ckpt.pt")]
-    if experiments:                         # tasks alone take no samples
-        command.append(f"--samples={samples}")
-    command.append("--only=" + ",".join([*experiments, "tasks"] if tasks else experiments))
-    if tasks:
-        command += ["--tasks", *tasks]
-    return command
+def probe_commands(job: Job, args: Any) -> list[list[str]]:
+    """The commands that measure a run: trained, at step 0, and at the common lengths."""
+    T = config(job.member, args.scale, tuple(args.settings)).block_size
+    samples = max(2, TOKENS // T) if args.scale == "laptop" else 100
 
-def print_costs(work: Work, args: Any) -> None:
-    """A line per job, what it is and what its training takes; and the hours of all."""
-    if args.scale == "paper":
-        machine = "8 H100 at 40% MFU"
-        rate = 8 * PEAK["H100"] * 0.4                                     # FLOP/s
-    else:
-        machine = "this machine"
-        rate = peak_flops(torch.device("cpu"), torch.float32) / 3         # measured: about a third
-    total = 0.0
-    for job, todo in work.items():
-        c = load_settings(training(job, args))[0]
-        model = bare(replace(c, vocab_size=vocabulary(c)))
-        active = model.count_parameters()["active"]
-        tokens = c.max_steps * c.tokens_per_step
-        flops = model.flops_per_token() * tokens
-        hours = flops / rate / 3600 if "train" in todo else 0.0
-        total += hours
-        print(f"{job.out}: {active:,} active parameters, {tokens:,} tokens, {flops:.2g} FLOPs, "
-              f"{hours:.2f} h; to do: {', '.join(todo) or 'nothing'}")
-    print(f"{total:.1f} h of training on {machine}, one run at a time; "
-          "probing takes a quarter as long, tasks come on top")
+    def command(ckpt: Path, only: str, samples: int, T: int, out: Path) -> list[str]:
+        return [sys.executable, str(ROOT / "probe.py"), str(ckpt), f"--only={only}", "--remove=1",
+                "--no-sublayers", f"--samples={samples}", f"--length={min(T, 512)}", f"--out={out}"]
 
-def run_all(work: Work, args: Any) -> list[Job]:
+    ckpt = job.out / "ckpt.pt"
+    trained = command(ckpt, args.only, samples, T, job.out)
+    if args.tasks:
+        trained[3] += ",tasks"
+        trained.append(f"--tasks={args.tasks}")
+    commands = [trained, command(job.out / "start/ckpt.pt", BRIEFLY, samples, T, job.out / "start")]
+    for length, number in COMMON_LENGTHS.items():
+        if in_context_family(job, args) and length <= T:
+            commands.append(command(ckpt, BRIEFLY, number, length, job.out / f"at_{length}"))
+    return commands
+
+def in_context_family(job: Job, args: Any) -> bool:
+    """Is this run a member of the context family, perhaps under another name?"""
+    folder = folders(args.out, args.scale)
+    return job.out.parent in {folder[member] for member in FAMILIES["context"]}
+
+START = threading.Lock()                         # torch has one generator for all threads
+
+def save_start(job: Job, args: Any) -> None:
+    """Save the model as it is before the first step: the weights that train.py starts from."""
+    c = load_settings(training(job, args))[0]
+    c = replace(c, vocab_size=vocabulary(c, Corpus(c.data)))
+    with START:
+        torch.manual_seed(c.seed)
+        model = bare(c).to_empty(device="cpu")
+        model.init_weights()
+    tokenizer = load_checkpoint(job.out / "ckpt.pt")["tokenizer"]
+    (job.out / "start").mkdir(exist_ok=True)
+    save_checkpoint(job.out / "start/ckpt.pt", {"settings": asdict(c), "step": 0,
+                                                "tokenizer": tokenizer, "model": model.state_dict()})
+
+def run_all(jobs: Sequence[Job], args: Any) -> list[Job]:
     """Run the jobs, args.jobs at a time; returns those that failed."""
     running: set[subprocess.Popen] = set()
     environment = dict(os.environ)
     if args.jobs > 1:       # with more threads than cores in all, each run takes ten times as long
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
 
+    def call(job: Job, command: list[str]) -> bool:
+        with open(job.out / "output.txt", "a", encoding="utf-8") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+        return status == 0
+
     def run_job(job: Job) -> bool:
-        """Run a job's commands; did it come to its end?"""
-        for stage, command in work[job].items():
-            if stage == "record":
-                return record(job, args)
-            job.out.mkdir(parents=True, exist_ok=True)
-            print(f"{job.out}: {stage}", flush=True)
-            with open(job.out / f"{stage}.txt", "w") as said:
-                process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-                running.add(process)
-                status = process.wait()
-                running.discard(process)
-            # A train.py that was stopped by SIGTERM ends with status 0, and is not done.
-            if status != 0 or stage in commands(job, args):
-                print(f"{job.out}: {stage} failed or was stopped, see {said.name}", flush=True)
-                return False
+        job.out.mkdir(parents=True, exist_ok=True)
+        print(f"{job.out}: training", flush=True)
+        c = config(job.member, args.scale, tuple(args.settings))
+        # A train.py that was stopped by SIGTERM ends with status 0 and is not done.
+        if not call(job, train_command(job, args)) or trained_steps(job) < c.max_steps:
+            print(f"{job.out}: stopped or failed, see output.txt in it", flush=True)
+            return False
+        save_start(job, args)
+        print(f"{job.out}: probing", flush=True)
+        if not all([call(job, command) for command in probe_commands(job, args)]):
+            print(f"{job.out}: probing failed, see output.txt in it", flush=True)
+            return False
+        append_row(args.results, row_of(job, args))
+        print(f"{job.out}: recorded in {args.results}", flush=True)
         return True
 
     def stop(*_: Any) -> None:
-        """As Ctrl-C, which reaches them by itself: train.py saves and stops, no run begins."""
+        """As Ctrl-C, which reaches the children by itself: train.py saves and stops."""
         for process in running:
             process.terminate()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     with ThreadPoolExecutor(args.jobs) as pool:
-        finished = list(pool.map(run_job, work))
-    return [job for job, fine in zip(work, finished) if not fine]
+        finished = list(pool.map(run_job, jobs))
+    return [job for job, fine in zip(jobs, finished) if not fine]
 
-# ---- what is on disk of a run --------------------------------------------------------------------
-# What reading a result can raise: it is not there, cut, or not what it should be.
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
-# Settings that change how a run is computed and not what it is; the seed is in the folder's name.
-NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel", "recompute",
-             "save_interval", "keep_checkpoints", "wandb"}
-def differing(c: TrainConfig, settings: dict[str, Any]) -> list[str]:
-    """The settings in which a run that was trained with `settings` is another one than c."""
-    return [name for name, value in asdict(c).items()
-            if settings.get(name, value) != value and name not in NO_MATTER]
+def trained_steps(job: Job) -> int:
+    """The step of a run's checkpoint."""
+    return load_checkpoint(job.out / "ckpt.pt")["step"]
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint in a folder; {} where there is none, or a damaged one: train.py sees to it."""
-    try:
-        return load_checkpoint(folder / "ckpt.pt")
-    except UserError:
-        return {}
+def print_costs(jobs: Sequence[Job], args: Any) -> None:
+    """A line per job that has no row, what it is and what its training takes; and the hours of all.
 
-def read_probe(ckpt: Path, folder: Path) -> dict[str, Any]:
-    """The probe.json in a folder; one of DAMAGED is raised also if it is older than ckpt."""
-    path = folder / "probe.json"
-    if ckpt.is_file() and path.stat().st_mtime < ckpt.stat().st_mtime:
-        raise ValueError("it is older than the checkpoint")
-    return json.loads(path.read_text())
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl, if there is one; the last is cut if the machine stopped."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-def variance_curve(log: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """From the lines of a log: steps, and the variance of the last layer then."""
-    return [(line["step"], line["variance"][-1]) for line in log if "variance" in line]
+    On a laptop the rate is 28 GFLOP/s, what a core of an AMD EPYC gave models of this width."""
+    at_paper = args.scale == "paper"
+    rate = 8 * PEAK["H100"] * 0.4 if at_paper else 28e9                   # FLOP/s
+    total = 0.0
+    for job in jobs:
+        c = load_settings(training(job, args))[0]
+        model = bare(replace(c, vocab_size=vocabulary(c)))
+        tokens = c.max_steps * c.tokens_per_step
+        hours = model.flops_per_token() * tokens / rate / 3600
+        total += hours
+        print(f"{job.out}: {model.count_parameters()['active']:,} active parameters, {tokens:,} "
+              f"tokens, {hours:.2f} h")
+    machine = "8 H100 at 40% MFU" if at_paper else "one core"
+    print(f"{len(jobs)} runs without a row, {total:.1f} h of training on {machine}; "
+          "probing takes a third as long")
 
 # ---- results.jsonl: what is kept of every run ----------------------------------------------------
-# A row is a dict: member, seed, settings (those that matter), corpus (its checksum), torch, python
-# and processor, experiments and tasks, scores (by column of a table), curve (see `variance_curve`,
-# thinned) and probe (what probe.json says of blocks).
+# A row is a dict: member, seed, settings (those that matter), corpus (its checksum), torch, python,
+# processor; scores (by column), start (those before the first step), at_16 and at_64 (at the common
+# lengths), curve (the last layer's variance over training) and probe (values of each block).
 Row = dict[str, Any]
 CURVE_POINTS = 40
-# Columns of a table that are not probe.py's: see `own_scores`.
-OWN_COLUMNS = ["train loss", "val loss", "peak var.", "peak at", "left of it", "growth",
-               "near zero", "eff. keys", "key heads", "active FFN", "density"]
+# Settings that change how a run is computed and not what it is; the seed has a place of its own.
+NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel", "recompute",
+             "save_interval", "keep_checkpoints", "wandb"}
+DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
+# What a row keeps of probe.json: values of each block, and the two maps of the trained model.
+OF_BLOCKS = ("variance", "attn_variance", "ffn_variance", "block_influence")
+MAPS = ("causal", "permutation")
 
-def default_results(args: Any) -> Path:
-    """Where rows are; those of settings of one's own stay out of what git keeps."""
-    for member in folders(args.out, args.scale):
-        if differing(config(member, args.scale), asdict(config(member, args.scale, args.settings))):
-            return Path(args.out, args.scale, "results.jsonl")
-    return ROOT / "configs" / args.scale / "results.jsonl"
+def differing(c: TrainConfig, settings: dict[str, Any]) -> list[str]:
+    """The settings in which a run that was trained with `settings` is another one than c. A setting
+    that an old row lacks had its default."""
+    return [name for name, value in asdict(c).items()
+            if name not in NO_MATTER and settings.get(name, DEFAULTS[name]) != value]
 
-def read_rows(path: Path) -> tuple[list[Row], list[int]]:
-    """The rows in a results.jsonl, if there is one; and the numbers of lines that are damaged, as
-    one is that a machine was writing when it stopped."""
-    rows, damaged = [], []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            whole = all(row[name] for name in ("member", "settings", "experiments", "scores"))
-        except DAMAGED:
-            whole = False
-        if whole:
-            row["scores"] |= course(row)
-            rows.append(row)
-        else:
-            damaged.append(number)
-    return rows, damaged
+def read_rows(path: Path) -> list[Row]:
+    """The rows in a results.jsonl, if there is one."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    for row in rows:
+        row["scores"] |= course(row["curve"])
+    return rows
 
-def course(row: Row) -> dict[str, float]:
-    """Scores of the last layer's variance over training: at which share of the steps it is
-    largest, and the share of that which is left at the end."""
-    if not row.get("curve"):
-        return {}
-    step, peak = max(row["curve"], key=lambda point: (point[1], point[0]))
-    last_step, last = row["curve"][-1]
-    return {"peak at": step / last_step, "left of it": last / peak if peak else math.nan}
+def append_row(path: Path, row: Row) -> None:
+    """Add a row, in one piece: other jobs append too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as f:
+        f.write((json.dumps(row) + "\n").encode())
 
-def find_row(rows: Sequence[Row], c: TrainConfig, seed: int) -> Row | None:
-    """The newest row of a run with these settings and this seed."""
-    for row in reversed(rows):
-        if row["seed"] == seed and not differing(c, row["settings"]):
-            return row
-    return None
-
-def record(job: Job, args: Any) -> bool:
-    """Append the row of a finished run; could it be done?"""
-    path = args.results
-    try:
-        line = json.dumps(row_of(job, load_settings(training(job, args))[0])) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In one piece, since other jobs append too. A line that a crash has cut gets its end.
-        with open(path, "ab", buffering=0) as f:
-            cut = f.tell() > 0 and not path.read_bytes().endswith(b"\n")
-            f.write(("\n" * cut + line).encode())
-    except (UserError, *DAMAGED) as e:
-        print(f"{job.out}: cannot be recorded in {path} ({e})", flush=True)
-        return False
-    print(f"{job.out}: recorded in {path}", flush=True)
-    return True
-
-def row_of(job: Job, c: TrainConfig) -> Row:
+def row_of(job: Job, args: Any) -> Row:
     """What is kept of a finished run."""
-    log, r = read_log(job.out), read_probe(job.out / "ckpt.pt", job.out)
-    of_blocks = {name: x for name, x in r.items() if name not in ("run", "seconds")}
-    settings = {name: x for name, x in asdict(c).items() if name not in NO_MATTER}
-    curve = variance_curve(log)
+    c = load_settings(training(job, args))[0]
+    text = (job.out / "log.jsonl").read_text("utf-8")
+    log = [json.loads(line) for line in text.splitlines()]
+    r = read_probe(job.out)
+    curve = [(line["step"], line["variance"][-1]) for line in log if "variance" in line]
     thinned = sorted({round(k) for k in np.linspace(0, len(curve) - 1, CURVE_POINTS)})
-    return compact({
-        "member": job.member, "seed": job.seed, "settings": settings,
-        "corpus": read_checkpoint(job.out).get("corpus"), "torch": torch.__version__,
-        "python": platform.python_version(), "processor": processor(),
-        "experiments": r["run"]["experiments"], "tasks": r["run"].get("tasks", []),
-        "scores": own_scores(c, log, r) | scores(r),
-        "curve": [curve[k] for k in thinned] if curve else [],
-        "probe": without_matrices(of_blocks)})
+    row = {"member": job.member, "seed": job.seed,
+           "settings": {name: x for name, x in asdict(c).items() if name not in NO_MATTER},
+           "corpus": load_checkpoint(job.out / "ckpt.pt").get("corpus"),
+           "torch": torch.__version__, "python": platform.python_version(), "processor": processor(),
+           "scores": own_scores(c, log, r) | scores(r),
+           "curve": [curve[k] for k in thinned] if curve else [],
+           "probe": of_blocks(r) | {name: r[name] for name in MAPS if name in r}}
+    start = read_probe(job.out / "start")
+    row |= {"start": scores(start), "probe_start": of_blocks(start)}
+    for length in COMMON_LENGTHS:
+        if (job.out / f"at_{length}").is_dir():
+            row[f"at_{length}"] = scores(read_probe(job.out / f"at_{length}"))
+    return compact(row)
 
-def processor() -> str:
-    """The name of what a run is computed on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def read_probe(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "probe.json").read_text("utf-8"))
 
-def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
-               r: dict[str, Any]) -> dict[str, float]:
-    """Scores of a run beside probe.py's, by OWN_COLUMNS; what was not measured is left out.
-
-    growth: of ln variance per block, from the stream after the first to the last.
-    near zero: the share of a block's weights below the threshold of probe.py.
-    eff. keys: the share of the visible keys that a query effectively attends to.
-    key heads: distinct ones per query head. density: eff. keys x key heads.
-    active FFN: the share of the FFN's weights that a token meets.
-    """
-    losses = [line["loss"] for line in log[-100:] if "loss" in line]
-    validations = [line["val_loss"] for line in log if "val_loss" in line]
-    found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
-    if c.n_experts:
-        met = c.top_k * c.expert_hidden + c.shared_hidden
-        found["active FFN"] = met / (c.n_experts * c.expert_hidden + c.shared_hidden)
-    if losses:
-        found["train loss"] = statistics.mean(losses)                # of the last 100 steps
-    if validations:
-        found["val loss"] = validations[-1]
-    if variance_curve(log):
-        found["peak var."] = max(variance for _, variance in variance_curve(log))
-    if "variance" in r:
-        first, last = r["variance"][1], r["variance"][-1]
-        if first and last and c.n_layer > 1:
-            found["growth"] = math.log(last / first) / (c.n_layer - 1)
+def of_blocks(r: dict[str, Any]) -> dict[str, list[float]]:
+    """The values of each block in a probe.json."""
+    found = {name: r[name] for name in OF_BLOCKS if name in r}
+    if "usefulness" in r:
+        found["affine"] = r["usefulness"]["ratio"]
+    if "jacobian" in r:
+        found["deviation"] = r["jacobian"]["deviation"]
+    if "removal" in r:
+        found["removal"] = r["removal"]["1"]
     if "sparsity" in r:
-        found["near zero"] = near_zero(c, r)
-        found["eff. keys"] = statistics.mean(r["sparsity"]["attention"]["effective_keys"])
-        found["density"] = statistics.mean(r["sparsity"]["interaction_density"])
+        found["effective_keys"] = r["sparsity"]["attention"]["effective_keys"]
     return found
 
-def near_zero(c: TrainConfig, r: dict[str, Any]) -> float:
-    """The share of the weights of all blocks that are near zero, from the shares by kind."""
-    count = total = 0.0
-    model = bare(replace(c, vocab_size=vocabulary(c)))
-    for name, w in model.blocks[0].named_parameters():
-        if w.dim() > 1:
-            shares = r["sparsity"]["weights"][name.removesuffix(".weight")]["below"]
-            count += w.numel() * sum(shares)
-            total += w.numel() * len(shares)
-    return count / total
-
-def without_matrices(x: Any) -> Any:
-    """Nested dicts without the lists of lists in them: n x n numbers are most of a probe.json."""
-    if not isinstance(x, dict):
-        return x
-    return {key: without_matrices(value) for key, value in x.items()
-            if not (isinstance(value, list) and value and isinstance(value[0], list))}
-
 def compact(x: Any) -> Any:
-    """Numbers to six digits, also inside of dicts and lists; JSON has null for nan."""
+    """Numbers to five digits, also inside of dicts and lists; JSON has null for nan."""
     if isinstance(x, dict):
         return {key: compact(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         return [compact(value) for value in x]
     if isinstance(x, float):
-        return float(f"{x:.6g}") if math.isfinite(x) else None
+        return float(f"{x:.5g}") if math.isfinite(x) else None
     return x
+
+def course(curve: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Of the last layer's variance over training: its peak, the share of the steps at which it is
+    reached, and the share of it that is left at the end."""
+    if not curve:
+        return {}
+    step, peak = max(curve, key=lambda point: (point[1], point[0]))
+    last_step, last = curve[-1]
+    return {"peak var.": peak, "peak at": step / last_step,
+            "left of it": last / peak if peak else math.nan}
+
+def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
+               r: dict[str, Any]) -> dict[str, float]:
+    """Scores beside probe.py's: the losses, and how sparse the run is.
+
+    near zero: the share of the blocks' weights below a tenth of init_std. eff. keys: the share of
+    the visible keys that a query effectively attends to. key heads: those per query head. density:
+    eff. keys x key heads; ours, for the paper's formula is not known. active FFN: the share of the
+    FFN's weights that a token meets.
+    """
+    found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
+    if c.n_experts:
+        met = c.top_k * c.expert_hidden + c.shared_hidden
+        found["active FFN"] = met / (c.n_experts * c.expert_hidden + c.shared_hidden)
+    found["train loss"] = statistics.mean(line["loss"] for line in log[-100:])
+    validations = [line["val_loss"] for line in log if "val_loss" in line]
+    if validations:
+        found["val loss"] = validations[-1]
+    if "sparsity" in r:
+        found["near zero"] = near_zero(c, r["sparsity"]["weights"])
+        found["eff. keys"] = statistics.mean(r["sparsity"]["attention"]["effective_keys"])
+        found["density"] = found["eff. keys"] * found["key heads"]
+    return found
+
+def near_zero(c: TrainConfig, shares: dict[str, dict[str, list[float]]]) -> float:
+    """The share of the weights of all blocks that are near zero, from the shares by kind."""
+    count = total = 0.0
+    model = bare(replace(c, vocab_size=vocabulary(c)))
+    for name, w in model.blocks[0].named_parameters():
+        if w.dim() > 1:
+            below = shares[name.removesuffix(".weight")]["below"]
+            count += w.numel() * sum(below)
+            total += w.numel() * len(below)
+    return count / total
+
+@cache
+def processor() -> str:
+    """The name of what a run is computed on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 Runs = dict[str, list[Row]]                  # of each member, the rows of its seeds
 
 def runs_of(family: str, rows: Sequence[Row], args: Any) -> Runs:
-    """The members of a family that have rows."""
+    """The members of a family that have rows: of each seed and kind of processor the newest."""
     found = {}
     for member in FAMILIES[family]:
-        c = config(member, args.scale, args.settings)
-        newest = {row["seed"]: row for row in rows if not differing(c, row["settings"])}
+        c = config(member, args.scale, tuple(args.settings))
+        seeds = seeds_of(family, member)
+        newest = {(row["seed"], row["processor"]): row for row in rows
+                  if row["seed"] in seeds and not differing(c, row["settings"])}
         if newest:
-            found[member] = [newest[seed] for seed in sorted(newest)]
+            found[member] = [newest[key] for key in sorted(newest)]
     return found
 
-def doubts(rows: Sequence[Row], damaged: Sequence[int], args: Any) -> Iterator[str]:
-    """What is not as it should be in results.jsonl, a line each."""
-    for number in damaged:
-        yield f"line {number} is damaged and left out"
-    members = {member: config(member, args.scale, args.settings)
-               for member in folders(args.out, args.scale)}
-    corpora, strange = set(), []
-    for row in rows:
-        if any(not differing(c, row["settings"]) for c in members.values()):
-            corpora.add(row["corpus"])
-        else:
-            c = members.get(row["member"])
-            names = ", ".join(differing(c, row["settings"])) if c else "no such member"
-            strange.append(f"{row['member']} seed {row['seed']} ({names})")
-    if strange:
-        yield f"left out, being of other settings: {'; '.join(strange)}"
-    if len(corpora) > 1:
-        yield (f"its runs saw {len(corpora)} different corpora and are not comparable: data/python "
-               "is Python's own source, another one with each version of Python")
+# ---- statistics ----------------------------------------------------------------------------------
+# Quantiles of Student's t for 1, 2, ... 9 degrees of freedom: 97.5% for intervals, 80% for power.
+T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+T_80 = [1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883]
 
-# ---- tables --------------------------------------------------------------------------------------
-def report(args: Any, families: Sequence[str]) -> None:
-    """Write and print what is recorded of each family, see `report_family`; and of all families
-    what becomes of the paper's claims, and of its mechanism."""
-    rows, damaged = read_rows(args.results)
-    found = {family: runs_of(family, rows, args) for family in families}
+class Estimate(NamedTuple):
+    """A mean over seeds with its 95% t interval."""
+    mean: float
+    half: float                 # of the interval's width; nan with one seed
+    n: int                      # seeds
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    @property
+    def decided(self) -> bool:
+        """Does the interval leave 0 out? There is none with one seed, nor where all seeds moved by
+        the same step, as the usefulness of 8 blocks may, which moves in steps of 1/8."""
+        return self.half > 1e-9 and abs(self.mean) > self.half
+
+def estimate(values: Sequence[float]) -> Estimate:
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0], math.nan, n)
+    half = T_975[min(n, 10) - 2] * statistics.stdev(values) / math.sqrt(n)
+    return Estimate(statistics.mean(values), half, n)
+
+def detectable(e: Estimate) -> float:
+    """The effect that so many seeds with such a spread detect with 80% power: the sum of the two t
+    quantiles times the standard error."""
+    if e.n < 2:
+        return math.nan
+    at = min(e.n, 10) - 2
+    return e.half / T_975[at] * (T_975[at] + T_80[at])
+
+def p_value(e: Estimate) -> float:
+    """Of the two-sided t test against 0: 1 - A(t | nu), 26.7.3 and 26.7.4 of Abramowitz and Stegun."""
+    if not e.half > 1e-9:
+        return math.nan
+    nu = e.n - 1
+    t = abs(e.mean) / (e.half / T_975[min(e.n, 10) - 2])
+    angle = math.atan(t / math.sqrt(nu))
+    term, total = 1.0, 1.0
+    if nu % 2 == 0:
+        for k in range(2, nu - 1, 2):
+            term *= (k - 1) / k * math.cos(angle) ** 2
+            total += term
+        return 1 - math.sin(angle) * total
+    total = term = math.cos(angle) if nu > 1 else 0.0
+    for k in range(3, nu - 1, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    return 1 - 2 / math.pi * (angle + math.sin(angle) * total)
+
+LOGARITHMS = {"last var.", "rel.var.", "peak var."}    # their differences are those of logarithms
+
+def value(row: Row, score: str, part: str = "scores") -> float:
+    """A score of a row, of a variance the logarithm; nan where it was not measured."""
+    x = row.get(part, {}).get(score)
+    if x is None or score in LOGARITHMS and x <= 0:
+        return math.nan
+    return math.log(x) if score in LOGARITHMS else x
+
+def by_seed(rows: Sequence[Row], score: str, part: str = "scores") -> dict[int, float]:
+    """A score by seed; of several kinds of processor the first."""
+    found = {row["seed"]: value(row, score, part) for row in reversed(rows)}
+    return {seed: x for seed, x in sorted(found.items()) if not math.isnan(x)}
+
+def paired(rows: Sequence[Row], base: Sequence[Row], score: str,
+           part: str = "scores") -> dict[int, float]:
+    """By seed, how much larger a score is than the base's on the same kind of processor."""
+    of_base = {(row["seed"], row["processor"]): value(row, score, part) for row in base}
+    found = {}
+    for row in reversed(rows):
+        key = row["seed"], row["processor"]
+        difference = value(row, score, part) - of_base.get(key, math.nan)
+        if not math.isnan(difference):
+            found[row["seed"]] = difference
+    return dict(sorted(found.items()))
+
+# ---- the claims, and the rule that judges them ---------------------------------------------------
+# The paper's number that says where a score should go; the paper reports none for those in INFERRED,
+# so they have a direction and no size. "useful layers" is usefulness x L.
+PAPERS = {"last var.": "variance", "ln Vn/V1": "variance", "useful": "useful", "log ratio": "useful",
+          "ratio late": "useful", "trend use": "useful", "ratio 1+": "useful",
+          "ratio sum": "useful layers", "causal": "causal", "causal 1+": "causal",
+          "permuted": "permuted", "perm. 1+": "permuted", "val loss": "ppl", "accuracy": "accuracy"}
+INFERRED = {"ln Vn/V1", "ratio late", "trend use", "ratio 1+", "ratio sum", "causal 1+", "perm. 1+"}
+KNOB = ("last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "trend use", "val loss")
+COMPARED = {
+    "depth": ("last var.", "useful", "log ratio", "ratio 1+", "ratio sum", "causal", "causal 1+",
+              "permuted", "perm. 1+", "val loss"),
+    "weight_decay": KNOB, "context": KNOB, "gqa": KNOB, "moe": KNOB,
+    "ladder": ("log ratio", "useful", "val loss", "accuracy"),
+    "norms": KNOB, "init": KNOB, "width": KNOB, "long": KNOB}
+# Within one model: what the paper's picture says of its blocks 1 to n - 1, by score.
+# A trend is the rank correlation of a block's index with its log affine ratio, influence or |J-I|/d.
+PREMISES = {"trend use": "(a) later blocks are used less: trend of the log affine ratio < 0",
+            "trend infl": "(b) later blocks turn the stream less: trend of the influence < 0",
+            "trend J-I": "(c) later blocks are closer to the identity: trend of |J-I|/d < 0",
+            "ln Vn/V1": "(d) variance accumulates after block 0: ln(Var h_n / Var h_1) > ln n"}
+
+class Comparison(NamedTuple):
+    """A member against its baseline in one score."""
+    family: str
+    member: str
+    base: str
+    score: str
+    effect: Estimate            # of the paired differences
+    paper: float                # the paper's difference; nan where it is not known
+    direction: int              # of the paper's difference: 1, -1, 0; 2 where it is not known
+    size: Estimate | None       # (effect / depth effect) of ours over that of the paper
+    verdict: str                # "" where the direction is not known
+
+def paper_difference(family: str, member: str, base: str, score: str) -> tuple[float, int]:
+    """How much larger the paper's number is than the base's, in our units, and its direction.
+
+    Variances are compared by logarithms, perplexities as losses. A variance of "about 0" has a
+    direction and no difference.
+    """
+    column = PAPERS.get(score, "")
+    counted = column == "useful layers"
+    numbers = [PAPER[family][name].get("useful" if counted else column) for name in (base, member)]
+    if None in numbers:
+        return math.nan, 2
+    before, after = numbers
+    if counted:
+        before, after = (x * config(name, "paper").n_layer
+                         for x, name in zip(numbers, (base, member)))
+    direction = (after > before) - (after < before)
+    if column in ("variance", "ppl"):
+        if min(before, after) <= 0:
+            return math.nan, direction
+        return math.log(after / before), direction
+    return after - before, direction
+
+def compare(found: dict[str, Runs], family: str, member: str, score: str,
+            base: str = "") -> Comparison | None:
+    """A member against its baseline; None where nothing can be compared."""
+    runs = found.get(family, {})
+    base = base or baseline(family, member)
+    differences = paired(runs.get(member, []), runs.get(base, []), score)
+    if member == base or not differences:
+        return None
+    effect = estimate(list(differences.values()))
+    paper, direction = paper_difference(family, member, base, score)
+    size = relative_size(found, family, member, base, score, differences, paper)
+    return Comparison(family, member, base, score, effect, paper, direction, size,
+                      judge(effect, direction, size))
+
+def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
+    """The rule. *reproduced*: the whole interval lies on the paper's side of 0; "smaller" where the
+    size is known and its interval lies below 1. *contradicted*: on the other side. *no effect of
+    the paper's size*: the interval contains 0, and that of the size lies below 1. *inconclusive*:
+    it contains 0, and may contain an effect of the paper's size."""
+    if direction not in (1, -1):
+        return "no direction" if direction == 0 else ""
+    smaller = size is not None and size.high < 1
+    if effect.decided:
+        if (effect.mean > 0) != (direction > 0):
+            return "contradicted"
+        return "reproduced, smaller" if smaller else "reproduced"
+    return "no effect of the paper's size" if smaller else "inconclusive"
+
+def relative_size(found: dict[str, Runs], family: str, member: str, base: str, score: str,
+                  differences: dict[int, float], paper: float) -> Estimate | None:
+    """(Effect / depth effect) of ours over that of the paper, by a jackknife over seeds; the depth
+    effect is depth_32 minus depth_16. Of the loss it is the relative difference over the paper's.
+
+    None: the paper's difference is not known, is "about 0" or less than one layer; our own depth
+    effect is undecided; or the effect is the depth effect itself.
+    """
+    if score in INFERRED or math.isnan(paper) or paper == 0 or len(differences) < 2:
+        return None
+    if score == "val loss":
+        losses = by_seed(found[family][base], score)
+        relative = [x / losses[seed] for seed, x in differences.items()]
+        before = math.log(PAPER[family][base]["ppl"])
+        e = estimate(relative)
+        return Estimate(e.mean * before / paper, abs(e.half * before / paper), e.n)
+    if PAPERS[score] == "useful":
+        layers = min(config(name, "paper").n_layer for name in (base, member))
+        if round(abs(paper) * layers) < 1:
+            return None
+    runs = found.get("depth", {})
+    depth = paired(runs.get("depth_32", []), runs.get("depth_16", []), score)
+    paper_depth, _ = paper_difference("depth", "depth_32", "depth_16", score)
+    is_depth_effect = (family, member, base) == ("depth", "depth_32", "depth_16")
+    if is_depth_effect or math.isnan(paper_depth) or len(depth) < 2:
+        return None
+    if not estimate(list(depth.values())).decided:
+        return None
+    return jackknife(differences, depth, paper / paper_depth)
+
+def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> Estimate | None:
+    """mean(above) / mean(below) / unit over the seeds that both have, with its 95% interval."""
+    seeds = [seed for seed in above if seed in below]
+    if len(seeds) < 2:
+        return None
+
+    def ratio(some: Sequence[int]) -> float:
+        return sum(above[s] for s in some) / sum(below[s] for s in some) / unit
+
+    without_one = [ratio([s for s in seeds if s != left_out]) for left_out in seeds]
+    n = len(seeds)
+    error = math.sqrt((n - 1) / n * sum((x - statistics.mean(without_one)) ** 2 for x in without_one))
+    return Estimate(ratio(seeds), T_975[min(n, 10) - 2] * error, n)
+
+def comparisons(found: dict[str, Runs]) -> list[Comparison]:
+    """Every comparison of COMPARED that has its runs, and the recipe end to end."""
+    cases = [(family, member, score, "") for family in COMPARED for member in FAMILIES[family]
+             for score in COMPARED[family]]
+    cases += [("ladder", "ladder_moe", score, "ladder_32") for score in COMPARED["ladder"]]
+    compared = [compare(found, *case) for case in cases]
+    return [c for c in compared if c is not None]
+
+def holm(compared: Sequence[Comparison]) -> int:
+    """How many of the decided verdicts remain when Holm's correction holds the chance of a single
+    false one among all comparisons with a direction at 5%."""
+    tests = sorted(p for c in compared if c.verdict and c.direction in (1, -1)
+                   if not math.isnan(p := p_value(c.effect)))
+    for k, p in enumerate(tests):
+        if p > 0.05 / (len(tests) - k):
+            return k
+    return len(tests)
+
+def premise(runs: Runs, member: str, score: str) -> tuple[dict[int, float], Estimate, str] | None:
+    """Of a premise: the value of each seed, its mean, and the verdict on the mean."""
+    values = by_seed(runs.get(member, []), score)
+    if not values:
+        return None
+    e = estimate(list(values.values()))
+    if score == "ln Vn/V1":                      # more than if each block adds the same variance
+        null = math.log(runs[member][0]["settings"]["n_layer"])
+        return values, e, judge(Estimate(e.mean - null, e.half, e.n), 1, None)
+    return values, e, judge(e, -1, None)
+
+# What a reader sees first: eight comparisons, each with the premise or number that it tests.
+HEADLINES = [
+    ("Later blocks are used less (rank correlation within 16 layers)", "depth", "depth_32", "trend use"),
+    ("Deeper: the last variance grows", "depth", "depth_32", "last var."),
+    ("Deeper: a smaller share of blocks is useful", "depth", "depth_32", "useful"),
+    ("No weight decay: more variance", "weight_decay", "weight_decay_0", "last var."),
+    ("Short context: more variance", "context", "context_256", "last var."),
+    ("GQA: more useful blocks", "gqa", "gqa_16", "useful"),
+    ("MoE: more useful blocks", "moe", "moe_1b", "useful"),
+    ("The whole recipe: more useful blocks", "ladder", "ladder_moe", "useful")]
+
+# ---- the mechanism -------------------------------------------------------------------------------
+SPARSITY = ("density", "eff. keys", "key heads", "active FFN", "near zero")
+SPREAD = ("last var.", "ln Vn/V1")
+USE = ("log ratio", "ratio late")
+QUESTIONS = [*((x, y) for x in SPARSITY for y in SPREAD), *((x, y) for x in SPREAD for y in USE)]
+
+def means(rows: Sequence[Row], score: str) -> float:
+    """The mean over seeds; nan where the score was not measured."""
+    values = by_seed(rows, score)
+    return statistics.mean(values.values()) if values else math.nan
+
+def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the rank correlation, from 1,000 draws of as many configurations."""
+    x, y = np.array(x), np.array(y)
+    chosen = np.random.default_rng(0).integers(len(x), size=(1000, len(x)))
+    drawn = [rank_correlation(x[k], y[k]) for k in chosen]
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return low, high
+
+def configurations(found: dict[str, Runs]) -> Runs:
+    """The configurations of the families that turn a knob, each once. The controls (init, rates) and
+    the other norms are left out: they change more than the paper's knobs."""
+    together: Runs = {}
+    for family in ("depth", "weight_decay", "context", "gqa", "moe", "ladder"):
+        for member, rows in found.get(family, {}).items():
+            settings = [other[0]["settings"] for other in together.values()]
+            if rows[0]["settings"] not in settings:
+                together[member] = rows
+    return together
+
+# ---- the report ----------------------------------------------------------------------------------
+def report(args: Any) -> None:
+    """Write every table and figure of results.jsonl into OUT/SCALE, and print the tables."""
+    rows = read_rows(args.results)
+    found = {family: runs_of(family, rows, args) for family in FAMILIES}
     found = {family: runs for family, runs in found.items() if runs}
-    for line in doubts(rows, damaged, args):
-        print(f"{args.results}: {line}")
     check(found, f"no finished run in {args.results}: "
-          f"python recipe.py run depth --scale {args.scale}")
+                 f"python recipe.py run depth --scale {args.scale}")
+    used = {id(row): row for runs in found.values() for seeds in runs.values() for row in seeds}
+    corpora = {row["corpus"] for row in used.values()}
+    check(len(corpora) == 1, f"{args.results}: its runs saw {len(corpora)} different corpora: "
+                             "data/python is Python's own source and changes with its version")
     out = Path(args.out, args.scale)
     make_folder(out, "--out")
+    print(f"{len(used)} of {len(rows)} rows of {args.results} belong to a family")
+    for name, text in tables(found, args.scale).items():
+        (out / f"{name}.md").write_text(text + "\n", "utf-8")
+        print(f"\n{out / name}.md\n\n{text}", flush=True)
+    print(f"\n{draw_all(found, args.scale, out)}")
+
+def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
+    """Every table of the pages, by the name of its file."""
+    compared = comparisons(found)
+    written = {"headlines": headlines(found), "verdicts": verdict_counts(compared)}
+    for score in PREMISES:
+        written[f"premise_{score.replace(' ', '_').replace('/', '')}"] = premises(found, scale, score)
     for family, runs in found.items():
-        report_family(family, runs, args.scale, out)
-    if len(families) < len(FAMILIES):
-        return
-    drawn = save(out / "mechanism", lambda: draw_mechanism(found))
-    print(f"\nmechanism: {drawn}")
-    write(out / "mechanism.md", f"{MECHANISM}\n\n{mechanism(found, args.scale)}")
-    write(out / "claims_as_released.md", claims_as_released(found))
-    write(out / "claims.md", claims(found))
-
-def write(path: Path, text: str) -> None:
-    """Write a table, and print it."""
-    path.write_text(text + "\n")
-    print(f"\n{path}\n\n{text}\n", flush=True)
-
-def report_family(family: str, runs: Runs, scale: str, out: Path) -> None:
-    """Write the tables and figures of a family into `out`, and print the tables."""
-    drawn = save(out / family, lambda: draw_scores(family, runs, scale))
-    curves = save(out / f"{family}_variance", lambda: draw_variance(family, runs, scale))
-    print(f"\n{family}: {drawn}, {curves}")
-    write(out / f"{family}.md", table(family, runs, scale))
-    write(out / f"{family}_differences.md", differences(family, runs, scale))
-    if family == "depth":
-        write(out / "depth_definitions.md", definitions(runs, scale))
-    missing = [member for member in FAMILIES[family] if member not in runs]
-    if missing:
-        print(f"not finished: {', '.join(missing)}")
-    sys.stdout.flush()
+        if family == "rates":
+            written["rates"] = rates(runs)
+            continue
+        written[family] = values_table(family, runs, scale)
+        written[f"{family}_verdicts"] = comparison_table(
+            [c for c in compared if c.family == family], scale)
+    if "depth" in found:
+        written["depth_steps"] = depth_steps(found, scale)
+        written["course"] = course_table(found["depth"], scale)
+        written["released"] = released_table(found["depth"], scale)
+    if "context" in found:
+        written["context_common"] = common_lengths(found["context"], scale)
+    written["mechanism"] = mechanism(found)
+    written["processors"] = processors(found)
+    return written
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, without the rows that have nothing behind their name."""
-    filled = [row for row in rows if any(row[1:])]
     lines = []
-    for cells in [header, ["---"] * len(header), *filled]:
+    for cells in [header, ["---"] * len(header), *rows]:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
-def table(family: str, runs: Runs, scale: str) -> str:
-    """A column per member, a row per score: what was measured, and what the paper reports."""
-    header = ["", *(label(family, member, scale) for member in runs)]
-    rows = [["config", *(f"`{member}`" for member in runs)],
-            ["seeds", *(str(len(seeds)) for seeds in runs.values())]]
-    for name in [*OWN_COLUMNS, *score_names()]:
-        if name != "loss":                   # of probe.py's few tokens; "val loss" says more
-            rows.append([name, *(cell(values_of(seeds, name)) for seeds in runs.values())])
-    for name in PAPER_COLUMNS:
-        rows.append([f"paper: {name}", *(reported(family, member, name) for member in runs)])
-    return markdown(header, rows)
+def short(x: float, sign: str = "") -> str:
+    """Three digits, and - for nan."""
+    if math.isnan(x):
+        return "-"
+    return f"{x:{sign},.0f}" if abs(x) >= 100 else f"{x:{sign}.3g}"
 
-def values_of(seeds: Sequence[Row], column: str) -> list[float]:
-    """A score of the seeds that have it."""
-    found = [row["scores"].get(column) for row in seeds]
-    return [x for x in found if x is not None]
+def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
+    """As "0.12 (0.1 to 0.14)"; logarithms as the factor that they stand for."""
+    numbers = [e.mean, e.low, e.high]
+    factor = "times " if score in LOGARITHMS and sign else ""
+    if score in LOGARITHMS:
+        numbers, sign = [math.exp(x) for x in numbers], ""
+    mean, low, high = (short(x, sign) for x in numbers)
+    return f"{factor}{mean}" if math.isnan(e.half) else f"{factor}{mean} ({low} to {high})"
 
-def cell(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, as "0.583 ± 0.118", as far as there are any."""
-    if not values:
-        return ""
-    size = abs(statistics.mean(values))
-    digits = 1 if size >= 10 else 3 if size >= 0.01 else 5
-    shown = [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
-    return " ± ".join(f"{x:.{digits}f}" for x in shown)
+def paper_cell(c: Comparison) -> str:
+    """The paper's difference in the units of ours."""
+    if c.score in INFERRED or c.direction == 2:
+        return {1: "more", -1: "less", 0: "equal", 2: "-"}[c.direction]
+    if math.isnan(c.paper):
+        return "to about 0"
+    if c.score in LOGARITHMS:
+        return f"times {short(math.exp(c.paper))}"
+    return short(c.paper, "+")
 
-def reported(family: str, member: str, column: str) -> str:
-    """What the paper reports of a member, as text."""
-    x = PAPER[family][member].get(column)
-    return "" if x is None else f"{x:g}"
-
-def definitions(runs: Runs, scale: str) -> str:
-    """Which scores are the paper's like: as defined, or as the released scripts compute them?"""
-    header = ["", *(label("depth", member, scale) for member in runs), "mean distance"]
+def headlines(found: dict[str, Runs]) -> str:
+    """The table of the README: eight claims, ours beside the paper's."""
     rows = []
-    for papers, ours in {"useful": ("useful", "rel.useful"),
-                         "causal": ("causal", "rel.causal")}.items():
-        theirs = [PAPER["depth"][member][papers] for member in runs]
-        for column in ours:
-            means = [statistics.mean(values_of(seeds, column) or [math.nan])
-                     for seeds in runs.values()]
-            distance = np.abs(np.subtract(means, theirs)).mean()
-            if not math.isnan(distance):         # measured of all
-                rows.append([column, *(f"{x:.3f}" for x in [*means, distance])])
-        rows.append([f"paper: {papers}", *(f"{x:g}" for x in theirs), ""])
-    return markdown(header, rows)
+    for says, family, member, score in HEADLINES:
+        if score == "trend use":
+            judged = premise(found.get(family, {}), member, score)
+            if judged:
+                rows.append([says, judged[2], f"{with_interval(judged[1])}", "below 0"])
+            continue
+        c = compare(found, family, member, score, "ladder_32" if family == "ladder" else "")
+        if c:
+            rows.append([says, c.verdict, with_interval(c.effect, score, "+"), paper_cell(c)])
+    return markdown(["claim", "verdict", "here (95% interval)", "paper"], rows)
 
-# ---- statistics ----------------------------------------------------------------------------------
-# 97.5% quantiles of Student's t for n = 2 ... 10; above that the last is taken, which is wider.
-T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-# The scores that are compared, the one that is not quantised first, and the paper's number that
-# says in which direction they are expected to go.
-COMPARED = {"log ratio": "useful", "useful": "useful", "heldout": "useful", "rel.ratio": "useful",
-            "rel.useful": "useful", "causal": "causal", "rel.causal": "causal",
-            "permuted": "permuted", "last var.": "variance", "rel.var.": "variance",
-            "val loss": "ppl", "accuracy": "accuracy"}
-LOGARITHMS = ("last var.", "rel.var.")
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95% t interval; nan for a single value."""
-    n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    t = T_QUANTILES[min(n, 10) - 2]
-    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
-
-def paired(seeds: Sequence[Row], base: Sequence[Row], column: str) -> list[float]:
-    """By how much a score is larger than the base's, of every seed that both have."""
-    of_base = {row["seed"]: row["scores"].get(column) for row in base}
-    pairs = [(row["scores"].get(column), of_base.get(row["seed"])) for row in seeds]
-    if column in LOGARITHMS:
-        return [math.log(x / y) for x, y in pairs if x and y]
-    return [x - y for x, y in pairs if x is not None and y is not None]
-
-def verdict(mean: float, half: float, before: float, after: float) -> str:
-    """Does an interval of differences lie on the side to which the paper's number goes?"""
-    if before == after:
-        return "no direction"                # in the paper's two numbers
-    if not has_interval(half):
-        return "no interval"
-    if abs(mean) <= half:
-        return "undecided"
-    return "reproduced" if (mean > 0) == (after > before) else "contradicted"
-
-def has_interval(half: float) -> bool:
-    """Not with one seed, nor where a score moved by the same step in every seed."""
-    return half > 1e-6                           # of nan too this is false
-
-class Difference(NamedTuple):
-    """By how much a score of a member is larger than its baseline's."""
-    mean: float
-    half: float                 # of the width of the 95% interval; nan with a single seed
-    n: int                      # seeds
-    verdict: str                # "" where the paper does not report both
-
-def baseline(family: str, member: str) -> str:
-    """The member that this one is compared with."""
-    return OTHER_BASELINES.get(member, BASELINES[family])
-
-def difference(family: str, member: str, runs: Runs, column: str) -> Difference | None:
-    """The paired difference of a member from its baseline; None where nothing can be compared."""
-    base = baseline(family, member)
-    values = paired(runs.get(member, []), runs.get(base, []), column)
-    if member == base or not values:
-        return None
-    mean, half = interval(values)
-    papers = COMPARED[column]
-    before, after = PAPER[family][base].get(papers), PAPER[family][member].get(papers)
-    known = before is not None and after is not None
-    return Difference(mean, half, len(values),
-                      verdict(mean, half, before, after) if known else "")
-
-def differences(family: str, runs: Runs, scale: str) -> str:
-    """A column per comparison, a row per score: the paired difference, and what it says."""
-    header, members = [""], []
-    for member in runs:
-        base = baseline(family, member)
-        if base in runs and base != member:
-            members.append(member)
-            header.append(f"{label(family, member, scale)} vs {label(family, base, scale)}")
+def verdict_counts(compared: Sequence[Comparison]) -> str:
+    """How the comparisons of each family came out, and how many verdicts Holm's correction keeps."""
+    judged = [c for c in compared if c.direction in (1, -1)]
+    kinds = ["reproduced", "reproduced, smaller", "contradicted", "no effect of the paper's size",
+             "inconclusive"]
     rows = []
-    for column in COMPARED:
-        found = [difference(family, member, runs, column) for member in members]
-        name = f"ln {column}" if column in LOGARITHMS else column
-        rows.append([name, *(difference_cell(d) for d in found)])
-    return markdown(header, rows) if members else "no member has its baseline yet"
+    for family in dict.fromkeys(c.family for c in judged):
+        verdicts = [c.verdict for c in judged if c.family == family]
+        rows.append([family, *(str(verdicts.count(kind)) for kind in kinds)])
+    decided = sum(c.effect.decided for c in judged)
+    return (markdown(["family", *kinds], rows) + f"\n\nHolm's correction over all {len(judged)} "
+            f"comparisons keeps {holm(compared)} of the {decided} decided ones.")
 
-def difference_cell(d: Difference | None) -> str:
-    """As "+0.021 ± 0.008 (n = 5) reproduced", as far as it is known."""
-    if d is None:
-        return ""
-    half = f" ± {d.half:.3f}" if has_interval(d.half) else ""
-    return f"{d.mean:+.3f}{half} (n = {d.n}) {d.verdict}".rstrip()
-
-class Claim(NamedTuple):
-    """Something that the paper says, and the comparisons with their baselines that test it."""
-    says: str
-    family: str
-    column: str
-    members: tuple[str, ...]    # the first is the example
-
-DECAYS = ("weight_decay_0", "weight_decay_0_01", "weight_decay_1", "weight_decay_3")
-CONTEXTS = ("context_256", "context_512", "context_1024", "context_4096", "context_8192")
-STEPS = ("ladder_moe", "ladder_g2", "ladder_decay_0_3", "ladder_t4096")         # which it keeps
-CLAIMS = [
-    Claim("[depth]: the last variance grows", "depth", "last var.",
-          ("depth_32", "depth_24", "depth_12")),
-    Claim("[depth]: blocks are used less", "depth", "log ratio",
-          ("depth_32", "depth_24", "depth_12")),
-    Claim("[depth]: the causal score falls", "depth", "causal",
-          ("depth_32", "depth_24", "depth_12")),
-    Claim("[decay] lowers the variance", "weight_decay", "last var.", DECAYS),
-    Claim("[decay] of 0.1 is best for usefulness", "weight_decay", "log ratio", DECAYS),
-    Claim("[decay] of 0.1 is best for perplexity", "weight_decay", "val loss", DECAYS),
-    Claim("[context]: longer lowers the variance", "context", "last var.", CONTEXTS),
-    Claim("[context] of 2048 to 4096 is best for usefulness", "context", "log ratio", CONTEXTS),
-    Claim("[context] of 2048 is best for perplexity", "context", "val loss", CONTEXTS),
-    Claim("[GQA] lowers the variance", "gqa", "last var.", ("gqa_4", "gqa_16")),
-    Claim("[GQA] raises usefulness", "gqa", "log ratio", ("gqa_4", "gqa_16")),
-    Claim("[GQA] lowers perplexity a little", "gqa", "val loss", ("gqa_4", "gqa_16")),
-    Claim("[MoE] lowers the variance", "moe", "last var.", ("moe_1b",)),
-    Claim("[MoE] raises usefulness", "moe", "log ratio", ("moe_1b", "moe_400m")),
-    Claim("[MoE] lowers perplexity at equal active FLOPs", "moe", "val loss",
-          ("moe_1b", "moe_400m")),
-    Claim("[recipe]: each step raises usefulness", "ladder", "log ratio", STEPS),
-    Claim("[recipe]: each step raises accuracy", "ladder", "accuracy", STEPS)]
-RELEASED = {"log ratio": "rel.ratio", "causal": "rel.causal", "last var.": "rel.var."}
-
-def claims(found: dict[str, Runs]) -> str:
-    """A row per claim: the verdicts on its comparisons, and one of the differences."""
+def values_table(family: str, runs: Runs, scale: str) -> str:
+    """A row per member: the mean of each score over seeds with its interval."""
+    scores_shown = KNOB if family != "ladder" else ("last var.", "ln Vn/V1", "log ratio", "useful",
+                                                    "trend use", "val loss")
     rows = []
-    for claim in CLAIMS:
-        runs = found.get(claim.family, {})
-        rows.append([claim.says, verdicts(claim, runs, claim.column), example(claim, runs)])
-    return markdown(["the paper says", "verdict here", "first comparison"], rows)
+    for member, seeds in runs.items():
+        cells = []
+        for score in scores_shown:
+            values = list(by_seed(seeds, score).values())
+            cells.append(with_interval(estimate(values), score) if values else "-")
+        rows.append([f"{label(family, member, scale)} ({len(by_seed(seeds, 'loss'))})", *cells])
+    return markdown(["member (seeds)", *scores_shown], rows)
 
-def claims_as_released(found: dict[str, Runs]) -> str:
-    """The verdicts on the claims of whose score the released scripts compute another one."""
+def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
+    """A row per comparison: ours, the paper's, their sizes, what could be detected, the verdict."""
     rows = []
-    for claim in CLAIMS:
-        runs = found.get(claim.family, {})
-        if claim.column in RELEASED:
-            rows.append([claim.says, claim.column, verdicts(claim, runs, claim.column),
-                         verdicts(claim, runs, RELEASED[claim.column])])
-    return markdown(["the paper says", "score", "as defined", "as released"], rows)
+    for c in compared:
+        size = with_interval(c.size) if c.size else "-"
+        detects = detectable(c.effect)
+        if c.score in LOGARITHMS and not math.isnan(detects):
+            detects_text = f"times {short(math.exp(detects))}"
+        else:
+            detects_text = short(detects)
+        rows.append([f"{label(c.family, c.member, scale)} vs {label(c.family, c.base, scale)}",
+                     c.score, with_interval(c.effect, c.score, "+"), paper_cell(c), size,
+                     detects_text, c.verdict or "-"])
+    return markdown(["comparison", "score", "here (95% interval)", "paper", "size (paper's = 1)",
+                     "detects (80%)", "verdict"], rows)
 
-def verdicts(claim: Claim, runs: Runs, column: str) -> str:
-    """How many comparisons of a claim came out which way, as "reproduced 2, undecided 1 of 3"."""
-    compared = [difference(claim.family, member, runs, column) for member in claim.members]
-    words = [d.verdict.replace("no interval", "undecided") for d in compared if d]
-    words = [word for word in words if word not in ("", "no direction")]
-    said = [f"{word} {words.count(word)}" for word in ("reproduced", "contradicted", "undecided")
-            if word in words]
-    return f"{', '.join(said)} of {len(words)}" if words else "not measured"
+def premises(found: dict[str, Runs], scale: str, score: str) -> str:
+    """A row per member of the depth and init families: each seed, mean, step 0, what is added."""
+    rows = []
+    for family in ("depth", "init"):
+        for member, seeds in found.get(family, {}).items():
+            judged = premise(found[family], member, score)
+            if judged is None or family == "init" and member in FAMILIES["depth"]:
+                continue
+            values, e, verdict = judged
+            start = by_seed(seeds, score, "start")
+            added = [x - start[seed] for seed, x in values.items() if seed in start]
+            rows.append([label(family, member, scale), " ".join(short(x) for x in values.values()),
+                         with_interval(e),
+                         short(statistics.mean(start.values())) if start else "-",
+                         with_interval(estimate(added), "", "+") if added else "-", verdict])
+            if score == "ln Vn/V1":
+                rows[-1][0] += f", ln n = {math.log(seeds[0]['settings']['n_layer']):.2f}"
+    return markdown([PREMISES[score], "each seed", "mean (95%)", "step 0", "training adds",
+                     "verdict"], rows)
 
-def example(claim: Claim, runs: Runs) -> str:
-    """The difference in the first comparison of a claim, with its interval."""
-    member = claim.members[0]
-    d = difference(claim.family, member, runs, claim.column)
-    if d is None:
-        return ""
-    numbers = [d.mean, d.mean - d.half, d.mean + d.half]
-    if claim.column in LOGARITHMS:           # a factor says more than a logarithm
-        mean, low, high = (f"{math.exp(x):.3g}" for x in numbers)
-        mean = f"times {mean}"
-    else:
-        mean, low, high = (f"{x:+.3g}" for x in numbers)
-    between = "one seed" if math.isnan(d.half) else f"{low} to {high}"
-    return f"`{member}`: {claim.column} {mean} ({between})"
+def depth_steps(found: dict[str, Runs], scale: str) -> str:
+    """What each step in depth still gains in validation loss."""
+    rows = []
+    members = [member for member in FAMILIES["depth"] if member in found["depth"]]
+    for base, member in zip(members, members[1:]):
+        c = compare(found, "depth", member, "val loss", base)
+        if c:
+            rows.append([f"{label('depth', base, scale)} to {label('depth', member, scale)}",
+                         with_interval(c.effect, "", "+")])
+    return markdown(["step", "validation loss (95%)"], rows)
 
-def ranks(x: Sequence[float]) -> np.ndarray:
-    """The place of each number among all, from 1; equal ones share the mean of their places."""
-    _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[which]
+def course_table(runs: Runs, scale: str) -> str:
+    """The last layer's variance over training: its peak, when, what is left; and the paper's."""
+    rows = []
+    for member, seeds in runs.items():
+        of = {name: estimate(list(by_seed(seeds, name).values()))
+              for name in ("peak var.", "peak at", "left of it")}
+        paper = PAPER["depth"][member]
+        rows.append([label("depth", member, scale), with_interval(of["peak var."], "peak var."),
+                     with_interval(of["peak at"]), with_interval(of["left of it"]),
+                     f"{paper['peak']:,.0f}", "0.13", short(paper["variance"] / paper["peak"])])
+    return markdown(["depth", "peak", "at share of steps", "left at the end", "paper: peak", "at",
+                     "left"], rows)
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """The rank correlation; nan where x or y does not vary."""
-    a, b = ranks(x) - (len(x) + 1) / 2, ranks(y) - (len(y) + 1) / 2
-    scale = math.sqrt((a @ a) * (b @ b))
-    return a @ b / scale if scale else math.nan
+def released_table(runs: Runs, scale: str) -> str:
+    """The scores as the released scripts compute them, by depth, beside the defined ones."""
+    columns = ("causal", "rel.causal", "useful", "rel.useful", "last var.", "rel.var.")
+    rows = [[label("depth", member, scale),
+             *(with_interval(estimate(list(by_seed(seeds, name).values())), name)
+               for name in columns)] for member, seeds in runs.items()]
+    return markdown(["depth", *columns], rows)
 
-def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the rank correlation, from 1,000 draws of as many runs, with repeats."""
-    x, y, draw = np.array(x), np.array(y), np.random.default_rng(0)
-    chosen = draw.integers(len(x), size=(1000, len(x)))
-    low, high = np.nanquantile([spearman(x[k], y[k]) for k in chosen], [0.025, 0.975])
-    return low, high
-
-# ---- the mechanism: does sparsity damp the variance, and does that keep blocks useful? -----------
-QUESTIONS = [("near zero", "growth"), ("eff. keys", "growth"), ("key heads", "growth"),
-             ("active FFN", "growth"), ("density", "growth"), ("growth", "log ratio"),
-             ("growth", "useful"), ("growth", "val loss"), ("last var.", "log ratio")]
-MECHANISM = """\
-Rank correlations over runs, with 95% bootstrap intervals and the number of runs; a family is left
-out where one of the two does not vary. growth: of ln variance per block. The paper's claim is that
-each measure of density (eff. keys, key heads, active FFN, density) goes with more growth, near zero
-with less; and growth with a lower log ratio and usefulness, and a higher loss.
-
-"all" counts a run that is in several families once. A deep model grows less per block and uses each
-block less, so rows that mix depths mix this in. Two rows do not: one has the runs of the baseline's
-norm and depth, one those of its decay as well.
-
-What is mechanical: the norm before each attention and FFN takes away the stream's scale, so what a
-block adds is as large as its weights make it. Decay shrinks all weights: more of them fall below
-the fixed threshold of near zero, and blocks add less. That decay makes weights near zero and the
-last variance small is therefore arithmetic, and no evidence that sparsity did it. Nor is any
-correlation here: members differ in a knob, which may move both measures. Runs of one member are
-near copies and the bootstrap draws runs, so the intervals are too narrow for other members."""
-
-Points = list[tuple[float, float]]
-
-def points(runs: Runs, x: str, y: str) -> Points:
-    """Two scores of each run that has both."""
-    scores = [row["scores"] for seeds in runs.values() for row in seeds]
-    pairs = [(score.get(x), score.get(y)) for score in scores]
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
-
-def different_runs(found: dict[str, Runs]) -> Runs:
-    """The runs of all families, each once, under the first member that has it."""
-    together: Runs = {}
-    for runs in found.values():
+def common_lengths(runs: Runs, scale: str) -> str:
+    """The contexts, each probed on the same tokens at the same places."""
+    rows = []
+    for length in COMMON_LENGTHS:
         for member, seeds in runs.items():
-            if seeds not in together.values():
-                together[member] = seeds
-    return together
+            cells = []
+            for score in ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence"):
+                values = list(by_seed(seeds, score, f"at_{length}").values())
+                cells.append(with_interval(estimate(values), score) if values else "-")
+            if cells[0] != "-":
+                rows.append([f"{label('context', member, scale)}, first {length} tokens", *cells])
+    return markdown(["trained with", "loss", "last var.", "ln Vn/V1", "useful", "log ratio",
+                     "influence"], rows)
 
-def mechanism(found: dict[str, Runs], scale: str) -> str:
-    """A column per question, a row per group of runs: the rank correlation of the two measures.
+def rates(runs: Runs) -> str:
+    """The runs that chose the learning rate: one seed, used for nothing else."""
+    rows = []
+    for rows_of_member in runs.values():
+        row = rows_of_member[0]
+        c, s, variance = row["settings"], row["scores"], row["probe"]["variance"]
+        rows.append([f"{c['n_layer']} layers, init {c['init_std']}",
+                     f"{c['learning_rate'] / c['init_std']:.3g} ({c['learning_rate']:g})",
+                     f"{s['val loss']:.3f}", f"{short(variance[1])}, {short(variance[-1])}",
+                     f"{s['ln Vn/V1']:.2f}", f"{s['useful']:.2f}",
+                     ", ".join(f"{s[name]:+.2f}" for name in ("trend use", "trend infl", "trend J-I"))])
+    return markdown(["model", "rate / init_std (rate)", "val loss", "Var h_1, Var h_n", "ln Vn/V1",
+                     "useful", "trends: use, influence, J - I"], rows)
 
-    The groups are all runs, those of each norm, of the baseline's norm and depth, of its decay as
-    well, and each family.
-    """
-    together = different_runs(found)
-    groups = {"all": together}
-    for norm in ("pre", "lns", "peri"):
-        groups[f"norm {norm}"] = {member: seeds for member, seeds in together.items()
-                                  if config(member, scale).norm == norm}
-    base = config("depth_16", scale)
-    deep = f"norm pre, L {base.n_layer}"
-    groups[deep] = {member: seeds for member, seeds in groups["norm pre"].items()
-                    if config(member, scale).n_layer == base.n_layer}
-    groups[f"{deep}, decay {base.weight_decay:g}"] = {
-        member: seeds for member, seeds in groups[deep].items()
-        if config(member, scale).weight_decay == base.weight_decay}
-    groups |= found
-    header = ["", *(f"{x} → {y}" for x, y in QUESTIONS)]
-    rows = [[name, *(correlation(points(runs, x, y)) for x, y in QUESTIONS)]
-            for name, runs in groups.items()]
-    return markdown(header, rows)
+def mechanism(found: dict[str, Runs]) -> str:
+    """Rank correlations over configurations, each the mean over its seeds, of all and at one depth."""
+    together = configurations(found)
+    shallow = {member: rows for member, rows in together.items()
+               if rows[0]["settings"]["n_layer"] == 8 and rows[0]["settings"]["n_embd"] == 64}
+    table = []
+    for x, y in QUESTIONS:
+        cells = [f"{x} with {y}"]
+        for group in (together, shallow):
+            pairs = [(means(rows, x), means(rows, y)) for rows in group.values()]
+            pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+            rho = rank_correlation(*zip(*pairs)) if len(pairs) > 3 else math.nan
+            if math.isnan(rho):
+                cells.append("-")
+                continue
+            low, high = bootstrap(*zip(*pairs))
+            cells.append(f"{rho:+.2f} ({low:+.2f} to {high:+.2f}; {len(pairs)})")
+        table.append(cells)
+    return markdown(["rank correlation", "all configurations (95%; number)", "8 layers, width 64"],
+                    table)
 
-def correlation(pairs: Points) -> str:
-    """Spearman's, with its interval and number of runs; "" where it means nothing."""
-    if len(pairs) < 4:
-        return ""
-    x, y = zip(*pairs)
-    rho = spearman(x, y)
-    if math.isnan(rho):
-        return ""
-    low, high = bootstrap(x, y)
-    return f"{rho:.2f} ({low:.2f} to {high:.2f}; {len(pairs)})"
+def processors(found: dict[str, Runs]) -> str:
+    """Runs of one member and seed that were computed on several kinds of processor."""
+    rows = []
+    for member, seeds in found.get("depth", {}).items():
+        by_kind: dict[int, list[Row]] = {}
+        for row in seeds:
+            by_kind.setdefault(row["seed"], []).append(row)
+        for seed, same in by_kind.items():
+            for row in same[1:]:
+                cells = [f"{short(row['scores'][name])} vs {short(same[0]['scores'][name])}"
+                         for name in ("last var.", "ln Vn/V1", "log ratio", "val loss")]
+                rows.append([f"{member} seed {seed}: {row['processor']} vs {same[0]['processor']}",
+                             *cells])
+    return markdown(["run", "last var.", "ln Vn/V1", "log ratio", "val loss"], rows)
 
 # ---- figures -------------------------------------------------------------------------------------
-BLUE, ORANGE = "#0072B2", "#D55E00"          # told apart by all eyes (Okabe and Ito)
-FAMILY_MARKS = {"depth": ("o", "#0072B2"), "weight_decay": ("s", "#D55E00"),
-                "context": ("^", "#009E73"), "gqa": ("D", "#CC79A7"), "moe": ("P", "#E69F00"),
-                "ladder": ("v", "#56B4E9"), "norms": ("X", "#000000"), "in several": ("o", "#999999")}
-MEANINGS = {"near zero": "share of weights near zero", "eff. keys": "share of keys attended to",
-            "key heads": "key heads per query head", "active FFN": "active share of the FFN",
-            "density": "keys attended to x key heads", "growth": "growth of ln variance per block",
-            "last var.": "variance of the last layer",
-            "useful": "usefulness", "val loss": "validation loss"}
-# What a family turns, and what the letters of its labels are.
-TITLES = {"depth": "L layers", "weight_decay": "weight decay", "context": "contexts of T tokens",
-          "gqa": "G query heads on each key/value head",
-          "moe": "experts at equal active FLOPs; d: width", "ladder": "the recipe, step by step",
-          "norms": "each cure under three norms"}
-# The panels of a family's figure: a score, its title, and the paper's number of the same kind.
-PANELS = {"log ratio": ("log ratio", ""), "useful": ("usefulness", "useful"),
-          "rel.useful": ("usefulness as released", "useful"), "causal": ("causal score", "causal"),
-          "rel.causal": ("causal as released", "causal"),
-          "permuted": ("permutation score", "permuted"), "last var.": ("last variance", "variance"),
-          "val loss": ("validation loss", ""), "accuracy": ("accuracy", "")}
+# Told apart by all eyes (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+NAMES = {"last var.": "variance of the last layer", "ln Vn/V1": "ln(Var h_n / Var h_1)",
+         "useful": "share of useful blocks", "log ratio": "mean log affine ratio",
+         "val loss": "validation loss (nats)", "density": "keys attended to x key heads",
+         "trend use": "trend of the log ratio", "trend infl": "trend of the influence",
+         "trend J-I": "trend of |J - I|"}
+TITLES = {"weight_decay": "Weight decay", "context": "Context length T", "gqa": "Grouped queries: G per KV head",
+          "moe": "Mixture of experts at equal active FLOPs", "ladder": "The recipe, step by step",
+          "norms": "The cures under other norms", "init": "Initialisation",
+          "width": "Width at the same rate / init_std", "long": "Four times the steps"}
 
-def save(path: Path, make: Callable[[], Any]) -> str:
-    """Save the figure that is made as path.png and path.svg; says where, or what it takes."""
+def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
+    """Every figure that has its runs, as PNG and SVG; says where they are, or what is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return "no figure: pip install matplotlib"
-    figure = make()
-    try:
-        save_figure(figure, path)
-    except OSError as e:
-        raise UserError(f"cannot write {path}.png ({e.strerror}): choose another --out") from e
-    return f"{path}.png and .svg"
+        return "no figures: pip install matplotlib"
+    figures = {family: lambda family=family: draw_family(family, found[family], scale)
+               for family in TITLES if family in found}
+    if "depth" in found:
+        depth = found["depth"]
+        figures |= {"depth": lambda: draw_depth(depth, scale),
+                    "depth_blocks": lambda: draw_blocks(depth, scale),
+                    "depth_causal": lambda: draw_maps(depth, "causal", "Causal score C[s, l]", scale),
+                    "depth_permutation": lambda: draw_maps(depth, "permutation",
+                                                           "Permutation score P[i, j]", scale),
+                    "depth_course": lambda: draw_course(depth, scale)}
+        figures["mechanism"] = lambda: draw_mechanism(configurations(found), found)
+    if "rates" in found:
+        figures["rates"] = lambda: draw_rates(found["rates"])
+    if found.keys() & {"weight_decay", "context", "gqa", "moe"}:
+        figures["perplexity"] = lambda: draw_perplexity(found, scale)
+    for name, make in figures.items():
+        save_figure(make(), out / name)
+    return f"figures in {out}: {', '.join(figures)}"
 
-def panels(count: int, across: int, height: float, **shared: Any) -> tuple[Any, list[Any]]:
-    """A figure 8 inches wide and its axes, `across` in a row, each row `height` inches high."""
+def panels(across: int, height: float, title: str, down: int = 1, **shared: Any) -> tuple[Any, Any]:
+    """A figure 9 inches wide, and its axes in a row or a grid."""
     from matplotlib.figure import Figure
-    rows = math.ceil(count / across)
-    fig = Figure(figsize=(8, rows * height + 0.5), layout="constrained")
-    axes = list(fig.subplots(rows, across, squeeze=False, **shared).flat)
+    fig = Figure(figsize=(9, down * height + 0.4), layout="constrained")
+    axes = list(fig.subplots(down, across, squeeze=False, **shared).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-    for ax in axes[count:]:
-        ax.set_visible(False)
-    return fig, axes[:count]
+    fig.suptitle(title, fontsize=11)
+    return fig, axes
 
-def title_of(family: str, runs: Runs, scale: str) -> str:
-    """As "depth: L layers; laptop scale, 3 to 5 seeds"."""
-    counts = sorted({len(seeds) for seeds in runs.values()})
-    seeds = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
-    return f"{family}: {TITLES[family]}; {scale} scale, seeds: {seeds}"
+def mean_lines(rows: Sequence[Row], name: str) -> np.ndarray:
+    """The values of each block, as a mean over seeds; of a variance the geometric mean."""
+    of_seeds = np.array([row["probe"][name] for row in rows], dtype=float)
+    return np.exp(np.log(of_seeds).mean(0)) if "variance" in name else of_seeds.mean(0)
 
-def draw_scores(family: str, runs: Runs, scale: str) -> Any:
-    """A panel per score, a row per member: each seed, the mean with its interval, the paper's."""
-    columns = [name for name in PANELS
-               if any(values_of(seeds, name) for seeds in runs.values())]
-    fig, axes = panels(len(columns), 4, 0.8 + 0.36 * len(runs), sharey=True)
-    fig.suptitle(title_of(family, runs, scale), fontsize=10)
-    labels = [label(family, member, scale).replace(" (paper", "\n(paper") for member in runs]
-    axes[0].set_yticks(range(len(runs)), labels)
-    axes[0].set_ylim(len(runs) - 0.5, -0.5)                      # the first member on top
-    for ax, column in zip(axes, columns):
-        title, papers = PANELS[column]
-        draw_score(ax, runs, column, [PAPER[family][member].get(papers) for member in runs])
-        ax.set_title(title, fontsize=9)
-    marks = {}
+def draw_depth(runs: Runs, scale: str) -> Any:
+    """The curse in three panels: variance and |J - I| over relative depth; use by depth."""
+    fig, axes = panels(3, 2.9, "The curse of depth, measured here")
+    for color, (member, rows) in zip(COLORS, runs.items()):
+        n = rows[0]["settings"]["n_layer"]
+        place = np.arange(1, n + 1) / n
+        axes[0].plot(place, mean_lines(rows, "variance")[1:], color=color, label=f"{n} layers")
+        axes[1].plot(place, mean_lines(rows, "deviation"), color=color)
+    axes[0].set(yscale="log", title="The stream's variance grows", xlabel="depth (share of blocks)",
+                ylabel="variance after the block")
+    axes[1].set(yscale="log", title="Distance from the identity", xlabel="depth (share of blocks)",
+                ylabel=r"$\|J-I\|_F\,/\,d$")
+    axes[0].legend(fontsize=8, frameon=False)
+    layers = [rows[0]["settings"]["n_layer"] for rows in runs.values()]
+    twin = axes[2].twinx()
+    twin.spines["top"].set_visible(False)
+    for ax, score, color in ((axes[2], "log ratio", COLORS[0]), (twin, "useful", COLORS[1])):
+        found = [estimate(list(by_seed(rows, score).values())) for rows in runs.values()]
+        ax.errorbar(layers, [e.mean for e in found], [np.nan_to_num(e.half) for e in found],
+                    color=color, marker="o", markersize=4, capsize=3)
+        ax.set_ylabel(NAMES[score], color=color, fontsize=9)
+        ax.tick_params(axis="y", colors=color, labelsize=8)
+        ax.set_ylim(bottom=0)
+    axes[2].set(title="Deeper models use each block less", xlabel="layers", xticks=layers)
     for ax in axes:
-        marks |= dict(zip(*reversed(ax.get_legend_handles_labels())))
+        ax.title.set_fontsize(9)
+    return fig
+
+def draw_blocks(runs: Runs, scale: str) -> Any:
+    """Values of each block by depth: what attention and FFN add, |J - I| and the affine map."""
+    shown = {"attn_variance": "Variance that attention adds", "ffn_variance": "Variance that the FFN adds",
+             "deviation": r"$\|J-I\|_F\,/\,d$", "affine": "Loss with an affine map / loss"}
+    fig, axes = panels(2, 2.6, "Block by block, for four depths", down=2)
+    for ax, (name, title) in zip(axes, shown.items()):
+        for color, rows in zip(COLORS, runs.values()):
+            ax.plot(mean_lines(rows, name), color=color, marker="o", markersize=3,
+                    label=f"{rows[0]['settings']['n_layer']} layers")
+        ax.set_title(title, fontsize=9)
+        ax.set(xlabel="block", yscale="linear" if name == "affine" else "log")
+    axes[0].legend(fontsize=8, frameon=False)
+    return fig
+
+def draw_maps(runs: Runs, name: str, title: str, scale: str) -> Any:
+    """One heat map per depth, the mean over seeds."""
+    from matplotlib.colors import LogNorm
+    maps = [np.mean([np.array(row["probe"][name], dtype=float) for row in rows], axis=0)
+            for rows in runs.values()]
+    high = max(x.max() for x in maps)
+    fig, axes = panels(len(maps), 2.4, title)
+    for ax, x, rows in zip(axes, maps, runs.values()):
+        shown = np.where(np.triu(x, 1) > 0, x, np.nan)
+        image = ax.imshow(shown, norm=LogNorm(high / 300, high))
+        ax.set_title(f"{rows[0]['settings']['n_layer']} layers", fontsize=9)
+        ax.set(xlabel="later block", ylabel="earlier block")
+        ax.locator_params(integer=True, nbins=5)
+    fig.colorbar(image, ax=axes, format="%g", shrink=0.8)
+    return fig
+
+def draw_course(runs: Runs, scale: str) -> Any:
+    """The last layer's variance over training: the geometric mean over seeds, and each seed."""
+    fig, (ax,) = panels(1, 3.2, "The last layer's variance over training")
+    for color, rows in zip(COLORS, runs.values()):
+        curves = np.array([row["curve"] for row in rows], dtype=float)           # (seeds, points, 2)
+        steps = curves[0, :, 0]
+        for curve in curves:
+            ax.plot(steps, curve[:, 1], color=color, linewidth=0.6, alpha=0.4)
+        ax.plot(steps, np.exp(np.log(curves[:, :, 1]).mean(0)), color=color,
+                label=f"{rows[0]['settings']['n_layer']} layers")
+    ax.set(xlabel="step", ylabel="variance", yscale="log")
+    ax.legend(fontsize=8, frameon=False)
+    return fig
+
+def draw_family(family: str, runs: Runs, scale: str) -> Any:
+    """A row per member: each seed a ring, the mean with its interval, the paper's a diamond."""
+    shown = ("last var.", "useful", "log ratio", "val loss")
+    fig, axes = panels(len(shown), 0.8 + 0.3 * len(runs), TITLES[family], sharey=True)
+    names = [label(family, member, scale).replace(" (paper", "\n(paper") for member in runs]
+    axes[0].set_yticks(range(len(runs)), names, fontsize=7)
+    axes[0].set_ylim(len(runs) - 0.5, -0.5)
+    for ax, score in zip(axes, shown):
+        for place, (member, rows) in enumerate(runs.items()):
+            values = list(by_seed(rows, score).values())
+            e = estimate(values)
+            ends = np.array([e.mean, e.low, e.high]) if e.n > 1 else np.full(3, e.mean)
+            if score in LOGARITHMS:
+                values, ends = np.exp(values), np.exp(ends)
+            ax.plot(values, [place + 0.22] * len(values), "o", color="gray", fillstyle="none",
+                    markersize=3, label="a seed")
+            ax.errorbar(ends[0], place, xerr=[[ends[0] - ends[1]], [ends[2] - ends[0]]], fmt="o",
+                        color=COLORS[0], markersize=5, capsize=2, label="mean, 95% interval")
+            paper = PAPER[family][member].get("useful") if score == "useful" else None
+            if paper is not None:
+                ax.plot(paper, place - 0.22, "D", color=COLORS[1], fillstyle="none", markersize=5,
+                        label="the paper's")
+        ax.set_title(NAMES[score], fontsize=8)
+        ax.set_xscale("log" if score in LOGARITHMS else "linear")
+        ax.grid(axis="x", alpha=0.3)
+    marks = dict(zip(*reversed(axes[1].get_legend_handles_labels())))
     fig.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=3, fontsize=8,
                frameon=False)
     return fig
 
-def draw_score(ax: Any, runs: Runs, column: str, papers: Sequence[float | None]) -> None:
-    """One panel of `draw_scores`. The variance has a log axis, and the mean of its logarithms."""
-    is_log = column == "last var."
-    for place, seeds in enumerate(runs.values()):
-        values = [x for x in values_of(seeds, column) if x > 0 or not is_log]
-        ax.plot(values, [place + 0.2] * len(values), "o", color="gray", fillstyle="none",
-                markersize=3.5, label="a seed")
-        if len(values) > 1:
-            mean, low, high = ends_of_interval(values, is_log)
-            ax.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=BLUE,
-                        markersize=5, capsize=2.5, label="mean, 95% interval")
-    known = [(x, place - 0.2) for place, x in enumerate(papers) if x is not None]
-    if is_log:
-        values = [x for seeds in runs.values() for x in values_of(seeds, column)]
-        decades = np.log10([x for x in [*values, *(x for x, _ in known)] if x > 0])
-        left = 10 ** np.floor(decades.min() - 0.2)
-        ax.set(xscale="log", xlim=(left, 10 ** np.ceil(decades.max() + 0.2)))
-        ax.xaxis.set_minor_formatter("")
-        zeros = [place for x, place in known if x == 0]
-        known = [(x, place) for x, place in known if x > 0]
-        if zeros:
-            ax.plot([left] * len(zeros), zeros, "<", color=ORANGE, fillstyle="none", markersize=6,
-                    clip_on=False, label="the paper's, about 0")
-    else:
-        ax.locator_params("x", nbins=4)
-        if "useful" in column:
-            ax.set_xlim(-0.05, 1.05)
-    if known:
-        ax.plot(*zip(*known), "D", color=ORANGE, fillstyle="none", markersize=5,
-                label="the paper's")
-    ax.grid(axis="x", alpha=0.3)
-
-def ends_of_interval(values: Sequence[float], is_log: bool) -> tuple[float, float, float]:
-    """The mean of at least two values and both ends of its interval, of their logarithms if so."""
-    if is_log:
-        mean, half = interval([math.log(x) for x in values])
-        return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-    mean, half = interval(values)
-    return mean, mean - half, mean + half
-
-def draw_variance(family: str, runs: Runs, scale: str) -> Any:
-    """The last layer's variance by step, a panel per norm: the geometric mean over seeds, and each
-    seed thin."""
-    from matplotlib import colormaps
-    norms: dict[str, list[str]] = {}
-    for member in runs:
-        norms.setdefault(config(member, scale).norm, []).append(member)
-    fig, axes = panels(len(norms), 1, 4.5 if len(norms) == 1 else 2.6, sharey=True)
-    fig.suptitle(f"{title_of(family, runs, scale)}\nvariance of the last layer over training",
-                 fontsize=10)
-    for ax, members in zip(axes, norms.values()):
-        colors = colormaps["viridis"](np.linspace(0, 0.75, len(members)))
-        ends = {}
-        for color, member in zip(colors, members):
-            end = draw_curves(ax, [row["curve"] for row in runs[member]], color)
-            if end:
-                ends[label(family, member, scale)] = (end, color)
-        ax.set(xlabel="step", ylabel="variance", yscale="log")
-        label_ends(ax, ends)
-    return fig
-
-def draw_curves(ax: Any, curves: Sequence[Any], color: Any) -> tuple[float, float] | None:
-    """The curves of one member's seeds and their geometric mean; returns where that ends."""
-    steps = max(([step for step, _ in curve] for curve in curves), key=len)
-    same = [curve for curve in curves if [step for step, _ in curve] == steps]
-    if not steps:
-        return None
-    variances = np.array(same)[:, :, 1]                          # (seeds, steps)
-    means = np.exp(np.log(np.maximum(variances, 1e-38)).mean(0))
-    for variance in variances:
-        ax.plot(steps, variance, color=color, linewidth=0.7, alpha=0.4)
-    ax.plot(steps, means, color=color, linewidth=2)
-    return steps[-1], means[-1]
-
-def label_ends(ax: Any, ends: dict[str, tuple[tuple[float, float], Any]]) -> None:
-    """Write each name at the right, joined to where its line ends, none over another."""
-    ax.figure.draw_without_rendering()                           # puts the axes in their place
-    heights = {name: ax.transAxes.inverted().transform(ax.transData.transform(end))[1]
-               for name, (end, _) in ends.items()}
-    apart, free = 0.2 / ax.get_position().height / ax.figure.get_figheight(), -math.inf
-    for name in sorted(heights, key=heights.get):                # from below, each above the last
-        heights[name] = free = max(heights[name], free + apart)
-    too_high = max(0, free - 1)
-    for name, (end, color) in ends.items():
-        ax.annotate(name, end, (1.04, heights[name] - too_high), color=color, fontsize=8,
-                    textcoords="axes fraction", verticalalignment="center",
-                    arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5,
-                                "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0})
-
-def draw_mechanism(found: dict[str, Runs]) -> Any:
-    """A panel per question, a mark per run, by family; what is in several families is gray."""
-    groups: dict[str, Runs] = {}
-    together = different_runs(found)
-    for member, seeds in together.items():
-        families = [family for family, runs in found.items() if seeds in runs.values()]
-        name = families[0] if len(families) == 1 else "in several"
-        groups.setdefault(name, {})[member] = seeds
-    fig, axes = panels(len(QUESTIONS), 3, 2.4)
-    fig.suptitle("Over all runs: rank correlation (95% interval; runs)", fontsize=10)
-    for ax, (x, y) in zip(axes, QUESTIONS):
-        ax.set_title(correlation(points(together, x, y)), fontsize=8)
-        ax.set_xlabel(MEANINGS.get(x, x), fontsize=8)
-        ax.set_ylabel(MEANINGS.get(y, y), fontsize=8)
-        if x == "last var.":
-            ax.set_xscale("log")
-            ax.locator_params("y", nbins=4)
-        else:
-            ax.locator_params(nbins=4)
-        for name, runs in groups.items():
-            mark, color = FAMILY_MARKS[name]
-            pairs = np.array(points(runs, x, y)).reshape(-1, 2)
-            ax.plot(*pairs.T, mark, color=color, markersize=4, alpha=0.7, label=name)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-               ncols=len(groups), fontsize=8, frameon=False)
-    return fig
-
-# ---- the course of a run -------------------------------------------------------------------------
-COURSE = {"loss": "training loss", "val_loss": "validation loss", "lr": "learning rate",
-          "grad_norm": "gradient norm", "variance": "variance of the last layer"}
-
-def plot(args: Any) -> None:
-    """Draw what log.jsonl says of one or several runs."""
-    logs = {}
-    for path in args.paths:
-        home = path.parent if path.name == "log.jsonl" else path
-        check((home / "log.jsonl").is_file(), f"{home} has no log.jsonl: give folders of runs")
-        try:
-            log = read_log(home)
-            whole = len(log) > 0 and all(line["step"] > 0 for line in log)
-        except DAMAGED:
-            whole = False
-        check(whole, f"{home}/log.jsonl is damaged or empty: leave {home} out")
-        logs[str(home)] = log
-    target = args.out or Path(next(iter(logs)), "training.png")
-    check(target.suffix == ".png", f"--out {target}: must end in .png; an .svg comes beside it")
-    print(save(target.with_suffix(""), lambda: draw_course(logs)))
-
-def draw_course(logs: dict[str, list[dict[str, Any]]]) -> Any:
-    """A panel per quantity, a line per run."""
-    fig, axes = panels(len(COURSE), 2, 2.4)
-    for ax, (key, title) in zip(axes, COURSE.items()):
-        for name, log in logs.items():
-            lines = [(line["step"], line[key]) for line in log if key in line]
-            if key == "variance":
-                lines = variance_curve(log)
-            if lines:
-                ax.plot(*zip(*lines), linewidth=1, marker="o" if len(lines) < 50 else "",
-                        markersize=3, label=name)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel("step", fontsize=8)
-        ax.locator_params("x", integer=True)
-        if key == "variance":
-            ax.set_yscale("log")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+def draw_rates(runs: Runs) -> Any:
+    """When is there a curse? Trends over the later blocks and loss, over rate / init_std."""
+    fig, axes = panels(4, 2.8, "Small steps beside the initialisation: later blocks do less. "
+                               "Large steps: they do more")
+    lines: dict[tuple[int, float], list[Row]] = {}
+    for rows in runs.values():
+        c = rows[0]["settings"]
+        lines.setdefault((c["n_layer"], c["init_std"]), []).append(rows[0])
+    for ax, score in zip(axes, ("trend use", "trend infl", "trend J-I", "val loss")):
+        for color, ((n, std), rows) in zip(COLORS, sorted(lines.items())):
+            points = sorted((row["settings"]["learning_rate"] / std, row["scores"][score])
+                            for row in rows)
+            ax.plot(*zip(*points), color=color, marker="o", markersize=4,
+                    label=f"{n} layers, init_std {std}")
+        if score != "val loss":
+            ax.axhline(0, color="black", linewidth=0.5)
+            ax.set_ylim(-1.05, 1.05)
+        ax.axvline(0.02, color="gray", linestyle=":", linewidth=1)
+        ax.set(xscale="log", xlabel="learning rate / init_std")
+        ax.set_title(NAMES[score], fontsize=9)
+    axes[0].annotate("the paper", (0.02, -1.0), fontsize=7, color="gray", ha="right")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
                fontsize=8, frameon=False)
     return fig
 
-# ---- the rule of thumb: the paper's recipe at another size ---------------------------------------
+def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
+    """ln(perplexity / the baseline's) of ours beside the paper's, a row per comparison."""
+    compared = [c for c in comparisons(found) if c.score == "val loss" and not math.isnan(c.paper)
+                and c.family in ("weight_decay", "context", "gqa", "moe")]
+    fig, (ax,) = panels(1, 0.6 + 0.24 * len(compared), "Perplexity: ours beside the paper's")
+    for place, c in enumerate(compared):
+        ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o", color=COLORS[0],
+                    markersize=4, capsize=2, label="here, 95% interval")
+        ax.plot(c.paper, place, "D", color=COLORS[1], fillstyle="none", label="the paper")
+    ax.set_yticks(range(len(compared)), [f"{label(c.family, c.member, scale)}" for c in compared],
+                  fontsize=7)
+    ax.axvline(0, color="black", linewidth=0.5)
+    ax.set_xscale("symlog", linthresh=0.1)
+    ax.set(xlabel="ln(perplexity / perplexity of the baseline); linear up to 0.1, then logarithmic",
+           ylim=(len(compared) - 0.5, -0.5))
+    marks = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    ax.legend(marks.values(), marks.keys(), fontsize=8, frameon=False)
+    return fig
+
+def draw_mechanism(together: Runs, found: dict[str, Runs]) -> Any:
+    """A dot per configuration, colored by family."""
+    pairs = (("density", "last var."), ("density", "ln Vn/V1"), ("last var.", "log ratio"),
+             ("ln Vn/V1", "log ratio"))
+    fig, axes = panels(4, 2.8, "Density, variance and use: a dot per configuration")
+    families = [family for family in FAMILIES if any(m in FAMILIES[family] for m in together)]
+    for ax, (x, y) in zip(axes, pairs):
+        for member, rows in together.items():
+            home = next(family for family in families if member in FAMILIES[family])
+            color = COLORS[families.index(home) % len(COLORS)]
+            values = [math.exp(v) if name in LOGARITHMS else v
+                      for name in (x, y) for v in [means(rows, name)]]
+            ax.plot(*values, "o", color=color, markersize=4, label=home)
+        ax.set_xlabel(NAMES[x], fontsize=8)
+        ax.set_ylabel(NAMES[y], fontsize=8)
+        ax.set(xscale="log" if x in LOGARITHMS else "linear",
+               yscale="log" if y in LOGARITHMS else "linear")
+    marks = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    fig.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=7, fontsize=8,
+               frameon=False)
+    return fig
+
+# ---- the recipe at another size ------------------------------------------------------------------
 # What each setting of the recipe rests on: the paper's ladder, downstream accuracy and usefulness.
 LADDER = {
-    "block_size": "T = 4096: accuracy 39.5 -> 40.0, usefulness 0.53 -> 0.59; "
-                  "with 8192 39.5 and 0.53",
-    "weight_decay": "0.3: accuracy 40.0 -> 41.4, usefulness 0.59 -> 0.63; "
-                    "0.6 gives 41.0, 1.0 gives 38.5. What counts is rate x decay x steps; "
-                    "the ladder's rate 4e-4 and 4,768 steps are our guess",
-    "n_kv_head": "G = 2: accuracy 41.4 -> 42.1, usefulness 0.63 -> 0.66",
-    "n_experts": "64 experts, top 8: accuracy 42.1 -> 44.1, usefulness 0.66 -> 0.75"}
+    "block_size": ("ladder_t4096", "T = 4096: accuracy 39.5 -> 40.0, usefulness 0.53 -> 0.59; "
+                                   "with 8192 39.5 and 0.53"),
+    "weight_decay": ("ladder_decay_0_3", "0.3: accuracy 40.0 -> 41.4, usefulness 0.59 -> 0.63; 0.6 "
+                     "gives 41.0, 1.0 gives 38.5. What counts is rate x decay x steps; the ladder's "
+                     "rate 4e-4 and 4,768 steps are our guess"),
+    "n_kv_head": ("ladder_g2", "G = 2: accuracy 41.4 -> 42.1, usefulness 0.63 -> 0.66"),
+    "n_experts": ("ladder_moe", "64 experts, top 8: accuracy 42.1 -> 44.1, usefulness 0.66 -> 0.75")}
 
 class Covered(NamedTuple):
     """What the paper tried of a quantity."""
@@ -1162,15 +1284,12 @@ def advise(args: Any) -> None:
     least = config("ladder_moe", "laptop").expert_hidden
     check(c.expert_hidden >= least,
           f"--params {args.params:g}: below the range: with {args.n_layer} blocks it leaves "
-          f"{c.n_experts} experts of width {c.expert_hidden}, and configs/laptop/, which has the "
-          f"paper's knobs in small models, has {least}")
+          f"{c.n_experts} experts of width {c.expert_hidden}, and the smallest that was tried "
+          f"(configs/laptop/) is {least}")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
-        try:
-            Path(args.out).write_text("\n".join(lines) + "\n")
-        except OSError as e:
-            raise UserError(f"cannot write {args.out} ({e.strerror}): choose another --out") from e
+        Path(args.out).write_text("\n".join(lines) + "\n", "utf-8")
         print(f"torchrun --nproc-per-node={args.gpus} train.py {args.out}\n", flush=True)
     print(plan(c, args.gpus, 0.4))
 
@@ -1180,8 +1299,10 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     What weight decay does goes with rate x decay x steps, so decay x steps is the ladder's.
     """
     ladder = config("ladder_moe", "paper")
+    head_dim = ladder.n_embd // ladder.n_head
     n_embd = advised_width(ladder, n_layer, params)
-    n_head = 2 * max(1, round(n_embd / ladder.head_dim / 2))      # even, as wide as the ladder's
+    n_head = max(2, 2 * round(n_embd / head_dim / 2))             # even, so that G = 2 divides it
+    n_embd = 8 * n_head * max(1, round(n_embd / n_head / 8))      # heads and experts of whole eights
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps
         T //= 2
@@ -1192,15 +1313,16 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     weight_decay = ladder.weight_decay * ladder.max_steps / max_steps
     return replace(
         ladder, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head // 2,
-        head_dim=2 * round(n_embd / n_head / 2), ffn_hidden=0, expert_hidden=n_embd, block_size=T,
-        batch_size=1, tokens_per_step=tokens_per_step, max_steps=max_steps,
+        ffn_hidden=0, expert_hidden=n_embd, block_size=T, batch_size=1,
+        tokens_per_step=tokens_per_step, max_steps=max_steps,
+        init_std=float(f"{0.02 * math.sqrt(2048 / n_embd):.3g}"),
         warmup_steps=min(ladder.warmup_steps, max_steps // 4),
         weight_decay=float(f"{weight_decay:.3g}"), out_dir="")
 
 def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
-    """The multiple of 32 at which n_layer of the ladder's blocks have about `params` parameters.
+    """The width at which n_layer of the ladder's blocks have about `params` active parameters.
 
-    Active ones. All widths go with n_embd, the experts' too, so there are a n_embd^2 + b n_embd.
+    All widths go with n_embd, the experts' too, so there are a n_embd^2 + b n_embd.
     """
     a = n_layer * (3 + 3 * ladder.top_k)                          # attention with G = 2, experts
     b = 2 * ladder.vocab_size + n_layer * (ladder.n_experts + 2)  # embedding, head, routers, norms
@@ -1208,18 +1330,28 @@ def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
     return max(32, 32 * round(width / 32))
 
 def reasons(c: TrainConfig) -> list[str]:
-    """Comments on an advised config: what each step of the recipe rests on."""
-    return [f"# {name} = {getattr(c, name)}: in the paper {why}" for name, why in LADDER.items()]
+    """Comments on an advised config: what each step rests on in the paper, and what it did here."""
+    args = argparse.Namespace(scale="laptop", settings=[])
+    rows = read_rows(ROOT / "configs/laptop/results.jsonl")
+    found = {family: runs_of(family, rows, args) for family in ("depth", "ladder")}
+    lines = []
+    for name, (member, why) in LADDER.items():
+        lines.append(f"# {name} = {getattr(c, name)}: in the paper {why}")
+        judged = compare(found, "ladder", member, "log ratio")
+        if judged:
+            lines.append(f"#     on a laptop: log ratio {with_interval(judged.effect, '', '+')}, "
+                         f"{judged.verdict}")
+    return lines
 
 def distances(c: TrainConfig, params: float, tokens: float) -> Iterator[str]:
     """Comments on an advised config: how far it is from the paper's runs and what was asked."""
     active = bare(c).count_parameters()["active"]
     here = {"n_layer": c.n_layer, "n_embd": c.n_embd, "active parameters": active, "tokens": tokens,
             "block_size": c.block_size, "weight_decay": c.weight_decay}
-    for name, value in here.items():
+    for name, x in here.items():
         ladder, least, most = COVERED[name]
-        line = f"# {name} {value:.4g} is {value / ladder:.3g} times the ladder's"
-        if not 0.95 * least <= value <= 1.05 * most:
+        line = f"# {name} {x:.4g} is {x / ladder:.3g} times the ladder's"
+        if not 0.95 * least <= x <= 1.05 * most:
             line += f": EXTRAPOLATES, the paper has {least:.4g} to {most:.4g}"
         yield line
     if not 0.9 < active / params < 1.1:
@@ -1229,11 +1361,11 @@ def distances(c: TrainConfig, params: float, tokens: float) -> Iterator[str]:
 def assignments(c: TrainConfig) -> list[str]:
     """The lines of a config file: every setting that is not the default."""
     values = {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != f.default}
-    return [f"{name} = {value!r}" for name, value in values.items()]
+    return [f"{name} = {x!r}" for name, x in values.items()]
 
 # ---- the command line ----------------------------------------------------------------------------
 def read_arguments() -> Any:
-    """The command line; `settings` are those of train.py behind `run`."""
+    """The command line; `settings` are those of train.py behind `run` or `report`."""
     parser = Parser(prog="recipe.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     on_disk = argparse.ArgumentParser(add_help=False)
@@ -1244,15 +1376,14 @@ def read_arguments() -> Any:
                          help="a line per finished run (default configs/SCALE/results.jsonl; with "
                               "settings of your own OUT/SCALE/results.jsonl)")
 
-    add = commands.add_parser("run", help="train, probe and report a family",
+    add = commands.add_parser("run", help="train, probe and record a family",
                               parents=[on_disk]).add_argument
     add("family", choices=[*FAMILIES, "all"])
-    add("--seeds", type=int, default=1, metavar="N",
-        help="of every member, 0 to N - 1 (default 1); `all` takes 3 at most of ladder and norms")
+    add("--seeds", type=int, default=1, metavar="N", help="the first N of its seeds (default 1)")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
-    add("--tasks", nargs="+", default=[], metavar="DIR",
-        help="folders of OLMES tasks to score, see probe.py")
+    add("--tasks", default="", help="tasks of lm-evaluation-harness to score, see probe.py")
     add("--only", default=MEASURED, help="experiments of probe.py (default %(default)s)")
+    add("--here", action="store_true", help="count only rows from this kind of processor as done")
     add("--dry-run", action="store_true", help="print the runs, their cost and time")
 
     commands.add_parser("report", help="tables and figures from results.jsonl", parents=[on_disk])
@@ -1264,52 +1395,20 @@ def read_arguments() -> Any:
     add("--gpus", type=int, default=8, help="to train with (default 8)")
     add("--out", help="config file to write")
 
-    add = commands.add_parser("plot", help="the course of one or several runs").add_argument
-    add("paths", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
-    add("--out", type=Path, help="figure to write (default training.png in the first folder)")
-
-    home = os.path.expanduser("~")               # a shell leaves it in --name=~/path
-    words = [re.sub(r"^(--\w+=)?~(?=/|$)", lambda m: (m[1] or "") + home, word)
-             for word in sys.argv[1:]]
-    args, args.settings = parser.parse_known_args(words)
-    if args.command == "run":
-        check_run(args)
-    if args.command in ("run", "report"):
-        check_settings(args)
-        args.results = args.results or default_results(args)
-    else:
+    args, args.settings = parser.parse_known_args()
+    if args.command == "advise":
         check(not args.settings, f"unknown argument {args.settings[:1]}; see --help")
+        return args
+    wrong = [word for word in args.settings if not word.startswith("--") or "=" not in word]
+    check(not wrong, f"{wrong[:1]}: settings of train.py are given as --name=value")
+    if args.results is None:
+        own = f"configs/{args.scale}/results.jsonl"
+        args.results = Path(args.out, args.scale, "results.jsonl") if args.settings else ROOT / own
     return args
-
-def check_run(args: Any) -> None:
-    """UserError for what `run` cannot do."""
-    check(args.seeds > 0 and args.jobs > 0, "--seeds and --jobs must be positive")
-    check(set(args.only.split(",")) <= set(EXPERIMENTS),
-          f"--only {args.only!r}: there are {','.join(EXPERIMENTS)}")
-    check(all(Path(task).is_dir() for task in args.tasks),
-          f"--tasks {' '.join(args.tasks)}: not all are folders")
-
-def check_settings(args: Any) -> None:
-    """UserError for what is neither a flag nor a setting of train.py."""
-    names = {f.name for f in fields(TrainConfig)} - {"seed", "out_dir"}
-    for k, given in enumerate(args.settings):
-        is_value = k > 0 and not given.startswith("-")            # of --name before it
-        name = given.lstrip("-").split("=")[0]
-        is_setting = given.startswith("-") and name in names
-        check(is_value or is_setting,
-              f"{given}: `{args.command}` takes what `recipe.py {args.command} --help` lists, as "
-              "--seeds and --out, and other settings of train.py")
 
 def main() -> None:
     args = read_arguments()
-    if args.command == "run":
-        run_family(args)
-    elif args.command == "report":
-        report(args, list(FAMILIES))
-    elif args.command == "advise":
-        advise(args)
-    else:
-        plot(args)
+    {"run": run_family, "report": report, "advise": advise}[args.command](args)
 
 if __name__ == "__main__":
     run(main)

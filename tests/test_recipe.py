@@ -24,7 +24,7 @@ from helpers import ROOT, SHARED, assert_mistake, run_python, run_script
 
 import recipe
 from model import UserError
-from recipe import FAMILIES, PAPER, Job, config, folders, label, read_rows, report, row_of
+from recipe import FAMILIES, PAPER, Job, config, diagnose, folders, label, read_rows, report, row_of
 from train import bare, load_settings, vocabulary
 
 SCALES = ("laptop", "paper")
@@ -732,7 +732,7 @@ def test_a_log_that_ends_within_a_line_or_is_gone_costs_no_result(invent):
     job, c = Job("gqa_4", 0, out), config("gqa_4", "laptop")
     with open(out / "log.jsonl", "a") as f:
         f.write('{"step": 21, "varian')
-    assert row_of(job, c)["curve"] == [[10, 90.0], [20, 7.5]]
+    assert row_of(job, c)["curve"] == [[10, 90.0], [20, 7.5]] and "peaked at 90" in diagnose(checkpoint(out))
     (out / "log.jsonl").unlink()
     row = row_of(job, c)
     assert row["scores"]["last var."] == 7.5 and "val loss" not in row["scores"] and row["curve"] == []
@@ -1170,7 +1170,113 @@ def test_an_advised_config_stands_alone(advise, tmp_path):
         advise()
 
 
-# ---- the command line ---------------------------------------------------------------------------------------------
+# ---- the rule of thumb: what would help a run ------------------------------------------------------------------------
+def checkpoint(out, **changes):
+    """The checkpoint of an invented run, with its settings or these."""
+    c = dict(n_layer=2, n_embd=1024, n_head=4, n_kv_head=4, n_experts=0, block_size=128, weight_decay=0.1,
+             learning_rate=4e-4, max_steps=4768) | changes
+    torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
+    os.utime(out / "ckpt.pt", (0, 0))                                                        # probed later
+    return out
+
+
+def test_a_diagnosis_says_what_the_run_and_its_probe_hold(invent):
+    out = checkpoint(invent("gqa_4", variance=9.0))
+    said = diagnose(out)
+    assert said == diagnose(out / "ckpt.pt").replace(f"{out}/ckpt.pt: 1 of", f"{out}: 1 of")
+    assert "1 of 2 blocks are useful: 0\n" in said and "x3.0 from the first block to the last, 3 to 9" in said
+    assert "peaked at 90, step 10" in said and "near the identity (influence below 0.02): 1\n" in said
+    assert f"cheapest run of 1: blocks 1, perplexity x{math.exp(0.02):.3f}" in said and "--drop 1" in said
+
+
+def test_a_checkpoint_of_another_name_has_its_probe_in_a_folder_of_that_name(invent):
+    out = checkpoint(invent("gqa_4"))
+    (out / "final").mkdir()
+    for name in ("probe.json", "log.jsonl"):
+        (out / name).rename(out / "final" / name)
+    (out / "ckpt.pt").rename(out / "final.pt")
+    assert "1 of 2 blocks are useful" in diagnose(out / "final.pt")
+
+
+DECAYED = {"block_size": 4096, "weight_decay": 0.3}
+
+
+@pytest.mark.parametrize("changes, variance, knobs", [
+    ({}, 9.0, ["block_size", "weight_decay", "n_kv_head", "n_experts"]),
+    ({}, 29.0, ["block_size", "weight_decay", "n_kv_head", "n_experts"]),
+    ({}, 31.0, ["weight_decay", "block_size", "n_kv_head", "n_experts"]),          # it grows more than tenfold
+    ({"block_size": 4096}, 9.0, ["weight_decay", "n_kv_head", "n_experts"]),
+    (DECAYED, 9.0, ["n_kv_head", "n_experts"]),
+    ({"block_size": 4096, "weight_decay": 0.192, "learning_rate": 3e-3, "max_steps": 2000}, 31.0,
+     ["n_kv_head", "n_experts"]),
+    (DECAYED | {"n_kv_head": 2}, 9.0, ["n_experts"])])
+def test_the_next_knob_is_the_first_step_of_the_ladder_not_taken(invent, changes, variance, knobs):
+    *_, first, then = diagnose(checkpoint(invent("gqa_4", variance=variance), **changes)).splitlines()
+    assert first.startswith(f"next in the paper's ladder: {knobs[0]} ") and recipe.LADDER[knobs[0]] in first
+    assert re.findall("[a-z]+_[a-z_]+", then) == knobs[1:] and (len(knobs) > 1 or then == "then: nothing")
+
+
+@pytest.mark.parametrize("width, T, decay, experts", [(64, 256, 0.192, 16), (1024, 4096, 0.3, 64)])
+def test_the_next_step_is_as_far_as_it_is_in_models_of_this_size(invent, width, T, decay, experts):
+    ladder = config("ladder_moe", "laptop" if width == 64 else "paper")
+    out = checkpoint(invent("gqa_4"), n_embd=width, learning_rate=2 * ladder.learning_rate,
+                     max_steps=ladder.max_steps)
+    *_, first, then = diagnose(out).splitlines()
+    assert first.startswith(f"next in the paper's ladder: block_size {T:.3g}, here 128; in the paper T = 4096: ")
+    goal = f"weight_decay {decay / 2:.3g}, " if decay / 2 > 0.1 / 0.95 else ""      # at twice the learning rate
+    assert then == f"then: {goal}n_kv_head 2, n_experts {experts}"
+
+
+def test_no_more_decay_is_advised_than_the_papers_ladder_has(invent):
+    *_, first, _ = diagnose(checkpoint(invent("gqa_4", variance=31.0), max_steps=20)).splitlines()
+    assert first.startswith("next in the paper's ladder: weight_decay 1, here 0.1;")
+
+
+def test_a_model_of_others_is_told_what_the_ladder_has(invent):
+    """No learning rate, no steps, no decay is known of it; of five heads only one key head can be shared."""
+    out = invent("gqa_4")
+    c = dict(n_layer=2, n_embd=640, n_head=5, n_kv_head=5, n_experts=0, block_size=8192)
+    torch.save({"model": {}, "settings": c, "step": 20, "tokenizer": "bytes"}, out / "ckpt.pt")
+    os.utime(out / "ckpt.pt", (0, 0))
+    *_, first, then = diagnose(out).splitlines()
+    assert "ladder: weight_decay 0.3, here None" in first and then == "then: n_kv_head 1, n_experts 64"
+
+
+def test_a_run_that_has_taken_every_step_is_told_so(invent):
+    out = checkpoint(invent("gqa_4"), **DECAYED, n_kv_head=2, n_experts=8)
+    assert diagnose(out).endswith("next: every step of the recipe is taken")
+
+
+def test_a_stream_without_variance_is_diagnosed(invent):
+    out = checkpoint(invent("gqa_4"))
+    r = json.loads((out / "probe.json").read_text())
+    (out / "probe.json").write_text(json.dumps(r | {"variance": [0.0, 0.0, 0.0]}))
+    assert "variance x0.0" in diagnose(out)
+
+
+@pytest.mark.parametrize("useful", [0.9, 1.0])
+def test_a_run_that_uses_its_depth_is_left_alone(invent, useful):
+    assert diagnose(checkpoint(invent("gqa_4", useful=useful))).endswith("next: its depth is used")
+
+
+def test_a_run_that_is_not_probed_is_told_how(invent):
+    out = checkpoint(invent("gqa_4"))
+    (out / "probe.json").unlink()
+    with pytest.raises(UserError, match=f"not probed yet: python probe.py {out}/ckpt.pt"):
+        diagnose(out)
+
+
+def test_a_run_that_is_probed_in_part_is_told_what_is_missing_and_on_which_tokens(invent):
+    out = checkpoint(invent("gqa_4"))
+    r = json.loads((out / "probe.json").read_text())
+    r["run"] = {"samples": 8, "length": 32}
+    del r["usefulness"], r["usefulness_heldout"]
+    (out / "probe.json").write_text(json.dumps(r))
+    command = f"python probe.py {out}/ckpt.pt --only .*usefulness.* --samples 8 --length 32$"
+    with pytest.raises(UserError, match=f"usefulness.* not measured yet: {command}"):
+        diagnose(out)
+
+
 def test_a_tilde_is_the_home_folder(run_main, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     seen = []
@@ -1179,12 +1285,23 @@ def test_a_tilde_is_the_home_folder(run_main, monkeypatch):
     assert ([str(path) for path in seen[0].paths], str(seen[0].out)) == (["/home/me/a", "b"], "/home/me/c.png")
 
 
+@pytest.mark.parametrize("file, text", [
+    ("probe.json", "{"), ("probe.json", '{"loss": 1}'), ("log.jsonl", "{\n"),
+    ("log.jsonl", '{"variance": [1.0]}\n')])
+def test_a_run_without_a_whole_probe_names_the_command(invent, file, text):
+    out = checkpoint(invent("gqa_4"))
+    (out / file).write_text(text)
+    with pytest.raises(UserError, match=f"python probe.py {out}/ckpt.pt"):
+        diagnose(out)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 MISTAKES = {
     "nothing to report": (["report", "--results=none.jsonl"], "no finished run in none.jsonl"),
     "misspelt setting": (["report", "--sedes=2"], "--sedes"),
     "unknown family": (["run", "width"], "width"),
     "misspelt flag": (["run", "gqa", "--sedes=2"], "seed"),
+    "no such run": (["diagnose", "nowhere"], "nowhere"),
     "unknown experiment": (["run", "gqa", "--only", "width"], "width"),
     "no such task": (["run", "gqa", "--tasks", "nowhere"], "nowhere"),
     "infinite size": (["advise", "--n_layer=2", "--params=inf", "--tokens=1e9"], "--params"),
@@ -1209,4 +1326,4 @@ def test_a_mistake_is_one_line_and_status_2(args, said, run_main, tmp_path, monk
 
 
 def test_a_mistake_on_a_real_command_line_is_one_line_and_status_2(tmp_path):
-    assert_mistake(run_script("recipe.py", "plot", "nowhere", cwd=tmp_path), "nowhere")
+    assert_mistake(run_script("recipe.py", "diagnose", "nowhere", cwd=tmp_path), "nowhere")
