@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from data import (METRICS, Corpus, Parser, Task, check_finite, choose_device, copy_tokenizer,
-                  documents, export, get_tokenizer, load_model, need, read_tasks, run,
+                  decode, documents, encode, export, get_tokenizer, load_model, need, read_tasks, run,
                   same_tokenizer, save_checkpoint, write_json)
 from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
                    token_variance, wide)
@@ -183,7 +183,7 @@ EXPERIMENTS: dict[str, Experiment] = {}
 def exact(x: Tensor | list[Tensor]) -> Tensor:
     """A tensor, or several of one shape stacked, in float64 on the CPU: once per micro-batch and sum,
     not per intervention."""
-    if isinstance(x, list):                       # with --spread on several devices
+    if isinstance(x, list):                       # with --device_map on several devices
         x = torch.stack([y.to(x[0].device) for y in x]) if x else torch.zeros(0)
     return x.cpu().double()
 
@@ -1529,9 +1529,9 @@ def hatch(ax: Any, missing: np.ndarray) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
 USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
-                   "device dtype tokenizer spread",
+                   "device dtype tokenizer device_map",
         "drop": "save data samples length tokens seed device dtype tokenizer",
-        "sample": "new_tokens temperature top_k seed device dtype tokenizer spread",
+        "sample": "new_tokens temperature top_k seed device dtype tokenizer device_map",
         "export": "tokenizer",
         "figures": "out"}
 
@@ -1570,9 +1570,9 @@ Windows = tuple[int, Callable[[int], np.ndarray]]      # how many, and the T tok
 
 def text_windows(texts: Iterable[str], tokenizer: str, T: int) -> Windows:
     """The windows of texts, one after the other with an end of text between them."""
-    enc, ids = get_tokenizer(tokenizer), []
+    ids, end = [], get_tokenizer(tokenizer).eot_token
     for text in texts:
-        ids += [*enc.encode_ordinary(text), enc.eot_token]
+        ids += [*encode(tokenizer, text), end]
     tokens = np.array(ids)
     return max(len(ids) - 1, 0) // T, lambda i: tokens[i * T:(i + 1) * T]
 
@@ -1621,14 +1621,14 @@ def integers(text: str, flag: str) -> list[int]:
 def sample(args: Any, model: GPT, saved: dict[str, Any]) -> None:
     """--sample: print a prompt and how the model goes on."""
     enc = get_tokenizer(saved["tokenizer"])
-    prompt = torch.tensor([enc.encode_ordinary(args.sample) or [enc.eot_token]])  # (1, T)
+    prompt = torch.tensor([encode(saved["tokenizer"], args.sample) or [enc.eot_token]])   # (1, T)
     check(prompt.max() < model.config.vocab_size,
           f"--sample has tokens beyond vocab_size={model.config.vocab_size}: "
           f"{saved['tokenizer']!r} is not the tokenizer of this model")
     device = model.embed.weight.device
     text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
                     enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
-    print(enc.decode(text[0].tolist()))
+    print(decode(saved["tokenizer"], text[0].tolist()))
 
 # A short run at a tenth of train.py's peak learning rate, which would unlearn more than was lost:
 # measured, see README.
@@ -1861,7 +1861,7 @@ def read_arguments() -> tuple[Any, str]:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
         help="of the weights and the stream; float32 on a GPU is float32, not TF32 (default: %(default)s)")
-    add("--spread", action="store_true", help="a model too large for one GPU: its blocks on all of them")
+    add("--device_map", choices=["auto"], help="share out a Hugging Face model among all GPUs")
     args = parser.parse_args()
     expand_home(args)
     unset = object()                              # once more, to tell what is given from defaults
@@ -1888,14 +1888,6 @@ def expand_home(args: Any) -> None:
     for name in ("data", "tokens", "out", "save", "export", "tokenizer"):
         value = getattr(args, name)
         setattr(args, name, value and os.path.expanduser(value))
-
-def devices_to_spread_over(device: torch.device) -> list[torch.device]:
-    """For --spread: all devices of this kind."""
-    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    check(count > 1, f"--spread takes two GPUs or more, and there is one {device.type}: leave it out")
-    check(os.environ.get("WORLD_SIZE", "1") == "1",
-          "--spread takes one process: start it with python, not torchrun")
-    return [torch.device(device.type, i) for i in range(count)]
 
 def join_ranks(device: torch.device, does: str) -> torch.device:
     """Find torchrun's other processes, if there are any; returns the device of this one."""
@@ -1941,8 +1933,7 @@ def main() -> None:
     device = choose_device(args.device)
     check(device.type != "mps" or args.dtype != "float64",
           "--dtype=float64: Apple's GPUs have none, use --device=cpu")
-    spread = devices_to_spread_over(device) if args.spread else []
-    device = spread[0] if spread else join_ranks(device, does)
+    device = join_ranks(device, does)
     several = len(args.checkpoints) > 1
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
     check(not (several and args.save), "--save goes with one checkpoint")
@@ -1956,7 +1947,7 @@ def main() -> None:
 
     results: dict[str, Result] = {}
     for path in args.checkpoints:
-        model, saved = load_model(path, device, getattr(torch, args.dtype), spread)
+        model, saved = load_model(path, device, getattr(torch, args.dtype), args.device_map)
         check_finite(model, path)
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
         if does == "sample":
