@@ -703,16 +703,18 @@ class HFTokenizer:
     """A tokenizer of transformers, with what is used here of tiktoken.Encoding."""
 
     def __init__(self, name: str):
-        transformers = need("transformers", f"the tokenizer {name}")
         path = Path(name)
+        check(path.exists() or "/" in name,
+              f"no tokenizer {name!r}: it is bytes, one of tiktoken's ({', '.join(encodings()[1:])}),"
+              " a folder, or OWNER/NAME on the Hugging Face hub")
+        transformers = need("transformers", f"the tokenizer {name}")
         if path.name == "tokenizer.json":                     # AutoTokenizer takes the folder
             path = path.parent
         where, options = hub_name(path)
         try:
             self.inner = transformers.AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError, KeyError, ImportError) as e:
-            raise UserError(f"no tokenizer {name}: it is not bytes, not one of tiktoken (such as "
-                            f"gpt2), and AutoTokenizer cannot read it ({one_line(e)})") from e
+            raise UserError(f"AutoTokenizer cannot read the tokenizer {name} ({one_line(e)})") from e
         self.name = name
         self.vocab = self.inner.get_vocab()
         self.n_vocab = max(self.vocab.values(), default=-1) + 1
@@ -864,6 +866,14 @@ def first(output: Any) -> Any:
     """The tensor of what a module returns: some return it alone, some in front of others."""
     return output[0] if isinstance(output, tuple) else output
 
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference between two tensors, relative to the largest value of the second."""
+    return float((a - b).abs().max() / b.abs().max())
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What rounding may come to in `relative_difference` of logits."""
+    return 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+
 class HFLayer:
     """A decoder layer of transformers as a function of the stream, (B, T, d) -> (B, T, d).
 
@@ -994,6 +1004,11 @@ class HFModel:
         """Where token ids go, and where the stream is between blocks."""
         return self.inner.get_input_embeddings().weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.inner.get_input_embeddings().weight.dtype
+
     def embed(self, idx: Tensor) -> Tensor:
         """The stream that the first layer gets, (B, T) -> (B, T, d)."""
         def stop(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -1079,9 +1094,8 @@ class HFModel:
 
     def check_equal(self, ours: Tensor, theirs: Tensor) -> None:
         """UserError where logits differ by more than rounding."""
-        tolerance = 2e-2 if ours.dtype in (torch.bfloat16, torch.float16) else 1e-4
         difference = relative_difference(ours, theirs)
-        check(difference <= tolerance,
+        check(difference <= tolerance(self.dtype),
               f"{self.name}: its layers cannot be run one by one: the logits of the chain of layers "
               f"differ from the model's by {difference:.1e} of the largest logit")
 
@@ -1132,6 +1146,52 @@ def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
     return model, {"model": inner.state_dict(), "settings": settings, "step": 0,
                    "tokenizer": own if own in encodings() else str(name)}
 
+@torch.no_grad()
+def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer: str,
+             device_map: str | None = None) -> None:
+    """Write a model of transformers without some layers as a folder, tokenizer included.
+
+    The folder is loaded again and its logits are compared with those of the chain of the kept
+    layers before it appears under its name. The model itself is of no use afterwards.
+    """
+    config, n, out = model.inner.config.get_text_config(), len(model.blocks), Path(folder)
+    check(not out.exists() or out.is_dir() and not any(out.iterdir()),
+          f"{out} is not empty: choose another folder")
+    kept = [l for l in range(n) if l not in drop]
+    # Longer than its window, so that a layer that would get another kind of mask is noticed.
+    window = max(getattr(config, name, None) or 0 for name in ("sliding_window",
+                                                               "attention_chunk_size"))
+    T = min(model.context, max(128, window + 64))
+    model.capture(T)
+    draw = torch.Generator().manual_seed(1)
+    idx = torch.randint(model.vocab_size, (1, T), generator=draw).to(model.device)
+    x = model.embed(idx)
+    for l in kept:
+        x = model.blocks[l](x)
+    want = model.logits(x)
+
+    for l in sorted(drop, reverse=True):
+        del model.layers[l]
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == n:       # of each layer
+            setattr(config, key, [value[l] for l in kept])
+    config.num_hidden_layers = len(kept)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+        new = Path(tmp, out.name)
+        model.inner.save_pretrained(new)
+        write_tokenizer(tokenizer, new)
+        without = f"{model.name} without layers {','.join(map(str, sorted(drop)))}"
+        try:
+            smaller, _ = load_hf(new, model.device, model.dtype, device_map)
+        except UserError as e:          # such as: every second layer is a MoE
+            raise UserError(f"{without} cannot be loaded again, drop others: {e}") from e
+        difference = relative_difference(smaller.inner(idx, use_cache=False).logits, want)
+        check(difference <= tolerance(model.dtype),
+              f"{without} computes something else when it is loaded again: the logits differ by "
+              f"{difference:.1e} of the largest. Nothing is written")
+        os.replace(new, out)
+
 # ---- export --------------------------------------------------------------------------------------
 def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -> None:
     """Write a checkpoint of ours as a folder of transformers: Llama if dense, else Qwen2-MoE.
@@ -1160,7 +1220,7 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
     with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
         new = Path(tmp, out.name)
         inner.save_pretrained(new)
-        write_tokenizer(transformers, tokenizer, new)
+        write_tokenizer(tokenizer, new)
         check_export(model, new, path)
         os.replace(new, out)
     print(f"{out}: {path} as {type(inner).__name__} in float32")
@@ -1246,26 +1306,22 @@ def check_export(model: GPT, folder: Path, path: str | Path) -> None:
     draw = torch.Generator().manual_seed(0)
     idx = torch.randint(model.vocab_size, (1, model.context), generator=draw)
     difference = relative_difference(theirs.inner(idx, use_cache=False).logits, model(idx)[0])
-    check(difference <= 1e-4,
+    check(difference <= tolerance(torch.float32),
           f"{path}: {type(theirs.inner).__name__} of transformers computes something else: the "
           f"logits differ by {difference:.1e} of the largest. It stays in its own checkpoint")
 
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference between two tensors, relative to the largest value of the second."""
-    return float((a - b).abs().max() / b.abs().max())
-
-def write_tokenizer(transformers: Any, name: str, folder: Path) -> None:
+def write_tokenizer(name: str, folder: Path) -> None:
     """Write a tokenizer into the folder of a model, so that AutoTokenizer gives the same ids."""
     if name in ("bytes", "gpt2"):
         bpe = byte_level_bpe(get_tokenizer(name), splits_words=name == "gpt2")
         write_json(folder / "tokenizer.json", bpe)
-        inner = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), bos_token=EOT, eos_token=EOT)
+        write_json(folder / "tokenizer_config.json",
+                   {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT,
+                    "eos_token": EOT, "clean_up_tokenization_spaces": False})
     elif name in encodings():
         return print(f"tokenizer {name} not written: transformers has no form of it")
     else:
-        inner = get_tokenizer(name).inner
-    inner.save_pretrained(folder)
+        get_tokenizer(name).inner.save_pretrained(folder)
     check(encode(str(folder), SAMPLE) == encode(name, SAMPLE),
           f"AutoTokenizer does not give the ids of {name} in a folder of this family: "
           "name another with --tokenizer")
