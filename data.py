@@ -816,8 +816,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         value = saved["settings"].get(f.name, f.default)
         kind = (int, float) if isinstance(f.default, float) else type(f.default)
         check(isinstance(value, kind), f"{path}: {f.name}={value!r} is no {f.type}")
+    check_removed(saved["settings"], path)
     saved["tokenizer"] = tokenizer_beside(path, saved["tokenizer"])
     return saved
+
+def check_removed(settings: dict[str, Any], path: str | Path) -> None:
+    """UserError where an older checkpoint has a setting that model.py no longer has."""
+    implied = {"qkv_bias": False, "qk_norm": "", "rope_scaling": "", "shared_gate": False}
+    if settings.get("n_embd") and settings.get("n_head"):
+        implied["head_dim"] = settings["n_embd"] / settings["n_head"]
+    for name, value in implied.items():
+        had = settings.get(name) or value
+        check(had == value, f"{path}: {name}={had!r} is of a converted model, and model.py has no "
+                            "such setting any more: probe the original with transformers")
 
 def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
     """UserError where a checkpoint's weights are not those that the model has places for."""

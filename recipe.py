@@ -1183,7 +1183,8 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     """
     ladder = config("ladder_moe", "paper")
     n_embd = advised_width(ladder, n_layer, params)
-    n_head = 2 * max(1, round(n_embd / ladder.head_dim / 2))      # even, as wide as the ladder's
+    heads = [n for n in range(2, n_embd + 1, 2) if n_embd % (2 * n) == 0]     # for G = 2 and RoPE
+    n_head = min(heads, key=lambda n: abs(n_embd / n - ladder.head_dim))
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps
         T //= 2
@@ -1194,7 +1195,7 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     weight_decay = ladder.weight_decay * ladder.max_steps / max_steps
     return replace(
         ladder, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head // 2,
-        head_dim=2 * round(n_embd / n_head / 2), ffn_hidden=0, expert_hidden=n_embd, block_size=T,
+        ffn_hidden=0, expert_hidden=n_embd, block_size=T,
         batch_size=1, tokens_per_step=tokens_per_step, max_steps=max_steps,
         warmup_steps=min(ladder.warmup_steps, max_steps // 4),
         weight_decay=float(f"{weight_decay:.3g}"), out_dir="")
