@@ -27,7 +27,6 @@ import sys
 import textwrap
 import time
 import zlib
-from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate, combinations, pairwise
@@ -44,10 +43,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from data import (METRICS, Corpus, Parser, Task, check_finite, choose_device, copy_tokenizer,
-                  documents, export, get_tokenizer, load_model, need, read_tasks, run,
+from data import (Corpus, HFModel, Parser, check_finite, choose_device, copy_tokenizer, decode,
+                  documents, encode, export, get_tokenizer, load_model, need, prune_hf, run,
                   same_tokenizer, save_checkpoint, write_json)
-from model import (Detail, GPT, UserError, check, generate, logits_at_once, token_variance, wide)
+from model import (GPT, Detail, UserError, check, generate, logits_at_once, token_variance, wide)
 
 TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: activations of a block fit into the cache
 KEPT_IN_MEMORY = 2**30      # bytes of streams; of a larger sample, streams are computed again
@@ -86,9 +85,10 @@ class Progress:
         if not self.shown or elapsed < 3 or now - self.last < (0.2 if live else 30):
             return
         self.last = now
-        left = elapsed * max(self.work - self.done, 0) / max(self.done, 1)
-        line = (f"{self.prefix}{self.experiment}, {step}, {duration(elapsed)}, "
-                f"about {duration(left)} left")
+        line = f"{self.prefix}{self.experiment}, {step}, {duration(elapsed)}"
+        if self.done:
+            left = elapsed * max(self.work - self.done, 0) / self.done
+            line += f", about {duration(left)} left"
         print(line.ljust(100), end="\r" if live else "\n", file=sys.stderr, flush=True)
 
 def duration(seconds: float) -> str:
@@ -473,7 +473,7 @@ def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
             for half, rows in ((first_half, ~later), (second_half, later)):
                 if rows.any():
                     half[l] += moments(p.h[l][rows], p.h[l + 1][rows])
-        if model.norm is not None:
+        if getattr(model, "norm", None) is not None:
             to_recorded += moments(p.h[-2], recorded(model, p.h)[-1])
         x = p.h[0]
     for sums in (*first_half, *second_half, to_recorded):
@@ -484,7 +484,7 @@ def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
         return W.to(x), b.to(x)
     return Maps([solve(a + b) for a, b in zip(first_half, second_half)],
                 [solve(a) for a in first_half],
-                solve(to_recorded) if model.norm is not None else None)
+                solve(to_recorded) if getattr(model, "norm", None) is not None else None)
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
     """Everything that the regression of y on (x, 1) needs, summed over tokens: (d + 1, 2 d + 1), in
@@ -926,10 +926,10 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     function with the same arguments and get the same result.
     """
     options = Options(remove, sublayers, pairs, jacobian_samples, seed)
-    names = measurable(model) if experiments is None else experiments
-    check_request(model, tokens, names, options)
     if hasattr(model, "capture"):                   # HFModel: what its layers need for this length
         model.capture(tokens.size(1))
+    names = measurable(model) if experiments is None else experiments
+    check_request(model, tokens, names, options)
     chosen = {"loss": LOSS} | {name: EXPERIMENTS[name] for name in names}
     progress = progress or Progress()
     progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), options)
@@ -1098,8 +1098,8 @@ def scores(r: Result) -> dict[str, float]:
     found = {"loss": r["loss"]} if "loss" in r else {}
     for experiment in measured(r):
         found |= {name: float(score(r)) for name, score in experiment.scores.items()}
-    if "tasks" in r:
-        found["accuracy"] = r["tasks"]["average"]["primary"]
+    if "average" in r.get("tasks", {}):
+        found["accuracy"] = r["tasks"]["average"]["acc"]
     return found
 
 def score_table(results: dict[str, Result]) -> str:
@@ -1444,206 +1444,150 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
     check((len(drop) == 1 and 0 < drop[0] < n) if auto else
           (set(drop) <= set(range(n)) and len(set(drop)) < n),
           f"--drop {args.drop}: {path} has blocks 0 to {n - 1}, and one must stay")
-    stem = name_of(path)
-    target = Path(args.save or path.with_name("pruned.pt" if stem == "ckpt" else f"{stem}_pruned.pt"))
-    check(target.resolve() != path.resolve(), f"--save {target} is the checkpoint itself")
-    make_folder(target.parent, "--save")
+    beside = "pruned.pt" if path.name == "ckpt.pt" else f"{name_of(path)}_pruned.pt"
+    place = path.parent if path.is_file() else Path("out")
+    if isinstance(model, HFModel):
+        beside = f"{name_of(path)}_pruned"               # a folder
+    target = Path(args.save or place / beside)
+    check(target.resolve() != path.resolve(), f"--save {target} is the model itself")
+    target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
     if auto:
         drop = cheapest_drops(model, tokens, drop[0], shown=True)
-    drop = sorted(set(drop))
     whole = probe(model, tokens, [])["loss"]
-    saved["tokenizer"] = copy_tokenizer(saved["tokenizer"], target.parent)
-    save_checkpoint(target, without_blocks(saved, drop))
-    smaller, _ = load_model(target, tokens.device, getattr(torch, args.dtype))
+    heal = "any trainer of Hugging Face models can train it further"
+    if isinstance(model, HFModel):
+        prune_hf(model, drop, target, saved["tokenizer"], args.device_map)
+    else:
+        saved["tokenizer"] = copy_tokenizer(saved["tokenizer"], target.parent)
+        save_checkpoint(target, without_blocks(saved, drop))
+        heal = (f"train it further:  python train.py --init_from={target} --out_dir=out/healed "
+                f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
+    smaller, _ = load_model(target, tokens.device, getattr(torch, args.dtype), args.device_map)
     pruned = probe(smaller, tokens, [])["loss"]
-    print(f"{target}: {path} without blocks {','.join(map(str, drop))}; "
-          f"loss {whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n"
-          f"train it further:  python train.py --init_from={target} --out_dir=out/healed "
-          f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
+    print(f"{target}: {path} without blocks {','.join(map(str, sorted(set(drop))))}; loss "
+          f"{whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n{heal}")
 
-# ---- downstream accuracy: multiple choice by log-likelihood --------------------------------------
-PACKED_TOGETHER = 64        # requests at most: so the choices that share a context make a row that ends
+# ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
+def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder: str | None,
+              progress: Callable[[str], None]) -> dict[str, Any]:
+    """What lm-evaluation-harness says of the model: {task: {"acc": .., "acc_stderr": .., "n": ..}}.
 
-class Row(NamedTuple):
-    """A context and the continuations asked about it, packed into one sequence, so that the context
-    is evaluated once.
-
-        token      c0 c1 c2 | a0 a1 | b0 b1 b2    the last of a continuation is predicted, not given
-        position    0  1  2 |  3  4 |  3  4  5    each continuation stands where it would stand alone
-        segment     0  0  0 |  1  1 |  2  2  2    and sees the context, segment 0, and itself
+    folder: more tasks, a YAML file each. "average" holds the mean over tasks of the accuracy that
+    is usually reported: acc_norm where a task has it, else acc.
     """
-    token: list[int]
-    position: list[int]
-    segment: list[int]
-    asked: list[tuple[int, int, int]]       # the place that predicts, the token, the number of its pair
+    need("lm_eval", "--tasks")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folder)            # reads thousands of files: 10 s
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    check(not unknown, f"--tasks: there is no {', '.join(unknown)}: `lm_eval ls tasks` lists those "
+                       "that there are, --task_folder DIR adds others")
+    found = simple_evaluate(make_scorer(model, tokenizer, progress), tasks=list(names),
+                            task_manager=manager, log_samples=False)
+    if found is None:                                         # it tells the first rank alone
+        return {}
+    out: dict[str, Any] = {}
+    for name, metrics in found["results"].items():
+        out[name] = {key.split(",")[0]: value for key, value in metrics.items()
+                     if isinstance(value, float)}
+        if name in found["n-samples"]:
+            out[name]["n"] = found["n-samples"][name]["effective"]
+    primary = [(r.get("acc_norm", r.get("acc")), r.get("acc_norm_stderr", r.get("acc_stderr", 0.0)))
+               for r in out.values() if "n" in r and "acc" in r]
+    if primary:
+        values, errors = zip(*primary)
+        out["average"] = {"acc": sum(values) / len(values),
+                          "acc_stderr": math.hypot(*errors) / len(errors)}
+    return out
 
-def pack(pairs: Sequence[tuple[list[int], list[int]]], limit: int) -> list[Row]:
-    """Rows that hold every (context, continuation) pair once; what exceeds limit + 1 tokens is cut
-    on the left."""
-    rows = []
-    for first in range(0, len(pairs), PACKED_TOGETHER):
-        by_context: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
-        for i, (context, continuation) in enumerate(pairs[first:first + PACKED_TOGETHER], first):
-            whole = (context + continuation)[-limit - 1:]
-            start = max(1, len(whole) - len(continuation))
-            by_context[tuple(whole[:start])].append((i, whole[start:]))
-        rows += [make_row(context, choices) for context, choices in by_context.items()]
-    return rows
+def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], None]) -> Any:
+    """The model as lm-evaluation-harness takes one, whatever a fork computes."""
+    from lm_eval.api.model import TemplateLM
+    enc = get_tokenizer(tokenizer)
+    end = enc.eot_token
 
-def make_row(context: Sequence[int], choices: Sequence[tuple[int, list[int]]]) -> Row:
-    """The row of a context and its choices: of each the number of its pair and the tokens of its
-    continuation."""
-    n = len(context)
-    row = Row(list(context), list(range(n)), [0] * n, [])
-    for segment, (i, continuation) in enumerate(choices, 1):
-        end = len(row.token)
-        predicts = [n - 1, *range(end, end + len(continuation) - 1)]
-        row.asked.extend((place, token, i) for place, token in zip(predicts, continuation))
-        given = continuation[:-1]
-        row.token.extend(given)
-        row.position.extend(range(n, n + len(given)))
-        row.segment.extend([segment] * len(given))
-    return row
+    class Scorer(TemplateLM):
+        eot_token_id = end
+        prefix_token_id = getattr(enc, "bos", None) or end     # what an empty context consists of
 
-def batches_of_rows(rows: Sequence[Row], tokens_at_once: int) -> Iterator[list[Row]]:
-    """Rows of about one length together, the longest first, so that little is padding."""
-    rows = sorted(rows, key=lambda row: -len(row.token))
-    while rows:
-        longest = len(rows[0].token)
-        fitting = rows[:max(1, tokens_at_once // longest)]
-        alike = sum(len(row.token) > 0.8 * longest for row in fitting)
-        size = max(alike, 256 // longest)                    # small batches waste more than padding does
-        yield rows[:size]
-        rows = rows[size:]
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None,
+                       **kwargs: Any) -> list[int]:
+            ids = encode(tokenizer, string)
+            return ids if add_special_tokens is False else [*getattr(enc, "start", []), *ids]
+
+        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+            return loglikelihoods(model, [tuple(pair) for _, *pair in requests], progress)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            raise UserError("--tasks: one of them lets the model write, or scores whole documents; "
+                            "here are only tasks that compare given answers")
+
+        loglikelihood_rolling = generate_until
+    return Scorer()
 
 @torch.no_grad()
-def loglikelihoods(model: GPT, pairs: Sequence[tuple[list[int], list[int]]],
-                   progress: Callable[[str], None] = lambda line: None) -> tuple[list[float], int]:
-    """log p(continuation | context) in nats of each pair, and how many contexts were cut on the
-    left to fit block_size.
+def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[int]]],
+                   progress: Callable[[str], None] = lambda line: None) -> list[tuple[float, bool]]:
+    """Of each pair of a context and a continuation, both tokens: log p(continuation | context) in
+    nats, and whether each of its tokens is the likeliest one.
 
-    Pairs with the same context share a `Row`; ranks take turns at the batches.
+    What exceeds the model's context is cut on the left. Sequences of about one length share a
+    batch, padded on the right: no token sees what comes after it, so no mask is needed. Ranks take
+    turns at the batches.
     """
-    limit, device = model.context, model.embed.weight.device
-    # What is the same once it was cut is scored once: so equal choices tie, whatever is rounded.
-    keys = [(tuple((context + continuation)[-limit - 1:]), len(continuation))
-            for context, continuation in pairs]
-    different = dict(zip(keys, pairs))
-    rows = pack(list(different.values()), limit)
-    left = len(rows)
-    out = torch.zeros(len(different), dtype=torch.float64)
-    on_cpu = device.type == "cpu"
-    at_once = TOKENS_AT_ONCE // 2 if on_cpu else 2 * TOKENS_AT_ONCE      # on a CPU, measured, more is slower
+    rows = [(context + continuation)[-model.context - 1:] for context, continuation in pairs]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    device = next(iter(model.parameters())).device
+    at_once = TOKENS_AT_ONCE // 2 if device.type == "cpu" else 2 * TOKENS_AT_ONCE
     rank, ranks = place_among_ranks()
-    for number, batch in enumerate(batches_of_rows(rows, at_once)):
-        left -= len(batch)
+    out = torch.zeros(len(rows), 2, dtype=torch.float64)       # log p, tokens that are not likeliest
+    start = number = 0
+    while start < len(order):
+        longest = len(rows[order[start]]) - 1                  # the last token is only predicted
+        batch = order[start:start + max(1, at_once // longest)]
+        start, number = start + len(batch), number + 1
         if number % ranks != rank:
             continue
-        progress(f"tasks, {left} questions to go")
-        x = packed_streams(model, batch, device)
-        asked = [(b, *request) for b, row in enumerate(batch) for request in row.asked]
-        requests = torch.tensor(asked, dtype=torch.long).view(-1, 4)
-        nats = []
-        at_a_time = max(1, logits_at_once(device) // model.config.vocab_size)
-        for part in requests[:, :3].to(device).split(at_a_time):
-            b, place, token = part.T
-            logits = wide(model.head(model.norm(x[b, place])))
-            nats.append(F.cross_entropy(logits, token, reduction="none"))
-        out.index_add_(0, requests[:, 3], -to_cpu_float64(torch.cat(nats)))
+        progress(f"{len(order) - start} of {len(order)} requests to go")
+        idx = torch.tensor([rows[i][:-1] + [0] * (longest + 1 - len(rows[i])) for i in batch])
+        asked = [(b, place - 1, rows[i][place], i) for b, i in enumerate(batch)
+                 for place in range(max(1, len(rows[i]) - len(pairs[i][1])), len(rows[i]))]
+        b, place, token, request = torch.tensor(asked).T
+        logits = wide(logits_at(model, idx.to(device), b.to(device), place.to(device)))   # (N, V)
+        nats = -F.cross_entropy(logits, token.to(device), reduction="none")
+        missed = logits.argmax(-1) != token.to(device)
+        out.index_add_(0, request, torch.stack((nats.double(), missed.double()), dim=1).cpu())
     add_over_ranks(out)
-    cut = sum(len(context) + len(continuation) > limit + 1 for context, continuation in pairs)
-    scored = dict(zip(different, out.tolist()))
-    return [scored[key] for key in keys], cut
+    return [(value, wrong == 0) for value, wrong in out.tolist()]
 
-def packed_streams(model: GPT, rows: Sequence[Row], device: torch.device) -> Tensor:
-    """The stream after the last block, (B, T, d), where the longest of the B rows has T tokens."""
-    T = max(len(row.token) for row in rows)
-    columns = []
-    for name, filler in (("token", 0), ("position", 0), ("segment", -1)):  # no text sees padding
-        lists = [getattr(row, name) for row in rows]
-        padded = [x + [filler] * (T - len(x)) for x in lists]
-        columns.append(torch.tensor(padded, device=device))               # (B, T)
-    token, position, segment = columns
-    query, key = segment[:, None, :, None], segment[:, None, None, :]
-    mask = ((key == 0) | (key == query)).tril()                           # (B, 1, T, T)
-    x = model.embed(token)
+def logits_at(model: GPT | HFModel, idx: Tensor, b: Tensor, place: Tensor) -> Tensor:
+    """The logits (N, V) at N places (b, place) of the sequences idx (B, T)."""
+    if isinstance(model, HFModel):
+        return model.inner(idx, use_cache=False).logits[b, place]
+    x = model.embed(idx)
     for block in model.blocks:
-        x = block(x, position, mask)
-    return x
-
-def run_tasks(model: GPT, tasks: dict[str, Task],
-              progress: Callable[[str], None]) -> dict[str, Any]:
-    """Accuracies of the tasks with standard errors, the accuracy of chance, and their averages."""
-    out = {}
-    for name, task in tasks.items():
-        values, _ = loglikelihoods(model, task.pairs, lambda line: progress(f"{name}: {line}"))
-        found = accuracies(task, values)
-        choices = Counter(request["doc_id"] for request in task.requests)     # of each question
-        n = len(choices)
-        found["chance"] = sum(1 / count for count in choices.values()) / n
-        for metric, p in list(found.items()):
-            found[f"{metric}_stderr"] = math.sqrt(p * (1 - p) / max(1, n - 1))
-        cut = len(cut_questions(task, model.context))
-        out[name] = {**found, "primary_metric": task.primary, "n": n, "truncated": cut}
-    average = {"chance": sum(r["chance"] for r in out.values()) / len(out)}
-    for metric in (*METRICS, "primary"):
-        errors = [r[f"{metric}_stderr"] for r in out.values()]
-        average[metric] = sum(r[metric] for r in out.values()) / len(out)
-        average[f"{metric}_stderr"] = math.hypot(*errors) / len(out)
-    return out | {"average": average}
-
-def cut_questions(task: Task, limit: int) -> set[Any]:
-    """The doc_id of each question of which a context is cut: it and the choice exceed limit + 1
-    tokens, of which the last is not given."""
-    return {request["doc_id"] for request, (context, continuation) in zip(task.requests, task.pairs)
-            if len(context) + len(continuation) > limit + 1}
-
-class Choice(NamedTuple):
-    """One choice of a question."""
-    scores: dict[str, float]                # its log-likelihood by metric: as it is, per character, per token
-    is_answer: bool
-
-def accuracies(task: Task, values: Sequence[float]) -> dict[str, float]:
-    """The share of questions whose likeliest choice is the answer, by metric; "primary": the task's own.
-
-    values: the log-likelihood of each request.
-    """
-    questions: dict[Any, list[Choice]] = defaultdict(list)
-    for request, (_, continuation), value in zip(task.requests, task.pairs, values):
-        characters = len(request["continuation"].lstrip())
-        scores = {"acc": value, "acc_per_char": value / max(1, characters),
-                  "acc_per_token": value / len(continuation)}
-        questions[request["doc_id"]].append(Choice(scores, request["idx"] == request["label"]))
-    found = {}
-    for metric in METRICS:
-        likeliest = [max(choices, key=lambda choice: choice.scores[metric])
-                     for choices in questions.values()]
-        found[metric] = sum(choice.is_answer for choice in likeliest) / len(questions)
-    return found | {"primary": found[task.primary]}
+        x = block(x)
+    return model.logits(x[b, place][None])[0]
 
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """One line per task: its accuracies with standard errors, the primary one marked, what chance
-    comes to, how many questions, and of how many a context is cut; and their averages."""
+    """A line per task: its metrics with standard errors, and how many questions it has."""
     width = max(map(len, tasks))
-    header = "".join(f"{metric:>18} " for metric in METRICS)
-    lines = [" " * width + header + "  chance  questions  of them cut"]
+    lines = []
     for name, r in tasks.items():
-        cells = {metric: f"{r[metric]:8.3f} +- {r[f'{metric}_stderr']:.3f}"
-                 for metric in (*METRICS, "primary")}
-        line = f"{name:{width}}"
-        for metric in METRICS:
-            mark = "*" if r.get("primary_metric") == metric else " "
-            line += f"{cells[metric]}{mark} "
-        line += f"{r['chance']:8.3f}"
-        line += f"{r['n']:11d}{r['truncated']:13d}" if "n" in r else f"  {cells['primary']}*"
-        lines.append(line)
+        cells = [f"{metric} {value:.3f} +- {r.get(f'{metric}_stderr', math.nan):.3f}"
+                 for metric, value in r.items() if metric != "n" and not metric.endswith("_stderr")]
+        if "n" in r:
+            cells.append(f"{r['n']} questions")
+        lines.append(f"{name:{width}}  {'   '.join(cells)}")
     return "\n".join(lines)
 
 # ---- the command line ----------------------------------------------------------------------------
 def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor, str]:
     """The sequences to measure on, (B, T) int64, and where they are from."""
-    device = next(iter(model.blocks[0].parameters())).device
+    device = next(iter(model.parameters())).device
     if args.tokens:
         array = np.load(args.tokens, allow_pickle=False)
         check(array.ndim == 2 and array.dtype.kind in "iu",
@@ -1673,9 +1617,9 @@ Windows = tuple[int, Callable[[int], np.ndarray]]      # how many, and the T tok
 
 def text_windows(texts: Iterable[str], tokenizer: str, T: int) -> Windows:
     """Windows of the texts, which are joined with an end of text between them."""
-    enc, ids = get_tokenizer(tokenizer), []
+    ids, end = [], get_tokenizer(tokenizer).eot_token
     for text in texts:
-        ids += [*enc.encode_ordinary(text), enc.eot_token]
+        ids += [*encode(tokenizer, text), end]
     tokens = np.array(ids)
     return max(len(ids) - 1, 0) // T, lambda i: tokens[i * T:(i + 1) * T]
 
@@ -1687,15 +1631,20 @@ def integers(text: str, flag: str) -> list[int]:
 
 def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
     """--sample: print a prompt and how the model continues it."""
-    enc = get_tokenizer(saved["tokenizer"])
-    prompt = torch.tensor([enc.encode_ordinary(args.sample) or [enc.eot_token]])  # (1, T)
+    enc, device = get_tokenizer(saved["tokenizer"]), next(iter(model.parameters())).device
+    prompt = torch.tensor([encode(saved["tokenizer"], args.sample) or [enc.eot_token]])   # (1, T)
     check(prompt.max() < model.vocab_size,
           f"--sample has tokens beyond vocab_size={model.vocab_size}: "
           f"{saved['tokenizer']!r} is not the tokenizer of this model")
-    device = next(iter(model.blocks[0].parameters())).device
-    text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
-                    enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
-    print(enc.decode(text[0].tolist()))
+    if isinstance(model, HFModel):
+        torch.manual_seed(args.seed)
+        how = {"temperature": args.temperature, "top_k": args.top_k} if args.temperature else {}
+        text = model.inner.generate(prompt.to(device), max_new_tokens=args.new_tokens,
+                                    do_sample=bool(how), **how)
+    else:
+        text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
+                        enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
+    print(decode(saved["tokenizer"], text[0].tolist()))
 
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
             out: Path) -> Result:
@@ -1710,13 +1659,14 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
         if args.only != "tasks":
             measure_blocks(args, model, saved, result)
         if args.tasks:
-            result["run"]["tasks"] = args.tasks
-            result["tasks"] = run_tasks(model, read_tasks(args.tasks, saved["tokenizer"], model.vocab_size), lambda line: None)
+            names, progress = args.tasks.split(","), progress_line("tasks")
+            found = run_tasks(model, saved["tokenizer"], names, args.task_folder, progress.say)
+            result["tasks"], result["run"]["tasks"] = found, names
     except KeyboardInterrupt:
         interrupted = True
     result["run"]["experiments"] = [name for name in EXPERIMENTS if name in result]
     if place_among_ranks()[0] == 0:
-        show(path, label, result, write_result(out / "probe.json", result), out)
+        show(path, model, label, result, write_result(out / "probe.json", result), out)
     if interrupted:
         raise KeyboardInterrupt
     return result
@@ -1731,14 +1681,22 @@ def measure_blocks(args: Any, model: Model, saved: dict[str, Any], result: Resul
         "checksum": zlib.crc32(tokens.cpu().numpy().tobytes())}
     names = [name for name in args.only.split(",") if name not in ("", "tasks")]
     probe(model, tokens, names or None, **options, into=result,
-          progress=Progress(shown=place_among_ranks()[0] == 0))
+          progress=progress_line())
 
-def show(path: Path, label: str, result: Result, whole: Result, out: Path) -> None:
+def progress_line(what: str = "") -> Progress:
+    """Progress is shown by the first rank."""
+    progress = Progress(shown=place_among_ranks()[0] == 0)
+    progress.experiment = what
+    return progress
+
+def show(path: Path, model: Model, label: str, result: Result, whole: Result, out: Path) -> None:
     """Print the tables of this measurement, draw what probe.json holds, print the summary."""
     ran = result["run"]
     if ran["experiments"]:
         print(f"\n{path} on {ran['samples']} x {ran['length']} tokens of {ran['tokens']}")
         print(block_table(result), score_table({label: result}), sep="\n\n")
+    for line in getattr(model, "notes", []):
+        print(line)
     if "tasks" in result:
         print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
     log = read_log(path)
@@ -1850,7 +1808,8 @@ def read_arguments() -> Any:
         help="also remove each attention and each FFN alone")
     add("--pairs", type=int, default=0, help="swap this many random pairs of blocks (default: all)")
     add("--jacobian_samples", type=int, default=0, help="sequences for the Jacobian (default: half)")
-    add("--tasks", nargs="+", metavar="DIR", help="folders of OLMES tasks (requests.jsonl.gz) to score")
+    add("--tasks", help="tasks of lm-evaluation-harness (pip install lm_eval): arc_easy,hellaswag")
+    add("--task_folder", metavar="DIR", help="more tasks, as YAML files; these may run Python code")
     add("--tokenizer", help="if the checkpoint brings none: gpt2, ..., a folder, a hub id")
     add("--out", help="folder for results (default: that of ckpt.pt, X/ for X.pt, out/NAME for "
                       "Hugging Face); of several models a folder in it for each")
@@ -1865,6 +1824,7 @@ def read_arguments() -> Any:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
         help="of weights and streams (default: %(default)s, not TF32)")
+    add("--device_map", choices=["auto"], help="share out a Hugging Face model among all GPUs")
     args = parser.parse_args()
     check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
           "--new_tokens and --temperature must not be negative, --top_k must be positive")
@@ -1901,7 +1861,7 @@ def main() -> None:
     args.device = device.type
     results: dict[str, Result] = {}
     for path in args.checkpoints:
-        model, saved = load_model(path, device, getattr(torch, args.dtype))
+        model, saved = load_model(path, device, getattr(torch, args.dtype), args.device_map)
         check_finite(model, path)
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
         if args.sample is not None:
