@@ -1638,9 +1638,10 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
           f"{saved['tokenizer']!r} is not the tokenizer of this model")
     if isinstance(model, HFModel):
         torch.manual_seed(args.seed)
+        padding = list(range(enc.n_vocab, model.vocab_size)) or None
         how = {"temperature": args.temperature, "top_k": args.top_k} if args.temperature else {}
         text = model.inner.generate(prompt.to(device), max_new_tokens=args.new_tokens,
-                                    do_sample=bool(how), **how)
+                                    do_sample=bool(how), suppress_tokens=padding, **how)
     else:
         text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
                         enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
