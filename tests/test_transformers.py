@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 transformers = pytest.importorskip("transformers")
-from helpers import GOLDEN, checkpoint_of, make_model, make_tokens  # noqa: E402
+from helpers import GOLDEN, ROOT, checkpoint_of, make_model, make_tokens, run_python  # noqa: E402
 
 import data  # noqa: E402
 from model import UserError  # noqa: E402
@@ -292,7 +292,19 @@ def test_no_such_tokenizer_is_one_line():
             data.get_tokenizer(name)
 
 
-def test_the_golden_folders_are_read(tmp_path, run_main):
+def test_a_model_in_the_cache_of_the_hub_is_read_offline_at_a_revision(tmp_path):
+    cache = tmp_path / "models--nobody--tiny"
+    build("llama")[0].save_pretrained(cache / "snapshots/0123")
+    data.write_tokenizer("bytes", cache / "snapshots/0123")
+    (cache / "refs").mkdir()
+    (cache / "refs/step7").write_text("0123")
+    code = ("import data; model, saved = data.load_model('nobody/tiny@step7'); "
+            "print(len(model.blocks), data.encode(saved['tokenizer'], 'ab'))")
+    done = run_python("-c", code, cwd=ROOT, env={"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert done.out == "4 [97, 98]\n", done.err
+
+
+def test_the_golden_folders_are_read():
     for name in ("llama_mha", "qwen2_moe"):
         model, _ = data.load_model(GOLDEN / name)
         model.capture(16)
