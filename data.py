@@ -704,8 +704,8 @@ class HFTokenizer:
     def __init__(self, name: str):
         path = Path(name)
         check(path.exists() or "/" in name,
-              f"no tokenizer {name!r}: it is bytes, one of tiktoken's ({', '.join(encodings()[1:])}),"
-              " a folder, or OWNER/NAME on the Hugging Face hub")
+              f"no tokenizer {name!r}: give bytes, one of tiktoken's "
+              f"({', '.join(encodings()[1:])}), a folder, or OWNER/NAME of the Hugging Face hub")
         transformers = need("transformers", f"the tokenizer {name}")
         if path.name == "tokenizer.json":                     # AutoTokenizer takes the folder
             path = path.parent
@@ -713,7 +713,7 @@ class HFTokenizer:
         try:
             self.inner = transformers.AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError, KeyError, ImportError) as e:
-            raise UserError(f"AutoTokenizer cannot read the tokenizer {name} ({one_line(e)})") from e
+            raise UserError(f"AutoTokenizer cannot read {name} ({one_line(e)})") from e
         self.name = name
         self.vocab = self.inner.get_vocab()
         self.n_vocab = max(self.vocab.values(), default=-1) + 1
