@@ -22,7 +22,6 @@ import atexit
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 import time
@@ -72,11 +71,10 @@ class Options:
 class Progress:
     """A line on stderr: where a measurement is, and about how long it will take. Work is counted in
     evaluations of one block on one sequence."""
-    def __init__(self, shown: bool = False, prefix: str = "") -> None:
-        self.shown, self.prefix = shown, prefix
+    def __init__(self, shown: bool = False, experiment: str = "", prefix: str = "") -> None:
+        self.shown, self.experiment, self.prefix = shown, experiment, prefix
         self.begun, self.last = time.perf_counter(), -math.inf
         self.work = self.done = 0.0
-        self.experiment = ""
 
     def say(self, step: str) -> None:
         """Print the line: five times a second on a terminal, otherwise every half minute."""
@@ -761,10 +759,10 @@ def lens_sums(model: Model, streams: list[Tensor], idx: Tensor) -> Tensor:
         top = own.topk(k).indices                                        # (T, k)
         for l, stream in enumerate(streams):
             q = log_p(model, stream[i])
-            shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum() / k
+            shared = (top[:, :, None] == q.topk(k).indices[:, None]).sum()
             loss = -q[:-1].gather(1, targets).sum()
             kl = own.exp().mul_(q.neg_().add_(own)).sum()                # p (ln p - ln q), in place
-            sums[l] += torch.stack([kl, loss, shared])
+            sums[l] += torch.stack([kl, loss, shared.to(kl.dtype) / k])
     return sums
 
 def log_p(model: Model, x: Tensor) -> Tensor:
@@ -1408,7 +1406,7 @@ def cheapest_drops(model: Model, tokens: Tensor, count: int, shown: bool = False
     kept, gone = list(range(len(model.blocks))), []
     for k in range(1, count + 1):
         part = Part(model, [model.blocks[l] for l in kept])
-        progress = Progress(shown, f"choosing block {k} of {count} to drop: ")
+        progress = Progress(shown, prefix=f"choosing block {k} of {count} to drop: ")
         r = probe(part, tokens, ["removal"], progress=progress)
         gone.append(kept.pop(int(np.argmin(r["removal"]["1"]))))
     return gone
@@ -1444,10 +1442,10 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
     check((len(drop) == 1 and 0 < drop[0] < n) if auto else
           (set(drop) <= set(range(n)) and len(set(drop)) < n),
           f"--drop {args.drop}: {path} has blocks 0 to {n - 1}, and one must stay")
-    beside = "pruned.pt" if path.name == "ckpt.pt" else f"{name_of(path)}_pruned.pt"
+    beside = "pruned.pt" if path.name == "ckpt.pt" else f"{path.stem}_pruned.pt"
     place = path.parent if path.is_file() else Path("out")
     if isinstance(model, HFModel):
-        beside = f"{name_of(path)}_pruned"               # a folder
+        beside = f"{path.name}_pruned"               # a folder
     target = Path(args.save or place / beside)
     check(target.resolve() != path.resolve(), f"--save {target} is the model itself")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -1660,13 +1658,13 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
         if args.only != "tasks":
             measure_blocks(args, model, saved, result)
         if args.tasks:
-            names, progress = args.tasks.split(","), progress_line("tasks")
+            names, progress = args.tasks.split(","), Progress(args.first, "tasks")
             found = run_tasks(model, saved["tokenizer"], names, args.task_folder, progress.say)
             result["tasks"], result["run"]["tasks"] = found, names
     except KeyboardInterrupt:
         interrupted = True
     result["run"]["experiments"] = [name for name in EXPERIMENTS if name in result]
-    if place_among_ranks()[0] == 0:
+    if args.first:
         show(path, model, label, result, write_result(out / "probe.json", result), out)
     if interrupted:
         raise KeyboardInterrupt
@@ -1682,13 +1680,7 @@ def measure_blocks(args: Any, model: Model, saved: dict[str, Any], result: Resul
         "checksum": zlib.crc32(tokens.cpu().numpy().tobytes())}
     names = [name for name in args.only.split(",") if name not in ("", "tasks")]
     probe(model, tokens, names or None, **options, into=result,
-          progress=progress_line())
-
-def progress_line(what: str = "") -> Progress:
-    """Progress is shown by the first rank."""
-    progress = Progress(shown=place_among_ranks()[0] == 0)
-    progress.experiment = what
-    return progress
+          progress=Progress(args.first))
 
 def show(path: Path, model: Model, label: str, result: Result, whole: Result, out: Path) -> None:
     """Print the tables of this measurement, draw what probe.json holds, print the summary."""
@@ -1771,17 +1763,11 @@ def make_folder(out: Path, flag: str) -> None:
     except OSError as e:
         raise UserError(f"cannot make {out} ({e.strerror or e}): choose another {flag}") from e
 
-def name_of(path: Path) -> str:
-    """A short name for a model: of X.pt X; of a Hugging Face folder or hub id its last part, also if
-    it lies in the cache of the hub."""
-    cached = re.search(r"/models--(?:.+?--)?([^/]+)/snapshots/[^/]+$", path.absolute().as_posix())
-    return cached[1] if cached else path.name.removesuffix(".pt")
-
 def home_of(path: Path) -> Path:
     """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face."""
     if path.is_file():
         return path.parent if path.name == "ckpt.pt" else path.with_suffix("")
-    return Path("out", name_of(path))
+    return Path("out", path.name)
 
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
     """The label of a model among the others, and the folder of its results."""
@@ -1838,11 +1824,8 @@ def join_ranks(device: torch.device) -> torch.device:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return device
     if device.type != "cpu":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
-        check(local < gpus, f"torchrun starts more processes than there are GPUs: "
-                            f"use --nproc-per-node={gpus}, or --device=cpu")
-        device = torch.device(device.type, local)
-        torch.accelerator.set_device_index(local)
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device.index)
     # gloo also for GPUs, since sums are added on the CPU. A rank may wait long for the slowest one.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)
@@ -1859,7 +1842,7 @@ def main() -> None:
     check(not alone or os.environ.get("WORLD_SIZE", "1") == "1",
           "--drop and --sample take one process: start them with python, not torchrun")
     device = join_ranks(choose_device(args.device))
-    args.device = device.type
+    args.device, args.first = device.type, place_among_ranks()[0] == 0
     results: dict[str, Result] = {}
     for path in args.checkpoints:
         model, saved = load_model(path, device, getattr(torch, args.dtype), args.device_map)
@@ -1872,7 +1855,7 @@ def main() -> None:
         else:
             label, out = place_of_results(args, path, results)
             results[label] = measure(args, path, model, saved, label, out)
-    if len(results) > 1 and place_among_ranks()[0] == 0:
+    if len(results) > 1 and args.first:
         compare(args, results)
     if place_among_ranks()[1] > 1:
         dist.barrier()                            # no rank leaves while another one still needs it
