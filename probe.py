@@ -354,7 +354,7 @@ EXPERIMENTS["causal"] = Experiment(
     scores={"causal": lambda r: number(r["causal_mean"]),
             "causal 1+": lambda r: mean(above_diagonal(r["causal"], first=1))},
     figure=lambda fig, results: matrices(
-        fig, results, lambda r: r["causal"], "Causal score: change of block l's update without block s",
+        fig, results, lambda r: r["causal"], "Causal score: change of l's update without s",
         "later block l", "skipped block s", "change / update", blank=np.tri),
     work=lambda n, options: (n * (n - 1) / 2, 0, 0))
 
@@ -406,7 +406,7 @@ EXPERIMENTS["permutation"] = Experiment(
             "perm. 1+": lambda r: mean(above_diagonal(r["permutation"], first=1))},
     figure=lambda fig, results: matrices(
         fig, results, lambda r: r["permutation"],
-        "Permutation score: change of the loss if blocks i and j are swapped",
+        "Permutation score: blocks i and j swapped",
         "block j", "block i", "change of the loss / loss", blank=np.eye,
         errors=lambda r: r["permutation_stderr"]),
     work=lambda n, options: swaps(n, options.pairs),
@@ -535,7 +535,7 @@ EXPERIMENTS["usefulness"] = Experiment(
             "ratio sum": lambda r: sum(log_ratios(r)),
             "trend use": lambda r: trend(log_ratios(r))},
     figure=lambda fig, results: lines(
-        fig, results, map_ratios, "Growth of the loss with an affine map in place of a block", "block",
+        fig, results, map_ratios, "Usefulness: an affine map in place of a block", "block",
         "growth of the loss", scale="percent", errors=lambda r: map_ratios(r, "ratio_stderr"),
         threshold=USEFUL),
     work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
@@ -679,7 +679,7 @@ EXPERIMENTS["removal"] = Experiment(
             "trend infl": lambda r: trend(r["block_influence"])},
     figure=lambda fig, results: lines(
         fig, results, lambda r: removed_runs(r, perplexity_ratios),
-        "Growth of the perplexity without a block, cheapest first", "block (of a run the first)",
+        "Removal of a block, cheapest first", "block (of a run the first)",
         "growth of the perplexity", scale="percent", sort=True,
         errors=lambda r: removed_runs(r, perplexity_errors)),
     work=removal_work)
@@ -731,7 +731,7 @@ EXPERIMENTS["jacobian"] = Experiment(
             "trend J-I": lambda r: trend(r["jacobian"]["deviation"])},
     figure=lambda fig, results: lines(
         fig, results, lambda r: {"": r["jacobian"]["deviation"]},
-        "Distance of each block's mean Jacobian J from the identity", "block",
+        "Distance of the mean Jacobian J from the identity", "block",
         r"$\|J - I\|_F\,/\,d$", scale="log"),
     work=lambda n, options: (0, 0, n),
     round=1)
@@ -775,7 +775,7 @@ EXPERIMENTS["lens"] = Experiment(
                     "KL from the model's output to what the head reads after the block")],
     figure=lambda fig, results: lines(
         fig, results, lambda r: {"": r["lens"]["kl"][1:]},
-        "Lens: distance of what the head reads after each block from the model's output",
+        "Lens: what the head reads after each block",
         "block (the embedding's h_0 is not shown)", "KL divergence (nats)"),
     work=lambda n, options: (0, n + 1, 0))
 
@@ -1118,8 +1118,8 @@ def score_table(results: dict[str, Result]) -> str:
 CHEAP = 1.1                 # removing a block is cheap if it multiplies the perplexity by less
 IDLE = 0.02                 # a block with less influence is near the identity (our choice)
 ENOUGH = 8                  # sequences; with fewer, a standard error says nothing
-LADDER = ("in the paper, at 32 layers, it is 0.53 for the dense baseline, 0.59 with context 4096, then "
-          "0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
+LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline, then 0.59 with context "
+          "4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
 
 def summary(r: Result, path: str = "CKPT") -> list[str]:
     """What the measurement says about the model. A difference counts if it exceeds two standard
@@ -1156,7 +1156,7 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
             f"{named(useful) or 'no block'}."]
     if uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
-    said.append(f"{u['score']:.3g} of the {n} blocks are measured as useful; {LADDER}.")
+    said.append(f"The measured share of useful blocks among {n} is {u['score']:.3g}; {LADDER}.")
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too well: "
                     "give more --samples.")
