@@ -49,7 +49,7 @@ from model import (GPT, Detail, UserError, check, generate, logits_at_once, toke
 
 TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: activations of a block fit into the cache
 KEPT_IN_MEMORY = 2**30      # bytes of streams; of a larger sample, streams are computed again
-USEFUL = 1.1                # a block is useful if its affine map multiplies the loss by more (paper)
+USEFUL = 1.1                # a block is useful if its affine map multiplies the loss by more
 BELOW = 0.1                 # a weight is near zero if it is below this times init_std
 
 Model = Any                             # GPT, or HFModel of data.py
@@ -171,8 +171,8 @@ class Pass:
         return min(self.options.jacobian_samples or self.total - self.total // 2, self.total)
 
     def place(self, x: Tensor) -> Tensor:
-        """Values (..., B) of these sequences among zeros for all others: (..., total). Their sum over
-        micro-batches and ranks has a value for each sequence."""
+        """Values (..., B) of these sequences among zeros for all others: (..., total). Added over
+        micro-batches and ranks, they are the values of all sequences."""
         out = torch.zeros(*x.shape[:-1], self.total, dtype=torch.float64)
         out[..., self.number] = to_cpu_float64(x)
         return out
@@ -261,8 +261,8 @@ def trend(values: Sequence[float]) -> float:
     return rank_correlation(range(len(values) - 1), values[1:])
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks. nan if x or y does not
-    vary."""
+    """Spearman's rank correlation. Equal values share the mean of their ranks; nan if x or y is
+    constant."""
     ranks = []
     for values in (x, y):
         _, which, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -495,7 +495,7 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
 def affine_map(moments: Tensor) -> Map:
     """The least-squares W (d, d) and b (d,) of y = x W + b from summed `moments`.
 
-    Features are centred and scaled to unit variance, so that badly scaled features cost no accuracy.
+    Features are centred and scaled to unit variance, since badly scaled features cost accuracy.
     Directions without variance beyond rounding are left out.
     """
     d = len(moments) - 1
@@ -546,9 +546,9 @@ def released(model: Model, p: Pass) -> Sums:
     """The authors' scripts depart from the definitions in three ways, marked 1, 2 and 3 below.
 
     1. Every model: the least-squares W of y = x W + b is copied into a Linear.weight without
-    transposing it, so that x W^T + b is computed. 2. Dense models: the last stream is recorded after
-    the final norm. 3. Dense models: a skipped block leaves no stream in the record, so that all later
-    streams are read one place early.
+    transposing it, so that x W^T + b is computed. 2. Dense models: the last stream is recorded
+    after the final norm. 3. Dense models: a skipped block leaves no stream in the record, so that
+    all later streams are read one place early.
     """
     blocks, last = list(model.blocks), len(model.blocks) - 1
     maps = p.maps or fit_maps(model, [p])
@@ -621,7 +621,7 @@ def removal(model: Model, p: Pass) -> Sums:
                          for l in p.watch(range(n), "attention")]
         found["ffn"] = [p.losses(blocks[l].without_ffn(p.h[l]), blocks[l + 1:])
                         for l in p.watch(range(n), "FFN")]
-    return sums | {f"without {what}": p.place(torch.stack(losses)) for what, losses in found.items()}
+    return sums | {f"without {what}": p.place(torch.stack(x)) for what, x in found.items()}
 
 def removal_score(model: Model, totals: Sums) -> Result:
     """removal: the mean loss. removal_stderr: the standard error of its growth, by sequence.
@@ -673,7 +673,7 @@ EXPERIMENTS["removal"] = Experiment(
     removal, removal_score,
     columns=[Column("removed", if_removed(perplexity_ratios),
                     "perplexity without the block / perplexity", if_removed(perplexity_errors)),
-             Column("influence", lambda r: r["block_influence"], "1 - cosine of its input and output")],
+             Column("influence", lambda r: r["block_influence"], "1 - cosine of input and output")],
     scores={"influence": lambda r: mean(r["block_influence"]),
             "infl. sum": lambda r: sum(r["block_influence"]),
             "trend infl": lambda r: trend(r["block_influence"])},
@@ -708,7 +708,7 @@ def jacobian_sum(f: Layer, x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = wide(f(x)).sum((0, 1))                                        # (d,)
-        for y_a in y:                       # batching these backward passes is not faster (measured)
+        for y_a in y:                    # batching these backward passes is not faster (measured)
             gradient, = torch.autograd.grad(y_a, x, retain_graph=True)
             rows.append(gradient.sum((0, 1), dtype=finest(x.device)))
     return to_cpu_float64(torch.stack(rows))
@@ -738,7 +738,7 @@ EXPERIMENTS["jacobian"] = Experiment(
 
 # ---- lens and contribution -----------------------------------------------------------------------
 def lens(model: Model, p: Pass) -> Sums:
-    """Read the prediction off every stream, as if the model ended there.  (after arXiv 2505.13898)"""
+    """Read the prediction off every stream, as if the model ended there.  (arXiv 2505.13898)"""
     p.progress.done += len(p.h) * head_cost(model) * len(p.idx)
     return {"lens": lens_sums(model, p.h, p.idx), "tokens": p.idx.numel(),
             "predictions": p.idx[:, 1:].numel()}
@@ -1118,8 +1118,8 @@ def score_table(results: dict[str, Result]) -> str:
 CHEAP = 1.1                 # removing a block is cheap if it multiplies the perplexity by less
 IDLE = 0.02                 # a block with less influence is near the identity (our choice)
 ENOUGH = 8                  # sequences; with fewer, a standard error says nothing
-LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline, then 0.59 with context "
-          "4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
+LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline, then 0.59 with "
+          "context 4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
 
 def summary(r: Result, path: str = "CKPT") -> list[str]:
     """What the measurement says about the model. A difference counts if it exceeds two standard
@@ -1158,8 +1158,8 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
     said.append(f"The measured share of useful blocks among {n} is {u['score']:.3g}; {LADDER}.")
     if u["loose_fit"]:
-        said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too well: "
-                    "give more --samples.")
+        said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
+                    "well: give more --samples.")
     return said
 
 def important_blocks(r: Result, enough: bool) -> str:
@@ -1171,8 +1171,8 @@ def important_blocks(r: Result, enough: bool) -> str:
     if not most:
         return "No removal raises the perplexity beyond doubt: more --samples would tell."
     prices = [price(growth[l], errors[l]) for l in most]
-    return (f"Most is done by {named(most)}: without {'it' if len(most) == 1 else 'each alone'}, the "
-            f"perplexity is {listed(prices)} times as large.")
+    return (f"Most is done by {named(most)}: without {'it' if len(most) == 1 else 'each alone'}, "
+            f"the perplexity is {listed(prices)} times as large.")
 
 def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     """Which block or run of blocks could go, and at what price.
@@ -1197,9 +1197,10 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
 def variance_course(r: Result) -> str:
     """How the variance grows with depth, and its peak over training."""
     first, last = r["variance"][1], r["variance"][-1]
-    said = (f"The variance of the stream is {first:.3g} after the first block and {last:.3g} after the "
-            f"last, {last / max(first, 1e-38):.3g} times as much")
-    course = [(line["variance"][-1], line["step"]) for line in r.get("log", []) if "variance" in line]
+    said = (f"The variance of the stream is {first:.3g} after the first block and {last:.3g} after "
+            f"the last, {last / max(first, 1e-38):.3g} times as much")
+    log = [line for line in r.get("log", []) if "variance" in line]
+    course = [(line["variance"][-1], line["step"]) for line in log]
     if course:
         peak, step = max(course)
         said += f"; in training it was highest at step {step}, {peak:.3g}"
@@ -1222,8 +1223,8 @@ def listed(things: Sequence[Any]) -> str:
 # A panel is drawn into a subfigure: alone in a file of its own, or on the page.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 STYLES = ("-", "--", ":", "-.")
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 3,
-         "legend.frameon": False, "legend.fontsize": 7, "lines.linewidth": 1.2}
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
+         "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False, "legend.fontsize": 7}
 WIDE = ("causal", "permutation")        # of several results, these panels take a row each
 
 Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
@@ -1251,7 +1252,8 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, xlabe
             ax.errorbar(np.arange(n), y[order], error[order], marker="o", elinewidth=0.8,
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
                         linestyle="" if threshold else STYLES[i % len(STYLES)],
-                        fillstyle="none" if threshold and i else "full", label=name if k == 0 else "")
+                        fillstyle="none" if threshold and i else "full",
+                        label=name if k == 0 else "")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.locator_params("x", integer=True)
     if scale == "log":
@@ -1291,8 +1293,8 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
              errors: Callable[[Result], Any] | None = None) -> None:
     """A heat map per result, all on one logarithmic scale of at most three decades.
 
-    blank: np.eye or np.tri, 1 where there is nothing to show. Gray was not sampled. A dot marks what
-    is below two standard errors.
+    blank: np.eye or np.tri, 1 where there is nothing to show. Gray was not sampled. A dot marks
+    what is below two standard errors.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator
@@ -1311,8 +1313,8 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)
-    bar = fig.colorbar(image, ax=list(axes), label=unit, format="%g", ticks=LogLocator(subs=(1, 2, 5)),
-                       extend="min" if lowest < low else "neither")
+    bar = fig.colorbar(image, ax=list(axes), label=unit, format="%g",
+                       ticks=LogLocator(subs=(1, 2, 5)), extend="min" if lowest < low else "neither")
     bar.minorticks_off()
 
 def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str) -> None:
@@ -1321,17 +1323,18 @@ def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: 
     for k, r in enumerate(results.values()):
         for i, (key, name) in enumerate(keys.items()):
             found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
+            few = len(found) < 100
             ax.plot(*np.array(found).reshape(-1, 2).T, label=name if k == 0 else "",
                     color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                    marker="o" if len(found) < 100 else "", linewidth=1.2 if len(found) < 100 else 0.5)
+                    marker="o" if few else "", linewidth=1.2 if few else 0.5)
     ax.set(xlabel="step")
     finish(fig, ax, title)
 
 def loss_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"loss": "training", "val_loss": "validation"}, "Loss over training (nats)")
+    training(fig, results, {"loss": "training", "val_loss": "validation"}, "Loss over training")
 
 def variance_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"variance": "last block"}, "Variance after the last block over training")
+    training(fig, results, {"variance": "last block"}, "Variance after the last block")
 
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     """A figure with the panels of these experiments, two in a row, under a heading."""
@@ -1370,7 +1373,7 @@ def headings(results: dict[str, Result]) -> Iterator[str]:
         yield f"{label}: {', '.join(said)}"
 
 def draw(results: dict[str, Result], out: Path) -> str:
-    """probe.png, with all panels that all results have, and a file for each. Says where they are."""
+    """probe.png with the panels that all results have, and a file for each. Says where they are."""
     os.environ["MPLBACKEND"] = "Agg"            # needs no display; the user's backend might
     try:
         import matplotlib
@@ -1423,11 +1426,11 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
             if not name.startswith(f"blocks.{l}."):
                 continue
             factor = 1.0
-            if settings.get("norm") == "lns" and name.endswith(("attn_norm.weight", "ffn_norm.weight")):
-                # LayerNorm Scaling divides by the root of the block's number, which changes
+            scaled = name.endswith(("attn_norm.weight", "ffn_norm.weight"))
+            if settings.get("norm") == "lns" and scaled:     # by the root of the block's number
                 factor = math.sqrt((new + 1) / (l + 1))
             weights[name.replace(f".{l}.", f".{new}.", 1)] = w * factor
-    numbers = saved.get("kept", range(n_layer))              # in the model before any block was dropped
+    numbers = saved.get("kept", range(n_layer))              # before any block was dropped
     return {"model": weights, "settings": {**settings, "n_layer": len(kept)},
             "step": saved.get("step", 0), "tokenizer": saved["tokenizer"],
             "kept": [numbers[l] for l in kept]}
@@ -1541,7 +1544,7 @@ def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[i
     device = next(iter(model.parameters())).device
     at_once = TOKENS_AT_ONCE // 2 if device.type == "cpu" else 2 * TOKENS_AT_ONCE
     rank, ranks = place_among_ranks()
-    out = torch.zeros(len(rows), 2, dtype=torch.float64)       # log p, tokens that are not likeliest
+    out = torch.zeros(len(rows), 2, dtype=torch.float64)       # log p, tokens not likeliest
     start = number = 0
     while start < len(order):
         longest = len(rows[order[start]]) - 1                  # the last token is only predicted
@@ -1707,7 +1710,7 @@ def checksum(model: Model) -> int:
     return found
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl beside a checkpoint of train.py. A last line that was cut is left out."""
+    """The lines of log.jsonl beside a checkpoint of train.py, without a last line that was cut."""
     file = path.parent / "log.jsonl"
     if path.name != "ckpt.pt" or not file.exists():
         return []
@@ -1719,8 +1722,8 @@ def write_result(file: Path, result: Result) -> Result:
     tokens, they stay; otherwise the old file is kept as probe.json.old."""
     new = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
     earlier = read_result(file) or {"run": {}}
-    same = [key for key in ("weights", "dtype", "checksum") if key != "checksum" or key in new["run"]]
-    if all(earlier["run"].get(key, new["run"][key]) == new["run"][key] for key in same):
+    now = {key: new["run"][key] for key in ("weights", "dtype", "checksum") if key in new["run"]}
+    if all(earlier["run"].get(key, value) == value for key, value in now.items()):
         whole = earlier | new
         for part in ("run", "seconds"):
             whole[part] = earlier.get(part, {}) | new.get(part, {})
@@ -1733,8 +1736,11 @@ def write_result(file: Path, result: Result) -> Result:
     return whole
 
 def read_result(file: Path) -> Result | None:
-    """The contents of a probe.json, if there is one."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    """The contents of a probe.json, if there is one. One that is damaged is of no known weights."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError:
+        return {"run": {"weights": None}}
 
 def draw_again(args: Any) -> None:
     """--figures: draw what is in probe.json."""
@@ -1782,29 +1788,29 @@ def read_arguments() -> Any:
     parser = Parser(prog="probe.py", description=__doc__)
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
-    add("--only", default="", help=f"experiments, from {','.join(EXPERIMENTS)}, or tasks for --tasks "
+    add("--only", default="", help=f"some of {','.join(EXPERIMENTS)}; or tasks, for --tasks "
                                    "alone (default: all that the model allows)")
     add("--data", help="prepared corpus, of which the validation split is used, or a text file "
                        "(default: the run's corpus; otherwise Python's documentation)")
     add("--samples", type=int, default=100, help="sequences (default 100, as in the paper)")
     add("--length", type=int, default=0, help="tokens per sequence (default: at most 512)")
     add("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of --data")
-    add("--seed", type=int, default=0, help="for the choice of sequences and pairs, and for --sample")
-    add("--remove", default="1", help="lengths of runs of blocks to remove, such as 1,2,4 (default 1)")
+    add("--seed", type=int, default=0, help="of random sequences, of pairs, of --sample")
+    add("--remove", default="1", help="lengths of runs to remove, such as 1,2,4 (default 1)")
     add("--sublayers", action=argparse.BooleanOptionalAction, default=False,
         help="also remove each attention and each FFN alone")
     add("--pairs", type=int, default=0, help="swap this many random pairs of blocks (default: all)")
-    add("--jacobian_samples", type=int, default=0, help="sequences for the Jacobian (default: half)")
+    add("--jacobian_samples", type=int, default=0, help="for the Jacobian (default: half of them)")
     add("--tasks", help="tasks of lm-evaluation-harness (pip install lm_eval): arc_easy,hellaswag")
     add("--task_folder", metavar="DIR", help="more tasks, as YAML files; these may run Python code")
     add("--tokenizer", help="if the checkpoint brings none: gpt2, ..., a folder, a hub id")
     add("--out", help="folder for results (default: that of ckpt.pt, X/ for X.pt, out/NAME for "
                       "Hugging Face); of several models a folder in it for each")
-    add("--drop", help="blocks such as 3,7, or auto:N for the N cheapest: save the model without them")
+    add("--drop", help="blocks such as 3,7, or auto:N, the N cheapest: save the rest")
     add("--save", help="target of --drop (default: pruned.pt beside ckpt.pt)")
     add("--sample", metavar="TEXT", help="print how the model continues the text")
     add("--new_tokens", type=int, default=200, help="length of --sample in tokens (default 200)")
-    add("--temperature", type=float, default=0.8, help="of --sample; 0: the likeliest (default 0.8)")
+    add("--temperature", type=float, default=0.8, help="of --sample; 0: likeliest (default 0.8)")
     add("--top_k", type=int, default=50, help="--sample draws among the likeliest k (default 50)")
     add("--export", metavar="DIR", help="write a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
