@@ -1,4 +1,4 @@
-"""All that lies on disk: corpora, tokenizers, checkpoints, Hugging Face folders and files of tasks.
+"""All that lies on disk: corpora, tokenizers, checkpoints, and models of transformers.
 
     python data.py python                         # the sources of torch and Python, in bytes
     python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
@@ -17,11 +17,8 @@ from __future__ import annotations
 import argparse
 import bz2
 import contextlib
-import copy
 import csv
-import difflib
 import errno
-import fnmatch
 import functools
 import glob
 import gzip
@@ -40,17 +37,18 @@ import time
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
 import numpy as np
 import tiktoken
 import torch
+import torch.nn as nn
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from model import GPT, ModelConfig, UserError, check
+from model import GPT, Detail, ModelConfig, UserError, check
 
 EOT = "<|endoftext|>"
 TEXTS = (".txt", ".md", ".py")                               # these files are read as they are,
@@ -64,9 +62,8 @@ DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: one
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has to do so much again
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
-CLASS_BOS = {"LlamaTokenizer": "<s>", "GPT2Tokenizer": EOT, "GPTNeoXTokenizer": EOT}   # transformers'
-ADDED_TOKEN = ("content", "single_word", "lstrip", "rstrip", "normalized")
-METRICS = ("acc", "acc_per_char", "acc_per_token")      # of tasks: the likeliest choice, or per ...
+# Two tokenizers with one vocabulary that encode this alike are taken for the same.
+SAMPLE = "def f(x):\n\treturn x ** 2  # It's 1234.5, naïve  学习 🙂\n\n" + EOT
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
 class Corpus:
@@ -602,14 +599,13 @@ def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: 
                      val_fraction: float, max_tokens: float) -> None:
     """Write documents as shards until there are no more, or max_tokens are reached; meta says what
     is written."""
-    encode = functools.partial(enc.encode_to_numpy, disallowed_special=())
     pool = ThreadPoolExecutor(os.cpu_count())                # threads help: it releases the GIL
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     written = total = meta["train"]["tokens"] + meta["val"]["tokens"]
     done = False
     while not done:
         batch = list(itertools.islice(docs, BATCH_DOCUMENTS))
-        for ids in pool.map(encode, batch):
+        for ids in pool.map(enc.encode_ordinary, batch):
             if total >= max_tokens:
                 break
             split = "val" if is_validation(meta["documents"], val_fraction) else "train"
@@ -672,252 +668,116 @@ def bigram_entropy(folder: Path, meta: dict) -> float:
     return float(entropy_of_pairs - entropy_of_firsts)
 
 # ---- tokenizers ----------------------------------------------------------------------------------
-# What belongs to a tokenizer in a folder of a model, besides the ids in its config.json.
-TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "tokenizer.model.*",
-                   "*.tiktoken", "tokenization_*.py", "tekken.json", "chat_template*",
-                   "additional_chat_templates/*", "generation_config.json")
+def encode(tokenizer: str, text: str) -> list[int]:
+    """The token ids of a text. A special token that the text spells stays text."""
+    return get_tokenizer(tokenizer).encode_ordinary(text)
+
+def decode(tokenizer: str, ids: Sequence[int]) -> str:
+    """The text of token ids."""
+    return get_tokenizer(tokenizer).decode(list(ids))
+
+def encodings() -> list[str]:
+    """The names of the tokenizers that have no files."""
+    return ["bytes", *tiktoken.list_encoding_names()]
 
 @functools.lru_cache(maxsize=None)
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of a name: "bytes", which is 256 bytes and EOT, offline; a tiktoken encoding;
-    or a tokenizer.json, its folder or the id of its model on the Hugging Face hub."""
+def get_tokenizer(name: str) -> tiktoken.Encoding | HFTokenizer:
+    """A tokenizer, with n_vocab and eot_token.
+
+    name: "bytes" (256 bytes and an end of text, offline), a tiktoken encoding such as gpt2, or
+    whatever transformers' AutoTokenizer reads: a folder, or an id on the Hugging Face hub.
+    """
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={EOT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    known = encodings()
-    if name not in known:
-        path = on_disk(name)
-        if path.exists() or path.name == "tokenizer.json" and path.parent.is_dir():
-            return folder_tokenizer(path)
-        check(path.name == name, f"the tokenizer {name} is not there: "
-                                 "put it back, or name another with --tokenizer")
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    check(name in known, f"no tokenizer {name!r}{hint}; there are: {', '.join(known)}")
+    if name not in encodings():
+        return HFTokenizer(name)
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as e:      # requests' errors are OSErrors; a damaged cache is a ValueError
-        raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes") from e
+    except (OSError, ValueError) as e:       # no network, or a damaged cache
+        raise UserError(f"tiktoken could not fetch {name!r} ({type(e).__name__}): go online once, "
+                        "or use --tokenizer bytes") from e
 
-def encodings() -> list[str]:
-    """The names of the tokenizers that are not somebody's files."""
-    return ["bytes", *tiktoken.list_encoding_names()]
+class HFTokenizer:
+    """A tokenizer of transformers, with what is used here of tiktoken.Encoding."""
 
-def folder_tokenizer(path: Path) -> FolderTokenizer:
-    """A tokenizer.json of Hugging Face, or that of a folder, with the tokens of AutoTokenizer.
-
-    It is taken as it is written; some classes of transformers put in a normalizer of their own.
-    """
-    tokenizers = need("tokenizers", f"reading {path}")
-    # not resolved: in the hub's cache the file is a link, and its neighbours are the link's
-    file = (path / "tokenizer.json" if path.is_dir() else path).absolute()
-    folder = file.parent
-    slow = [f.name for kind in ("*.model", "vocab.*", "tekken.json") for f in folder.glob(kind)]
-    check(file.is_file() or not slow,
-          f"{folder} has {', '.join(slow)} and no tokenizer.json: make it with python -c \"from "
-          f"transformers import AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained("
-          f"'{folder}')\", or name another with --tokenizer")
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(file))
-        names = add_tokens(inner, tokenizers, folder)
-        end, n_vocab = names.get("eos_token"), max(inner.get_vocab().values()) + 1
-        for other in ("generation_config.json", "config.json"):           # the last has the say
-            ids = read_json(folder / other).get("eos_token_id")
-            ids = ids if isinstance(ids, list) else [ids]     # the first, where there are several
-            end = next((i for i in ids if type(i) is int and 0 <= i < n_vocab), end)
-        inner.encode_special_tokens = True    # spelt: a document that has <|endoftext|> goes on
-        inner.no_truncation()
-        inner.no_padding()
-        enc = FolderTokenizer(str(file), inner, end, names)
-    except Exception as e:                                    # all that tokenizers raises
-        raise UserError(f"{file} is missing or damaged ({e}): get it again, or name another with "
-                        "--tokenizer") from e
-    check(end is not None,
-          f"{folder}: no config.json there has an eos_token_id, which ends documents, that is one "
-          f"of the {enc.n_vocab} tokens")
-    return enc
-
-def add_tokens(inner: Any, tokenizers: Any, folder: Path) -> dict[str, int]:
-    """Add the tokens that AutoTokenizer finds beside a tokenizer.json; returns the ids of those
-    that have a role, such as bos_token."""
-    said = read_json(folder / "tokenizer_config.json")
-    old = {}
-    if "added_tokens_decoder" not in said:                    # as transformers before 4.34 wrote it
-        said |= read_json(folder / "special_tokens_map.json")
-        old = read_json(folder / "added_tokens.json")
-    roles, special = {}, []
-    for role, token in said.items():
-        names_one = isinstance(token, str) or isinstance(token, dict) and "content" in token
-        if role.endswith("_token") and names_one:             # add_bos_token is true or false
-            special.append(as_token(tokenizers, token))
-            roles[role] = special[-1].content
-    for name in ("extra_special_tokens", "additional_special_tokens"):
-        more = said.get(name) or []
-        for token in more.values() if isinstance(more, dict) else more:
-            special.append(as_token(tokenizers, token))
-
-    listed = {int(i): token for i, token in said.get("added_tokens_decoder", {}).items()}
-    for token, i in old.items():
-        is_special = any(token == other.content for other in special)
-        listed[i] = {"content": token, "special": is_special, "normalized": not is_special}
-    inner.add_tokens([tokenizers.AddedToken(**listed[i]) for i in sorted(listed)])
-    there = {token.content for token in inner.get_added_tokens_decoder().values()}
-    inner.add_special_tokens([token for token in special if token.content not in there])
-    default = class_bos(inner, said, read_json(folder / "config.json").get("model_type"))
-    if "bos_token" not in said and inner.token_to_id(default) is not None:
-        roles["bos_token"] = default
-    return {role: inner.token_to_id(token) for role, token in roles.items()}
-
-def as_token(tokenizers: Any, said: str | dict[str, Any]) -> Any:
-    """An AddedToken of its text, or of a dict that says as well which blanks beside it it takes."""
-    flags = said if isinstance(said, dict) else {"content": said, "normalized": False}
-    return tokenizers.AddedToken(**{key: flags[key] for key in flags if key in ADDED_TOKEN})
-
-def class_bos(inner: Any, said: dict[str, Any], family: str | None) -> str:
-    """The BOS that AutoTokenizer takes of a tokenizer_class where none is named; "" if none.
-
-    It does not take the class at its word in some families, nor Llama 2's where the tokens are of
-    bytes.
-    """
-    kind = str(said.get("tokenizer_class")).removesuffix("Fast")
-    of_bytes = "ByteLevel" in repr(inner.pre_tokenizer)
-    if family in ("mistral", "mixtral", "qwen2") or kind == "LlamaTokenizer" and of_bytes:
-        return ""
-    return CLASS_BOS.get(kind, "")
-
-def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file says, nothing if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-class FolderTokenizer:
-    """A tokenizer of the tokenizers package, with what is used here of tiktoken.Encoding."""
-
-    def __init__(self, name: str, inner: Any, eot_token: int, names: dict[str, int]):
-        self.name, self.inner, self.eot_token = name, inner, eot_token
-        self.bos, self.eos = names.get("bos_token"), names.get("eos_token")
-        self.n_vocab = max(inner.get_vocab().values()) + 1
-        encoded = inner.encode("a")
-        whose = encoded.sequence_ids                           # None: it is of the template
-        self.start = encoded.ids[:whose.index(0)] if 0 in whose else []   # such as Llama's BOS
-        # what an empty context consists of: the first of these that there is
-        said = (i for i in (self.bos, self.eos, *self.start, eot_token) if i is not None)
-        self.prefix = next(said, None)
+    def __init__(self, name: str):
+        path = Path(name)
+        check(path.exists() or "/" in name,
+              f"no tokenizer {name!r}: give bytes, one of tiktoken's "
+              f"({', '.join(encodings()[1:])}), a folder, or OWNER/NAME of the Hugging Face hub")
+        transformers = need("transformers", f"the tokenizer {name}")
+        if path.name == "tokenizer.json":                     # AutoTokenizer takes the folder
+            path = path.parent
+        where, options = hub_name(path)
+        try:
+            self.inner = transformers.AutoTokenizer.from_pretrained(where, **options)
+        except (OSError, ValueError, KeyError, ImportError) as e:
+            raise UserError(f"AutoTokenizer cannot read {name} ({one_line(e)})") from e
+        self.name = name
+        self.vocab = self.inner.get_vocab()
+        self.n_vocab = max(self.vocab.values(), default=-1) + 1
+        self.eot_token = self.inner.eos_token_id
+        bare = self.encode_ordinary("a")
+        check(self.eot_token is not None and len(bare) > 0,
+              f"the tokenizer {name} is incomplete: it has no end-of-text token or no vocabulary")
+        self.bos = self.inner.bos_token_id
+        # What it puts in front of a text, such as Llama's BOS. Only tasks begin with that.
+        whole = self.inner("a")["input_ids"]
+        self.start = whole[:whole.index(bare[0])]
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
-
-    def encode(self, text: str, allowed_special: Any = "all") -> list[int]:
-        """As encode_ordinary, but a special token that the text spells is that token."""
-        self.inner.encode_special_tokens = False
-        ids = self.encode_ordinary(text)
-        self.inner.encode_special_tokens = True
-        return ids
-
-    def encode_to_numpy(self, text: str, disallowed_special: Any = ()) -> np.ndarray:
-        return np.array(self.encode_ordinary(text), dtype=np.int64)
+        return self.inner(text, add_special_tokens=False, split_special_tokens=True,
+                          verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.inner.decode(ids, skip_special_tokens=False)
+        return self.inner.decode(ids, clean_up_tokenization_spaces=False)
 
-def same_tokenizer(one: str, other: str) -> bool:
-    """Do two names mean the same tokens? Files are known by what is in them, not by their place."""
-    if one == other:
-        return True
-    if {one, other} & {*encodings()}:
-        return False
-    a, b = get_tokenizer(one), get_tokenizer(other)
-    return (a.inner.to_str(), a.eot_token) == (b.inner.to_str(), b.eot_token)
+def hub_name(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The arguments of from_pretrained for a folder, or for OWNER/NAME@REVISION on the hub."""
+    name, _, revision = Path(path).as_posix().partition("@")
+    if Path(path).exists() or not revision:
+        return str(path), {"trust_remote_code": False}
+    return name, {"trust_remote_code": False, "revision": revision}
 
-def copy_tokenizer(name: str, folder: Path) -> str:
-    """Copy the files of a tokenizer into `folder`, for a checkpoint or a corpus that lies there.
-
-    Returns the name by which that is to know it, and of which `tokenizer_beside` makes a path
-    wherever the folder is then. A tokenizer without files keeps its name, as does one that is gone:
-    who needs it will be told.
-    """
-    if name in encodings():
-        return name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            new = Path(tmp, "tokenizer")
-            new.mkdir()
-            write_json(new / "config.json", write_tokenizer(name, new))
-            content = (new / "tokenizer.json").read_bytes() + (new / "config.json").read_bytes()
-            own = folder / f"tokenizer_{zlib.crc32(content):08x}"   # others may lie there, too
-            if not own.exists():
-                os.replace(new, own)
-    except (OSError, UserError):
-        return name
-    return f"{own.name}/tokenizer.json"
+def one_line(e: Exception) -> str:
+    """The beginning of what an exception says."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
 
 def known_as(name: str) -> str:
-    """A name for what is in a tokenizer, the same wherever its files lie."""
-    with tempfile.TemporaryDirectory() as tmp:
-        return copy_tokenizer(name, Path(tmp))
+    """A name that two tokenizers share if they give the same ids, wherever their files are."""
+    if name in encodings():
+        return name
+    tokenizer = get_tokenizer(name)
+    content = sorted(tokenizer.vocab.items()), tokenizer.eot_token, encode(name, SAMPLE)
+    return f"tokenizer_{zlib.crc32(repr(content).encode()):08x}"
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Do two names mean the same tokens?"""
+    return one == other or known_as(one) == known_as(other)
+
+def copy_tokenizer(name: str, folder: Path) -> str:
+    """Save a tokenizer of transformers in `folder`, for a checkpoint or a corpus that lies there.
+
+    Returns the name to store, which `tokenizer_beside` turns back into a path wherever the folder
+    has moved. A tokenizer without files keeps its name.
+    """
+    own = known_as(name)
+    if name in encodings() or (folder / own).exists():
+        return own
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as tmp:
+        get_tokenizer(name).inner.save_pretrained(Path(tmp, own))
+        check(known_as(str(Path(tmp, own))) == own,
+              f"the tokenizer {name} gives other ids when it is saved and loaded again: "
+              "name another with --tokenizer")
+        os.replace(Path(tmp, own), folder / own)
+    return own
 
 def tokenizer_beside(file: str | Path, name: str) -> str:
-    """The tokenizer that a checkpoint or a corpus names: a copy beside it, if it has one."""
+    """The tokenizer that a checkpoint or a corpus names: the copy beside it, if it has one."""
     own = Path(file).parent / name
-    return str(own.absolute()) if own.is_file() else name
-
-def write_tokenizer(name: str, folder: Path) -> dict[str, Any]:
-    """Write a tokenizer so that AutoTokenizer gives the same ids; returns what config.json has to
-    say of it."""
-    if name not in encodings():                               # files of another folder
-        path = on_disk(name)
-        source = path if path.is_dir() else path.parent
-        check(source.is_dir(), f"the tokenizer {name} is not there: "
-                               "put it back, or name another with --tokenizer")
-        for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
-            target = folder / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(file.read_bytes())
-        if path.is_file():                                    # whatever it is called
-            (folder / "tokenizer.json").write_bytes(path.read_bytes())
-        said = read_json(source / "config.json")
-        ids = {}
-        for key, value in said.items():
-            each = value if isinstance(value, list) else [value]
-            is_id = key.endswith("_token_id") and all(i is None or type(i) is int for i in each)
-            if is_id or key == "model_type":                  # see `class_bos`
-                ids[key] = value
-        if ids.get("eos_token_id") is None:
-            with contextlib.suppress(UserError):              # there may be no end, or no tokenizer
-                ids["eos_token_id"] = get_tokenizer(name).eot_token
-        return ids
-    enc = get_tokenizer(name)
-    if name in ("bytes", "gpt2"):
-        write_json(folder / "tokenizer.json", byte_level_bpe(enc, splits_words=name == "gpt2"))
-        write_json(folder / "tokenizer_config.json",
-                   {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOT})
-    return {"tokenizer": name, "bos_token_id": enc.eot_token, "eos_token_id": enc.eot_token,
-            "pad_token_id": None}
-
-def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:
-    """The tokenizer.json of an encoding whose tokens are bytes and merges of two tokens.
-
-    splits_words: GPT-2's way of cutting text into words first.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letter = {byte: chr(byte) for byte in printable}          # GPT-2 writes each byte as a letter
-    others = [byte for byte in range(256) if byte not in letter]
-    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    ids = {}
-    for i in range(enc.eot_token):
-        ids["".join(letter[byte] for byte in enc.decode_single_token_bytes(i))] = i
-    merges = []
-    for token in ids:
-        for k in range(1, len(token)):
-            if token[:k] in ids and token[k:] in ids:
-                merges.append((token[:k], token[k:]))
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": splits_words}
-    end = {"id": enc.eot_token, "content": EOT, "special": True, "single_word": False,
-           "lstrip": False, "rstrip": False, "normalized": False}
-    return {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
-            "model": {"type": "BPE", "vocab": ids, "merges": merges}}
+    return str(own.absolute()) if name.startswith("tokenizer_") and own.exists() else name
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
@@ -942,16 +802,11 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
         raise UserError(f"cannot write {path} ({e!r:.90}): free some space or choose another place; "
                         "what was there is intact") from e
 
-def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The dict that train.py saved: model, optimizer, settings, step, ...; of a Hugging Face folder
-    a part of that, the model in `dtype`. Nothing in it is executed, and what is not used is not
-    read. UserError if it is not sound."""
-    place = on_disk(path)
-    if place.is_dir():
-        check_whole(place, path)
-        return load_hf(place, dtype)
-    check(place.is_file(), f"no checkpoint {path}: "
-                           "make one with `python train.py CONFIG.py`, or correct the path")
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The dict that train.py saved: model, optimizer, settings, step, ... Nothing in it is executed.
+    UserError if it is not sound."""
+    check(Path(path).is_file(), f"no checkpoint {path}: "
+                                "make one with `python train.py CONFIG.py`, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:                               # damaged bytes make torch raise almost anything
@@ -965,8 +820,19 @@ def load_checkpoint(path: str | Path, dtype: torch.dtype = torch.float32) -> dic
         value = saved["settings"].get(f.name, f.default)
         kind = (int, float) if isinstance(f.default, float) else type(f.default)
         check(isinstance(value, kind), f"{path}: {f.name}={value!r} is no {f.type}")
+    check_removed(saved["settings"], path)
     saved["tokenizer"] = tokenizer_beside(path, saved["tokenizer"])
     return saved
+
+def check_removed(settings: dict[str, Any], path: str | Path) -> None:
+    """UserError where an older checkpoint has a setting that model.py no longer has."""
+    implied = {"qkv_bias": False, "qk_norm": "", "rope_scaling": "", "shared_gate": False}
+    if settings.get("n_embd") and settings.get("n_head"):
+        implied["head_dim"] = settings["n_embd"] / settings["n_head"]
+    for name, value in implied.items():
+        had = settings.get(name) or value
+        check(had == value, f"{path}: {name}={had!r} is of a converted model, and model.py has no "
+                            "such setting any more: probe the original with transformers")
 
 def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
     """UserError where a checkpoint's weights are not those that the model has places for."""
@@ -984,13 +850,18 @@ def check_finite(model: GPT, path: str | Path) -> None:
           f"{path} is damaged, it has weights that are nan or infinite: use another copy")
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
-               dtype: torch.dtype = torch.float32,
-               spread: Sequence[str | torch.device] = ()) -> tuple[GPT, dict[str, Any]]:
-    """The model of a checkpoint or Hugging Face folder in eval mode, and the checkpoint itself.
+               dtype: torch.dtype = torch.float32, device_map: str | None = None,
+               ) -> tuple[GPT | HFModel, dict[str, Any]]:
+    """The model in eval mode, and the checkpoint's dict with at least "settings" and "tokenizer".
 
-    spread: devices to share out the blocks among; the rest, and the stream, are on `device`.
+    path: a checkpoint of train.py, a folder that transformers reads, or an id on the Hugging Face
+    hub. device_map: see `load_hf`.
     """
-    saved = load_checkpoint(path, dtype)
+    if not Path(path).is_file() and Path(path).suffix != ".pt":
+        return load_hf(path, device, dtype, device_map)
+    check(device_map is None, "--device_map is for models of transformers: "
+                              f"make one with `python probe.py {path} --export FOLDER`")
+    saved = load_checkpoint(path)
     known = {f.name for f in fields(ModelConfig)}
     settings = {name: value for name, value in saved["settings"].items() if name in known}
     try:
@@ -1003,565 +874,496 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.blocks[0].attn.rope.to_empty(device="cpu").reset()
-    model.to(dtype=dtype).eval()
-    if spread:
-        spread_blocks(model, device, spread)
-    else:
-        model.to(device)
-    return model, saved
+    return model.to(device, dtype).eval(), saved
 
-def spread_blocks(model: GPT, home: str | torch.device,
-                  devices: Sequence[str | torch.device]) -> None:
-    """Move the first blocks to the first device and so on, each once; all else is at home, where the
-    stream is between blocks.
+# ---- models of transformers ----------------------------------------------------------------------
+def first(output: Any) -> Any:
+    """The tensor of what a module returns: some return it alone, some in front of others."""
+    return output[0] if isinstance(output, tuple) else output
 
-    A block computes in attn_output and ffn_output: these fetch what they are given, and bring back
-    what they return.
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference between two tensors, relative to the largest value of the second."""
+    return float((a - b).abs().max() / b.abs().max())
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What rounding may come to in `relative_difference` of logits."""
+    return 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+
+class HFLayer:
+    """A decoder layer of transformers as a function of the stream, (B, T, d) -> (B, T, d).
+
+    The stream comes back on the device that it came from, wherever the layer's weights are.
     """
-    ropes = {device: copy.deepcopy(model.blocks[0].attn.rope).to(device) for device in devices}
-    for l, block in enumerate(model.blocks):
-        device = devices[l * len(devices) // len(model.blocks)]
-        block.attn.rope = ropes[device]
-        block.to(device)
-        block.attn_output = computed_on(device, home, block.attn_output)
-        block.ffn_output = computed_on(device, home, block.ffn_output)
-    for module in (model.embed, model.norm, model.head):
-        module.to(home)
 
-def computed_on(device: str | torch.device, home: str | torch.device,
-                f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, whose weights are on the device, for tensors at home."""
-    def there_and_back(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-        return tree_map_only(Tensor, lambda x: x.to(home), f(*args, **kwargs))
-    return there_and_back
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.parameters, self.named_parameters = module.parameters, module.named_parameters
+        self.args: tuple = ()                     # what the model passes beside the stream:
+        self.kwargs: dict[str, Any] = {}          # masks and rotary tables, see HFModel.capture
+        self.returns_tuple = False
+        # The submodules whose outputs are added to the stream. None: there are no such two.
+        self.attn: nn.Module | None = None
+        self.ffn: nn.Module | None = None
+        self.scaled = False                       # is an output multiplied before it is added?
 
-# ---- Hugging Face folders, in and out ------------------------------------------------------------
-FAMILIES: dict[str, dict[str, Any]] = {       # model_type: what it implies where config.json is silent
-    "llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"},
-    "mixtral": {"rope_theta": 1e6, "norm_eps": 1e-5, "norm_topk_prob": True},
-    "olmoe": {"qk_norm": "full", "norm_eps": 1e-5, "top_k": 8},
-    "qwen2_moe": {"qkv_bias": True, "shared_gate": True, "top_k": 4}, "qwen3_moe": {"qk_norm": "head", "top_k": 8}}
-FIELDS = {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-          "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "head_dim": "head_dim",
-          "hidden_size": "n_embd", "intermediate_size": "ffn_hidden", "rms_norm_eps": "norm_eps",
-          "initializer_range": "init_std", "tie_word_embeddings": "tie_embeddings", "rope_theta": "rope_theta"}
-MOE_FIELDS = {"num_experts": "n_experts", "num_local_experts": "n_experts", "num_experts_per_tok": "top_k",
-              "moe_intermediate_size": "expert_hidden", "shared_expert_intermediate_size": "shared_hidden",
-              "norm_topk_prob": "norm_topk_prob", "qkv_bias": "qkv_bias"}
-LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "decoder_sparse_step": 1,
-        "mlp_only_layers": [], "partial_rotary_factor": 1, "use_mrope": False, "is_causal": True,
-        "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}}
-HARMLESS = """
-    _* model_type model_name name_or_path architectures auto_map *_version unsloth_* transformers.*
-    dtype torch_dtype use_bfloat16 torchscript use_cache pretraining_tp chunk_size_feed_forward
-    attn_implementation experts_implementation is_decoder is_llama_config tie_encoder_decoder
-    cross_attention_hidden_size
-    return_dict* output_attentions output_hidden_states output_scores output_logits
-    output_router_logits tie_last_hidden_states
-    *dropout gradient_checkpointing router_jitter_noise router_aux_loss_coef tf_legacy_loss
-    id2label label2id num_labels problem_type finetuning_task task_specific_params
-    tokenizer tokenizer_class prefix *_token_id *_token_ids max_sequence_length model_max_length
-    max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
-    num_return_sequences num_beam_groups temperature top_k top_p top_h min_p typical_p
-    *_penalty *_cutoff
-    *no_repeat_ngram_size bad_words_ids remove_invalid_values *suppress_tokens num_assistant_tokens*
-    assistant_* target_lookbehind
-    max_window_layers layer_types sliding_window use_sliding_window
-    rope_scaling rope_parameters rope_type type rope_interleaved original_max_position_embeddings
-    """.split()       # patterns: what it is, how it is run, trained, labelled, spelt, generates
-TOP_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}  # ours: theirs
-NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",  # in a block
-         "attn.proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
-         "ffn.router": "mlp.gate", "ffn.shared_gate": "mlp.shared_expert_gate"}
-for matrix in ("gate", "up", "down"):
-    NAMES[f"ffn.{matrix}"] = f"mlp.{matrix}_proj"
-    NAMES[f"ffn.shared.{matrix}"] = f"mlp.shared_expert.{matrix}_proj"
+    def run(self, x: Tensor, hooks: dict[nn.Module, Callable] | None = None) -> Tensor:
+        """The layer with forward hooks on some of its submodules."""
+        handles = [module.register_forward_hook(hook) for module, hook in (hooks or {}).items()]
+        try:
+            return first(self.module(x, *self.args, **self.kwargs)).to(x.device)
+        finally:
+            for handle in handles:
+                handle.remove()
 
-GIVEN_BY = {"attn.qkv.bias": "qkv_bias", "attn.q_norm.": "qk_norm", "attn.k_norm.": "qk_norm",
-            "ffn.router.": "n_experts", "ffn.shared.": "shared_hidden",
-            "ffn.shared_gate.": "shared_gate"}         # a weight, and the setting that it belongs to
-MIXTRAL_NAMES = {"block_sparse_moe": "mlp", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+    def __call__(self, x: Tensor, detail: bool = False) -> Tensor | tuple[Tensor, Detail]:
+        if not detail:
+            return self.run(x)
+        if self.attn is None:
+            return self.run(x), Detail(None, None, None)
+        if self.scaled:
+            x_attn = self.without_ffn(x)
+            y = self.run(x)
+            return y, Detail(x_attn - x, y - x_attn, None)
+        seen: dict[nn.Module, Tensor] = {}
 
-def hf_config(hf: dict[str, Any], path: Path) -> ModelConfig:
-    """The architecture that a config.json of transformers 4 (rope_theta, rope_scaling) or 5
-    (rope_parameters) means; UserError names what the model lacks, and any field that is not known
-    to leave the function alone."""
-    context = hf.get("original_max_position_embeddings")
-    hf = hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})  # its fields as the others
-    family = hf.get("model_type")
-    check(family in FAMILIES, f"{path}: model_type={family!r} is none of {', '.join(FAMILIES)}")
-    if family == "mistral":
-        hf = {"sliding_window": 4096} | hf                                # its default is not null
-    hf = {name: value for name, value in hf.items() if value is not None}
-    rope = hf.get("rope_type") or hf.get("type") or "default"
-    check_fields(hf, rope, path)
-    for name in ("num_attention_heads", "max_position_embeddings"):       # no tensor's shape tells these
-        check(name in hf, f"{path} lacks {name}")
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            # a copy: Falcon adds to the output in place
+            seen[module] = first(output).to(x.device, copy=True).view_as(x)
+        y = self.run(x, {self.attn: keep, self.ffn: keep})
+        return y, Detail(seen[self.attn], seen[self.ffn], None)
 
-    values = dict(FAMILIES[family])
-    for theirs, ours in (FIELDS | MOE_FIELDS).items():
-        if theirs in hf:
-            values[ours] = hf[theirs]
-    if "n_experts" in values:
-        values.setdefault("expert_hidden", hf.get("intermediate_size"))
-    if rope == "llama3":
-        hf.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
-        if context is not None:                           # beside, it goes before that of the rope
-            hf["original_max_position_embeddings"] = context
-        values["rope_scaling"] = "llama3:" + ",".join(str(hf[name]) for name in LLAMA3_FIELDS)
-    values["block_size"] = context_length(hf, family, path)
-    try:
-        return ModelConfig(**values)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
+    def without_attn(self, x: Tensor) -> Tensor:
+        """The stream after the layer with attention's output zero, (B, T, d)."""
+        return self.run(x, {self.attn: zeros})
 
-def check_fields(hf: dict[str, Any], rope: str, path: Path) -> None:
-    """UserError that names all fields of a config.json that the model lacks or that are not known
-    to leave the function alone."""
-    known = [*FIELDS, *MOE_FIELDS, *HARMLESS]
-    if rope == "llama3":
-        known += LLAMA3_FIELDS
-    wrong, unknown = [], []
-    layered = [name for name in hf if name.endswith("_attention") and isinstance(hf[name], dict)]
-    if layered:
-        wrong.append(f"rope_parameters per layer type, such as {layered[0]}")
-    if rope not in ("default", "llama3"):
-        wrong.append(f"rope_type={rope} (only default and llama3 are)")
-    for name, value in hf.items():
-        shown = f"{name}={value!r:.60}"
-        if name in ONLY:
-            if value != ONLY[name]:
-                wrong.append(f"{shown} (only {ONLY[name]!r} is)")
-        elif name == "quantization_config":
-            wrong.append(f"{name} (dequantise the weights: in transformers model.dequantize(), "
-                         "then save_pretrained)")
-        elif name in layered:
-            continue
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in known):
-            unknown.append(shown)
-    said = []
-    if wrong:
-        said.append(f"not supported: {', '.join(wrong)}")
-    if unknown:
-        said.append(f"unknown, and may change what the model computes: {', '.join(unknown)} "
-                    "(delete there those that do not)")
-    check(not said, f"{path}: {'; '.join(said)}")
+    def without_ffn(self, x: Tensor) -> Tensor:
+        """The stream after the layer with the FFN's output zero, (B, T, d)."""
+        return self.run(x, {self.ffn: zeros})
 
-def context_length(hf: dict[str, Any], family: str, path: Path) -> int:
-    """The block_size of a config.json: no longer than its sliding window, so that no sequence ever
-    meets that."""
-    T = hf["max_position_embeddings"]
-    kinds = set(hf.get("layer_types", []))
-    check(kinds <= {"full_attention", "sliding_attention"},
-          f"{path}: layer_types={sorted(kinds)} is not supported")
-    slides = "sliding_attention" in kinds or hf.get("use_sliding_window", "qwen" not in family)
-    window = hf.get("sliding_window") or T
-    if slides and window < T:
-        print(f"{path}: block_size={window}, its sliding_window, not {T}", file=sys.stderr)
-        return window
-    return T
+    @torch.no_grad()
+    def find_sublayers(self, x: Tensor) -> None:
+        """Set attn, ffn and scaled from a run on the stream x.
 
-def hf_views(c: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names and in the shapes of transformers: views, to be read into or to
-    be written out.
+        They are the first and the last submodule with weights that is not a norm. Where a norm
+        takes exactly that output, the norm's output is what reaches the stream. With both at zero
+        the layer must be the identity; else nothing is set.
+        """
+        parts: list[tuple[nn.Module, Tensor]] = []
 
-    UserError names the weights that Hugging Face has no name for.
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if isinstance(module, nn.Dropout):           # does nothing; Phi calls one for both
+                return
+            given = (*args, *kwargs.values())
+            for i, (_, out) in enumerate(parts):
+                if any(value is out for value in given):
+                    parts[i] = module, first(output)
+                    return
+            is_norm = "norm" in type(module).__name__.lower()
+            if not is_norm and any(True for _ in module.parameters()):
+                parts.append((module, first(output)))
+        children = list(self.module.children())
+        handles = [child.register_forward_hook(note, with_kwargs=True) for child in children]
+        self.run(x)
+        for handle in handles:
+            handle.remove()
+        self.attn = self.ffn = None
+        attn, ffn = (parts[0][0], parts[-1][0]) if parts else (None, None)
+        if attn is ffn or not torch.equal(self.run(x, {attn: zeros, ffn: zeros}), x):
+            return
+        self.attn, self.ffn, self.scaled = attn, ffn, False
+        y, did = self(x, detail=True)
+        added = (did.attn + did.ffn).float()
+        error = (y.float() - x.float() - added).norm()
+        rounding = 4 * torch.finfo(x.dtype).eps * y.float().norm()
+        self.scaled = bool(error > 1e-3 * added.norm() + rounding)
+
+def zeros(module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook that replaces what a module returns by zeros."""
+    if isinstance(output, tuple):
+        return torch.zeros_like(output[0]), *output[1:]
+    return torch.zeros_like(output)
+
+class Embedded(Exception):
+    """Ends a forward pass where the first layer would begin; its argument is the stream h_0."""
+
+class HFModel:
+    """A decoder of transformers with the interface of GPT: embed, blocks, logits.
+
+    Nothing is converted. A block is the model's own layer, called with the arguments that the model
+    passed to it in one run; so `capture(T)` comes before any use, and again when T changes.
     """
-    widths = [heads * c.head_dim for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
-    views: dict[str, Tensor] = {}
-    nameless = []
-    for name, w in weights.items():
-        if name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            prefix, names = f"model.layers.{layer}.", NAMES
-        else:
-            prefix, rest, names = "", name, TOP_NAMES
-        module, _, kind = rest.rpartition(".")                         # such as attn.proj, weight
-        needed = [setting for start, setting in GIVEN_BY.items() if rest.startswith(start)]
-        if not all(getattr(c, setting) for setting in needed):         # a fork has it without the setting
-            nameless.append(name)
-        elif rest in ("ffn.gate", "ffn.up", "ffn.down"):                 # of all experts, (E, in, out)
-            for e, expert in enumerate(w):
-                views[f"{prefix}mlp.experts.{e}.{kind}_proj.weight"] = expert.T
-        elif module == "attn.qkv" and kind in ("weight", "bias"):
-            for x, part in zip("qkv", w.split(widths)):
-                views[f"{prefix}self_attn.{x}_proj.{kind}"] = part
-        elif name == "head.weight" and c.tie_embeddings:
-            continue
-        elif module in names and kind == "weight":
-            views[f"{prefix}{names[module]}.{kind}"] = w
-        else:
-            nameless.append(name)
-    check(not nameless, f"there is no Hugging Face name for {', '.join(nameless[:3])}: such a model "
-          "stays in its own checkpoint, unless NAMES in data.py gives it one")
-    return views
 
-def load_hf(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """A Hugging Face folder as `load_checkpoint` gives it: every tensor has its place and every
-    place its tensor."""
-    safetensors = need("safetensors", f"reading {folder}")
-    try:
-        hf = json.loads((folder / "config.json").read_text())
-        stored = stored_tensors(folder, safetensors)
-        c = hf_config(hf, folder / "config.json")
-        c.tie_embeddings &= "lm_head.weight" not in stored               # a stored head counts, as in transformers 5
-        with torch.device("meta"):
-            places = GPT(c).state_dict()
-        weights = {name: torch.empty(w.shape, dtype=dtype, device="cpu") for name, w in places.items()}
-        views = hf_views(c, weights)
-        lacks = sorted(views.keys() - stored.keys())[:3]
-        check(not lacks, f"{folder}: what config.json describes lacks {', '.join(lacks)}")
-        useless = sorted(stored.keys() - views.keys())[:3]
-        check(not useless,
-              f"{folder}: what config.json describes has no use for {', '.join(useless)}")
-        for name, source in stored.items():
-            read_tensor(safetensors, source, views[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
-        raise UserError(f"{folder} is damaged or incomplete ({type(e).__name__}: {e}): get it again") from e
-    if c.tie_embeddings:
-        weights["head.weight"] = weights["embed.weight"]
-    own = hf.get("tokenizer")                                 # what export writes of an encoding
-    if own not in encodings():
-        own = str((folder / "tokenizer.json").absolute())
-    return {"model": weights, "settings": asdict(c), "step": 0, "tokenizer": own}
+    def __init__(self, inner: Any, name: str):
+        self.inner, self.name = inner.eval(), name
+        self.parameters, self.named_parameters = inner.parameters, inner.named_parameters
+        config = inner.config.get_text_config()
+        n = config.num_hidden_layers
+        layers = next((m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == n),
+                      None)
+        check(layers is not None, f"{name}: found no list of its {n} layers")
+        self.layers = layers
+        self.blocks = [HFLayer(layer) for layer in layers]
+        self.d, self.vocab_size = config.hidden_size, config.vocab_size
+        self.context = getattr(config, "max_position_embeddings", None) or 2048
+        self.n_head = getattr(config, "num_attention_heads", None) or 0
+        self.n_kv_head = getattr(config, "num_key_value_heads", None) or self.n_head
+        self.n_experts, self.init_std = 0, getattr(config, "initializer_range", None)
+        self.dense = not any("experts" in key and isinstance(value, int) and value > 1
+                             for key, value in config.to_dict().items())
+        self.norm: nn.Module | None = None        # the final one
+        self.splits = False                       # can attention and FFN be told apart?
+        self.notes: list[str] = []                # what to know about the measurement, a line each
 
-def on_disk(name: str | Path) -> Path:
-    """A path as it is; owner/name[@revision], if it is no path, as the folder of that model in the
-    cache of the Hugging Face hub, into which it is fetched if need be."""
-    path, spelt = Path(name), re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@(.+))?", str(name))
-    if path.exists() or path.suffix in (".pt", ".json") or not spelt:
-        return path
-    hub = need("huggingface_hub", f"{name}, which is no path here,")
-    wanted = ["*.json", "*.safetensors", *TOKENIZER_FILES]
-    try:
-        return Path(hub.snapshot_download(
-            spelt[1], revision=spelt[2], allow_patterns=wanted,
-            ignore_patterns=["consolidated*", *(f"*/{pattern}" for pattern in wanted)]))
-    except Exception as e:                                    # its own and those of the network
-        raise UserError(f"no path {name}, nor is it in the Hugging Face hub's cache or to be had "
-                        f"from there ({type(e).__name__}): correct it, go online once, or log in "
-                        "with `hf auth login`") from e
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go, and where the stream is between blocks."""
+        return self.inner.get_input_embeddings().weight.device
 
-def check_whole(folder: Path, name: str | Path) -> None:
-    """UserError unless a folder holds one whole model in safetensors; it says how to get there.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.inner.get_input_embeddings().weight.dtype
 
-    name: what the user calls the folder, its path or its id on the hub.
+    def embed(self, idx: Tensor) -> Tensor:
+        """The stream that the first layer gets, (B, T) -> (B, T, d)."""
+        def stop(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            raise Embedded(args[0] if args else kwargs["hidden_states"])
+        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.inner(idx, use_cache=False)
+        except Embedded as e:
+            return e.args[0].to(idx.device)
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{self.name} did not call its first layer")
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the model makes of the last stream x, (B, T, d) -> (B, T, vocab_size)."""
+        out = (x,) if self.blocks[0].returns_tuple else x
+        idx = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        every = range(len(self.blocks))
+        return self.with_layers(idx, dict.fromkeys(every, lambda *args, **kwargs: out))
+
+    def with_layers(self, idx: Tensor, forwards: dict[int, Callable]) -> Tensor:
+        """The model's own logits with other functions in place of some layers' `forward`."""
+        before = {l: self.layers[l].__dict__.get("forward") for l in forwards}   # accelerate's
+        try:
+            for l, forward in forwards.items():
+                self.layers[l].forward = forward
+            return self.inner(idx, use_cache=False).logits.to(idx.device)
+        finally:
+            for l, forward in before.items():
+                del self.layers[l].forward
+                if forward is not None:
+                    self.layers[l].forward = forward
+
+    @torch.no_grad()
+    def capture(self, T: int) -> None:
+        """Keep what the model passes to its layers for T tokens, and compare the chain of the
+        blocks with the model.
+
+        The run has one sequence, so that masks and tables broadcast over any batch.
+        """
+        def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal last
+            block = next(block for block in self.blocks if block.module is layer)
+            block.args = args[1:]
+            block.kwargs = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+            block.returns_tuple = isinstance(output, tuple)
+            last = first(output)
+
+        def find_norm(module: nn.Module, args: Any) -> None:
+            if args and args[0] is last and "norm" in type(module).__name__.lower():
+                self.norm = module
+        last = None
+        inside = {m for layer in self.layers for m in layer.modules()}
+        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in self.layers]
+        handles += [m.register_forward_pre_hook(find_norm) for m in self.inner.modules()
+                    if m not in inside]
+        draw = torch.Generator().manual_seed(0)
+        idx = torch.randint(self.vocab_size, (3, T), generator=draw).to(self.device)
+        try:
+            self.inner(idx[:1], use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        try:
+            self.compare(idx[1:])
+            self.find_sublayers(idx[1:2])
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
+            raise UserError(f"{self.name}: its layers cannot be run one by one ({one_line(e)})"
+                            ) from e
+
+    def compare(self, idx: Tensor) -> None:
+        """UserError unless the chain of blocks gives the model's logits, and the chain without one
+        block those of the model in which that layer does nothing."""
+        def nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states,) if self.blocks[skipped].returns_tuple else hidden_states
+        skipped = len(self.blocks) // 2
+        others = [block for l, block in enumerate(self.blocks) if l != skipped]
+        for blocks, changed in ((self.blocks, {}), (others, {skipped: nothing})):
+            x = self.embed(idx)
+            for block in blocks:
+                x = block(x)
+            self.check_equal(self.logits(x), self.with_layers(idx, changed))
+
+    def check_equal(self, ours: Tensor, theirs: Tensor) -> None:
+        """UserError where logits differ by more than rounding."""
+        difference = relative_difference(ours, theirs)
+        check(difference <= tolerance(self.dtype),
+              f"{self.name}: its layers cannot be run one by one: the logits of the chain of layers "
+              f"differ from the model's by {difference:.1e} of the largest logit")
+
+    def find_sublayers(self, idx: Tensor) -> None:
+        """Find attention and FFN in each layer, and say in `notes` what is left out or unusual."""
+        x = self.embed(idx)
+        for block in self.blocks:
+            block.find_sublayers(x)
+            x = block(x)
+        self.splits = all(block.attn is not None for block in self.blocks)
+        scaled = self.splits and any(block.scaled for block in self.blocks)
+        for block in self.blocks:
+            block.scaled = scaled
+        given = [[a for a in tree_leaves((block.args, block.kwargs)) if isinstance(a, Tensor)]
+                 for block in self.blocks]
+        own = any(a is not b for tensors in given for a, b in zip(tensors, given[0]))
+        said = {"its layers have no two sublayers that are added to the stream: what attention and "
+                "FFN add, and removing one of them, is left out": not self.splits,
+                "what attention and FFN add is read by subtracting streams": scaled,
+                "its layers differ in masks or rotary tables: a block that changes places keeps its "
+                "own": own}
+        self.notes = [f"{self.name}: {line}" for line, holds in said.items() if holds]
+
+def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
+            device_map: str | None = None) -> tuple[HFModel, dict[str, Any]]:
+    """A model of transformers from a folder or from the Hugging Face hub, OWNER/NAME[@REVISION].
+
+    device_map: "auto" shares out the layers among all GPUs (accelerate).
     """
-    def found(pattern: str) -> str:
-        return ", ".join(sorted(file.name for file in folder.glob(pattern)))
-
-    adapter, checkpoints = found("adapter_*"), found("*.pt")
-    check(not adapter,
-          f"{name} has an adapter, {adapter}, which nothing here applies: merge it into its model "
-          "first (peft: model.merge_and_unload(), then save_pretrained)")
-    check(not checkpoints or found("*.safetensors") != "",
-          f"{name} is no model, but holds {checkpoints}: give that")
-    if found("model*.safetensors*"):
-        check((folder / "config.json").is_file(),
-              f"{name} has no config.json, it is no model: correct the path")
-        return
-    gguf, old = found("*.gguf"), found("pytorch_model*.bin")
-    foreign = found("consolidated*") or found("tf_model*")
-    check((folder / "config.json").is_file() or gguf != "",
-          f"{name} has no config.json, it is no model: correct the path")
-    check(gguf + old != "" or not foreign,
-          f"{name} has its weights in {foreign}, which transformers cannot read: get "
-          "model.safetensors, or all that model.safetensors.index.json names, as well")
-    has = "no model.safetensors: get it again, or "
-    if gguf or old:
-        has = f"its weights in {gguf or old}: "
-    which = f", gguf_file='{gguf.split(', ')[0]}'" if gguf else ""
-    target = name if folder == Path(name) else "converted"
-    raise UserError(f"{name} has {has}convert its weights with python -c \"from transformers "
-                    f"import AutoModelForCausalLM as M; M.from_pretrained('{name}'{which})"
-                    f".save_pretrained('{target}')\"")
-
-class Stored(NamedTuple):
-    """Where a tensor is stored: in a file under a key, there maybe as rows of one expert."""
-    file: Path
-    key: str
-    expert: int | None = None
-    row: int = 0                         # the first
-    shape: list[int] | None = None       # None: all that is there
-
-def stored_tensors(folder: Path, safetensors: Any) -> dict[str, Stored]:
-    """Where each tensor of a folder is, by the name that most families give it."""
-    stored = {}
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        names = {single.name}
-    else:
-        names = {*json.loads(index.read_text())["weight_map"].values()}
-    for name in names:
-        check(Path(name).name == name,
-              f"{index} names {name}, which is not in its folder: get it again")
-    for file in sorted(folder / name for name in names):
-        with safetensors.safe_open(file, "pt") as f:
-            for key in f.keys():
-                if key.endswith("rotary_emb.inv_freq"):                  # of old files: config.json says as much
-                    continue
-                name = key
-                for mixtral, others in MIXTRAL_NAMES.items():
-                    name = name.replace(mixtral, others)
-                if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-                    stored |= experts_of(name, Stored(file, key), f.get_slice(key).get_shape())
-                else:
-                    stored[name] = Stored(file, key)
-    return stored
-
-def experts_of(name: str, source: Stored, shape: list[int]) -> dict[str, Stored]:
-    """The matrices of all experts, which some write as one tensor (E, rows, columns): as
-    transformers 5 has them in memory, gate above up."""
-    prefix, _, kind = name.rpartition(".")
-    matrices = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
-    E, rows, columns = shape
-    rows //= len(matrices)
-    parts = {}
-    for e in range(E):
-        for k, matrix in enumerate(matrices):
-            part = source._replace(expert=e, row=k * rows, shape=[rows, columns])
-            parts[f"{prefix}.{e}.{matrix}.weight"] = part
-    return parts
-
-def read_tensor(safetensors: Any, source: Stored, place: Tensor) -> None:
-    """Read a stored tensor into its place, some rows at a time: no second copy of it is ever in
-    memory."""
-    rows = max(1, 2**22 // place[0].numel())
-    for start in range(0, len(place), rows):
-        # opened anew: what was read stays mapped until it is shut
-        with safetensors.safe_open(source.file, "pt") as f:
-            whole = f.get_slice(source.key)
-            shape, kind = source.shape or whole.get_shape(), whole.get_dtype()
-            check(shape == list(place.shape) and kind in ("F64", "F32", "F16", "BF16"),
-                  f"{source.file}: {source.key} is {kind} {shape}, "
-                  f"config.json says {list(place.shape)}")
-            part = place[start:start + rows]
-            first = source.row + start
-            if source.expert is None:
-                part.copy_(whole[first:first + len(part)])
-            else:
-                part.copy_(whole[source.expert, first:first + len(part)])
-
-def holds(family: str, c: ModelConfig) -> dict[str, tuple[Any, ...]]:
-    """The values that a family of transformers can have, of the settings that its config.json has
-    no name for."""
-    fixed = {"norm": ("pre", "lns")}                                     # LayerNorm Scaling goes into the gains
-    if family in ("llama", "qwen2", "qwen3"):
-        fixed |= {"n_experts": (0,)}
-    if family in ("llama", "qwen3", "qwen3_moe", "olmoe"):
-        fixed |= {"qkv_bias": (False,)}
-    if family == "qwen2":
-        fixed |= {"qkv_bias": (True,)}
-    if family in ("qwen3_moe", "olmoe"):
-        fixed |= {"shared_hidden": (0,), "shared_gate": (False,)}
-    if family == "olmoe":
-        fixed |= {"head_dim": (c.n_embd / c.n_head,)}
-    if not c.rope_scaling.startswith("llama3:"):
-        fixed |= {"rope_scaling": ("",)}
-    norms = {"qwen3": "head", "qwen3_moe": "head", "olmoe": "full"}
-    return fixed | {"qk_norm": (norms.get(family, ""),)}
-
-# What config.json says at any value, and what acts in training alone. A setting that is neither here
-# nor in `holds` is refused: one that a fork adds, until somebody says what it is for transformers.
-EXPRESSED = {*FIELDS.values(), *MOE_FIELDS.values(), "rope_scaling", "shared_gate", "lb_loss_weight",
-             "z_loss_weight", "embed_init_std", "scaled_init"}
-
-def export_family(c: ModelConfig, path: str | Path) -> str:
-    """The family of transformers that has all settings of c; UserError names those that the nearest
-    one cannot have."""
-    families = ("qwen2_moe", "qwen3_moe", "olmoe") if c.n_experts else ("llama", "qwen2", "qwen3")
-    misfits: dict[str, list[str]] = {family: [] for family in families}
-    for family in families:
-        fixed = holds(family, c)
-        for f in fields(c):
-            value = getattr(c, f.name)
-            fits = value in fixed[f.name] if f.name in fixed else f.name in EXPRESSED
-            if not fits:
-                misfits[family].append(f"{f.name}={value!r}")
-        if not misfits[family]:
-            return family
-    fewest = min(map(len, misfits.values()))
-    nearest = [f"{family} cannot have {', '.join(wrong)}" for family, wrong in misfits.items()
-               if len(wrong) == fewest]
-    raise UserError(f"{path}: no Hugging Face family can be what it is: {'; '.join(nearest)}")
-
-def as_family(model: GPT, family: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Settings and weights of the same function, in the form that the family has."""
-    c, weights = replace(model.config, norm="pre"), model.state_dict()
-    for layer, block in enumerate(model.blocks):
-        for norm in ("attn_norm", "ffn_norm"):
-            weights[f"blocks.{layer}.{norm}.weight"] = block.get_submodule(norm).weight * block.scale
-    if family == "qwen2_moe":
-        # It has biases, and weighs a shared expert by a sigmoid. A gate of zeros halves, so the
-        # expert is doubled; where there is no expert, it consists of zeros.
-        for name in weights:
-            if name.endswith("shared.down.weight") and not c.shared_gate:
-                weights[name] = 2 * weights[name]
-        c = replace(c, qkv_bias=True, shared_gate=True, shared_hidden=c.shared_hidden or 1)
-        with torch.device("meta"):
-            places = GPT(c).state_dict()
-        for name, place in places.items():
-            weights.setdefault(name, torch.zeros(place.shape))
-    return c, weights
+    transformers = need("transformers", f"{name}, which is no checkpoint of train.py,")
+    transformers.utils.logging.disable_progress_bar()
+    if device_map:
+        need("accelerate", "--device_map")
+    where, options = hub_name(name)
+    try:
+        inner, found = transformers.AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, device_map=device_map, use_safetensors=True,
+            output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise UserError(f"cannot load {name} as a model of transformers ({one_line(e)})") from e
+    lacks = [*found["missing_keys"], *found["mismatched_keys"]]
+    check(not lacks, f"{name} is incomplete: it lacks {', '.join(map(str, sorted(lacks)[:3]))}")
+    model = HFModel(inner if device_map else inner.to(device), str(name))
+    own = getattr(inner.config, "tokenizer", None)            # what `export` writes of an encoding
+    settings = {"n_layer": len(model.blocks), "n_head": model.n_head, "n_kv_head": model.n_kv_head,
+                "n_embd": model.d, "vocab_size": model.vocab_size, "block_size": model.context,
+                "family": inner.config.model_type}
+    return model, {"model": inner.state_dict(), "settings": settings, "step": 0,
+                   "tokenizer": own if own in encodings() else str(name)}
 
 @torch.no_grad()
+def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer: str,
+             device_map: str | None = None) -> None:
+    """Write a model of transformers without some layers as a folder, tokenizer included.
+
+    The folder is loaded again and its logits are compared with those of the chain of the kept
+    layers before it appears under its name. The model itself is of no use afterwards.
+    """
+    config, n, out = model.inner.config.get_text_config(), len(model.blocks), Path(folder)
+    check(not out.exists() or out.is_dir() and not any(out.iterdir()),
+          f"{out} is not empty: choose another folder")
+    kept = [l for l in range(n) if l not in drop]
+    # Longer than its window, so that a layer that would get another kind of mask is noticed.
+    window = max(getattr(config, name, None) or 0 for name in ("sliding_window",
+                                                               "attention_chunk_size"))
+    T = min(model.context, max(128, window + 64))
+    model.capture(T)
+    draw = torch.Generator().manual_seed(1)
+    idx = torch.randint(model.vocab_size, (1, T), generator=draw).to(model.device)
+    x = model.embed(idx)
+    for l in kept:
+        x = model.blocks[l](x)
+    want = model.logits(x)
+
+    for l in sorted(drop, reverse=True):
+        del model.layers[l]
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == n:       # of each layer
+            setattr(config, key, [value[l] for l in kept])
+    config.num_hidden_layers = len(kept)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+        new = Path(tmp, out.name)
+        model.inner.save_pretrained(new)
+        write_tokenizer(tokenizer, new)
+        without = f"{model.name} without layers {','.join(map(str, sorted(drop)))}"
+        try:
+            smaller, _ = load_hf(new, model.device, model.dtype, device_map)
+        except UserError as e:          # such as: every second layer is a MoE
+            raise UserError(f"{without} cannot be loaded again, drop others: {e}") from e
+        difference = relative_difference(smaller.inner(idx, use_cache=False).logits, want)
+        check(difference <= tolerance(model.dtype),
+              f"{without} computes something else when it is loaded again: the logits differ by "
+              f"{difference:.1e} of the largest. Nothing is written")
+        os.replace(new, out)
+
+# ---- export --------------------------------------------------------------------------------------
 def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -> None:
-    """Write a checkpoint as a Hugging Face folder that AutoModelForCausalLM loads; it appears by
-    rename.
+    """Write a checkpoint of ours as a folder of transformers: Llama if dense, else Qwen2-MoE.
 
-    tokenizer: its name or path, by default the checkpoint's own.
+    The folder is loaded again and its logits are compared with the checkpoint's before it appears
+    under its name. tokenizer: a name, by default the checkpoint's.
     """
-    safetensors = need("safetensors.torch", "export")
-    model, saved = load_model(path)
-    family = export_family(model.config, path)
-    check_finite(model, path)
-    hf_views(model.config, model.state_dict())               # refuses weights that have no name
-    c, weights = as_family(model, family)
-    views = {name: view.contiguous() for name, view in hf_views(c, weights).items()}
-    named = FIELDS | MOE_FIELDS if c.n_experts else FIELDS
-    hf = {theirs: getattr(c, ours) for theirs, ours in named.items()}
-    hf |= {"model_type": family, "architectures": [family.title().replace("_", "") + "ForCausalLM"],
-           "torch_dtype": "float32", "hidden_act": "silu"}
-    if family == "olmoe":
-        hf["intermediate_size"] = c.expert_hidden
-    if c.rope_scaling:
-        *factors, context = model.blocks[0].attn.rope.scaling
-        hf["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3_FIELDS, (*factors, int(context))))
+    transformers = need("transformers", "--export")
+    transformers.utils.logging.disable_progress_bar()
     out = Path(folder)
+    check(not out.exists() or out.is_dir() and not any(out.iterdir()),
+          f"{out} is not empty: choose another folder")
+    check(Path(path).is_file(), f"--export {path}: it takes a checkpoint of train.py")
+    model, saved = load_model(path)
+    tokenizer = tokenizer or saved["tokenizer"]
+    config = hf_config(transformers, model.config, tokenizer)
+    with torch.device("meta"):
+        inner = transformers.AutoModelForCausalLM.from_config(config)
+    weights = hf_weights(model, fused=any("gate_up_proj" in name for name in inner.state_dict()))
     try:
-        check(not out.exists() or not any(out.iterdir()), f"{out} is not empty: choose another folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
-            new = Path(tmp) / out.name
-            new.mkdir()
-            safetensors.torch.save_file(views, new / "model.safetensors", metadata={"format": "pt"})
-            tokenizer = tokenizer or saved["tokenizer"]
-            write_json(new / "config.json", write_tokenizer(tokenizer, new) | hf)
-            keep_as_written(new, family, tokenizer)
-            if not any(new.glob("*token*")):
-                print(f"{out}: tokenizer {tokenizer} not written, "
-                      "there is no Hugging Face form of it")
-            os.replace(new, out)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise UserError(f"cannot write {out} ({e}): free some space or choose another folder") from e
-    print(f"{out}: {path} as {hf['architectures'][0]} in float32")
+        inner.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as e:
+        raise UserError(f"{path}: {type(inner).__name__} of transformers has no such weights "
+                        f"({one_line(e)}): such a model stays in its own checkpoint") from e
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
+        new = Path(tmp, out.name)
+        inner.save_pretrained(new)
+        write_tokenizer(tokenizer, new)
+        check_export(model, new, path)
+        os.replace(new, out)
+    print(f"{out}: {path} as {type(inner).__name__} in float32")
 
-AS_WRITTEN = '''"""transformers 5 keeps the words and merges of qwen2 folders but cuts texts as Qwen2
-does, unless tokenizer_config.json has an auto_map: then it takes tokenizer.json as written."""
-from transformers import PreTrainedTokenizerFast
+def hf_config(transformers: Any, c: ModelConfig, tokenizer: str) -> Any:
+    """The configuration of the family that has the settings c."""
+    shared = dict(
+        vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
+        intermediate_size=c.ffn_hidden, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        initializer_range=c.init_std, tie_word_embeddings=c.tie_embeddings)
+    end = get_tokenizer(tokenizer).eot_token
+    shared |= {"bos_token_id": end, "eos_token_id": end}
+    if tokenizer in encodings():
+        shared["tokenizer"] = tokenizer                       # for `load_hf`
+    if not c.n_experts:
+        return transformers.LlamaConfig(**shared)
+    return transformers.Qwen2MoeConfig(
+        **shared, qkv_bias=False, num_experts=c.n_experts, num_experts_per_tok=c.top_k,
+        moe_intermediate_size=c.expert_hidden, norm_topk_prob=c.norm_topk_prob,
+        shared_expert_intermediate_size=c.shared_hidden or 1)
 
+HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+            "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+            "attn.proj": "self_attn.o_proj", "ffn.router": "mlp.gate",
+            **{f"ffn.{w}": f"mlp.{w}_proj" for w in ("gate", "up", "down")},
+            **{f"ffn.shared.{w}": f"mlp.shared_expert.{w}_proj" for w in ("gate", "up", "down")}}
 
-class AsWritten(PreTrainedTokenizerFast):
-    pass
-'''
+def hf_weights(model: GPT, fused: bool) -> dict[str, Tensor]:
+    """A model's weights by their names in Llama and Qwen2-MoE; what has no name there keeps its own.
 
-def keep_as_written(folder: Path, family: str, name: str) -> None:
-    """Have AutoTokenizer read tokenizer.json as it is, and not as the family's own would be; name:
-    of the tokenizer that was copied."""
-    if not (folder / "tokenizer.json").is_file():
-        return
-    said = read_json(folder / "tokenizer_config.json")
-    # a class with a name of its own may cut texts in its own way, or put its template in
-    wanted = said | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    with contextlib.suppress(UserError):                      # there may be no end
-        enc = get_tokenizer(name)
-        if isinstance(enc, FolderTokenizer):                  # the class may have given its own
-            wanted.setdefault("eos_token", enc.inner.id_to_token(
-                enc.eot_token if enc.eos is None else enc.eos))
-            if enc.bos is not None:
-                wanted.setdefault("bos_token", enc.inner.id_to_token(enc.bos))
-    if family == "qwen2":
-        # the entry is enough; the class is asked for where remote code is trusted
-        name = "tokenization_as_written.AsWritten"
-        wanted["auto_map"] = {"AutoTokenizer": [name, name]}
-        (folder / "tokenization_as_written.py").write_text(AS_WRITTEN)
-    if wanted != said:
-        write_json(folder / "tokenizer_config.json", wanted)
-
-# ---- tasks: multiple choice, as OLMES writes it --------------------------------------------------
-class Task(NamedTuple):
-    """Multiple-choice questions. A request is one choice of one question."""
-    requests: list[dict[str, Any]]       # context, continuation, doc_id, idx and label, the idx of the right choice
-    primary: str                         # which of METRICS its authors report
-    pairs: list[tuple[list[int], list[int]]]       # of each request the tokens of its context and its continuation
-
-def read_tasks(paths: Sequence[str], tokenizer: str, vocab_size: int) -> dict[str, Task]:
-    """The tasks in OLMES's format in and under the folders, by what each one's path does not share
-    with the rest."""
-    enc, tasks, folders = get_tokenizer(tokenizer), {}, []
-    for path in paths:
-        found = sorted(file.parent.resolve() for file in Path(path).rglob("requests.jsonl.gz"))
-        check(len(found) > 0, f"--tasks {path}: no requests.jsonl.gz there")
-        folders += found
-    root = os.path.commonpath([folder.parent for folder in folders])
-    for folder in folders:
-        name = folder.relative_to(root).as_posix()
-        check(name not in ("average", *tasks),
-              f"--tasks: {folder} would be another {name!r}: rename it, give it once")
-        tasks[name] = read_task(folder, enc)
-        highest = max(max(context + continuation) for context, continuation in tasks[name].pairs)
-        check(highest < vocab_size,
-              f"--tokenizer {tokenizer} has tokens beyond vocab_size={vocab_size}: name another")
-    return tasks
-
-def read_requests(folder: Path) -> list[dict[str, Any]]:
-    """The requests of a task, each there once; those of one doc_id are about one question."""
-    requests, questions, seen = [], {}, set()
-    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as f:
-        for row in map(json.loads, f):
-            doc_id = row["doc_id"]
-            if doc_id >= 1_000_000:                                  # no question
-                continue
-            idx, label = row["idx"], row["label"]
-            question = label, row.get("doc"), row.get("native_id")
-            check(questions.setdefault(doc_id, question) == question,
-                  f"--tasks: {folder} has two questions with doc_id={doc_id}: number them anew")
-            check((doc_id, idx) not in seen,
-                  f"--tasks: {folder} has doc_id={doc_id}, idx={idx} twice: number them anew")
-            seen.add((doc_id, idx))
-            requests.append({**row["request"], "doc_id": doc_id, "idx": idx, "label": label})
-    return requests
-
-def read_task(folder: Path, enc: Any) -> Task:
-    """One task: requests.jsonl.gz and config.json of its folder."""
-    try:
-        requests = read_requests(folder)
-        config = json.loads((folder / "config.json").read_text())
-        primary = config["task_config"]["primary_metric"].removesuffix("_raw")
-        pairs = [encode_pair(enc, r["context"], r["continuation"]) for r in requests]
-        asked = {request["doc_id"] for request in requests}
-        answered = {request["doc_id"] for request in requests if request["idx"] == request["label"]}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error) as e:
-        raise UserError(f"--tasks: {folder} holds no multiple choice as OLMES writes it ({e})") from e
-    check(primary in METRICS,
-          f"--tasks: {folder} has primary_metric={primary}, not {', '.join(METRICS)}")
-    check(len(asked) > 0, f"--tasks: {folder} has no questions")
-    check(asked == answered,
-          f"--tasks: {folder} has a question whose label is the idx of none of its choices")
-    check(all(continuation for _, continuation in pairs),
-          f"--tasks: {folder} has a choice without a token of its own")
-    return Task(requests, primary, pairs)
-
-def encode_pair(enc: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of its continuation, as lm-evaluation-harness splits them.
-
-    Blanks at the end of the context go to the continuation, which is what follows as many tokens as
-    the context has alone, since tokens may merge over the boundary. Special tokens that they spell
-    are tokens. A context begins with the BOS of a tokenizer that has the habit; an empty one is the
-    BOS of any that defines one, else the end of a document.
+    fused: the experts of a layer are two tensors, as in transformers 5.
     """
-    before = enc.encode(context.rstrip(), allowed_special="all")
-    whole = enc.encode(context + continuation, allowed_special="all")
-    prefix = getattr(enc, "prefix", enc.eot_token)
-    if context == "" or before[:1] == [prefix]:
-        start = []
+    c, out = model.config, {}
+    for name, w in model.state_dict().items():
+        prefix, rest = "", name
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            prefix = f"model.layers.{layer}."
+            if rest in ("attn_norm.weight", "ffn_norm.weight"):
+                w = w * model.blocks[int(layer)].scale        # LayerNorm Scaling
+        if rest == "attn.qkv.weight":
+            width = c.n_embd // c.n_head
+            parts = w.split([c.n_head * width, c.n_kv_head * width, c.n_kv_head * width])
+            for x, part in zip("qkv", parts):
+                out[f"{prefix}self_attn.{x}_proj.weight"] = part.clone()
+        elif rest in ("ffn.gate", "ffn.up", "ffn.down"):      # of all experts, (E, in, out)
+            out[f"{prefix}mlp.experts.{rest[4:]}_proj"] = w.mT.contiguous()
+        else:
+            module = rest.removesuffix(".weight")
+            out[f"{prefix}{HF_NAMES.get(module, module)}.weight"] = w
+    if c.n_experts:
+        for layer in range(c.n_layer):
+            add_qwen2_moe(out, f"model.layers.{layer}.mlp.", c, fused)
+    return out
+
+def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig, fused: bool) -> None:
+    """Put the experts of a layer into the form of Qwen2-MoE.
+
+    That family weighs a shared expert by a sigmoid. A gate of zeros halves, so the shared expert is
+    doubled; where there is no shared expert, one of width 1 consists of zeros.
+    """
+    shared, d = f"{mlp}shared_expert.", c.n_embd
+    weights[f"{mlp}shared_expert_gate.weight"] = torch.zeros(1, d)
+    if c.shared_hidden:
+        weights[f"{shared}down_proj.weight"] = 2 * weights[f"{shared}down_proj.weight"]
     else:
-        start = getattr(enc, "start", [])
-    if context == "" and whole[:1] == [prefix]:               # spelt out
-        return whole[:1], whole[1:]
-    return [*start, *before] or [prefix], whole[len(before):]
+        for w, shape in {"gate": (1, d), "up": (1, d), "down": (d, 1)}.items():
+            weights[f"{shared}{w}_proj.weight"] = torch.zeros(shape)
+    gate, up, down = (weights.pop(f"{mlp}experts.{w}_proj") for w in ("gate", "up", "down"))
+    if fused:
+        weights[f"{mlp}experts.gate_up_proj"] = torch.cat((gate, up), dim=1)  # (E, 2 hidden, d)
+        weights[f"{mlp}experts.down_proj"] = down                             # (E, d, hidden)
+        return
+    for e in range(c.n_experts):
+        for w, matrices in {"gate": gate, "up": up, "down": down}.items():
+            weights[f"{mlp}experts.{e}.{w}_proj.weight"] = matrices[e].clone()
+
+@torch.no_grad()
+def check_export(model: GPT, folder: Path, path: str | Path) -> None:
+    """UserError unless the folder computes what the model does, on as many tokens as it takes."""
+    theirs, _ = load_hf(folder, "cpu", torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    idx = torch.randint(model.vocab_size, (1, model.context), generator=draw)
+    difference = relative_difference(theirs.inner(idx, use_cache=False).logits, model(idx)[0])
+    check(difference <= tolerance(torch.float32),
+          f"{path}: {type(theirs.inner).__name__} of transformers computes something else: the "
+          f"logits differ by {difference:.1e} of the largest. It stays in its own checkpoint")
+
+def write_tokenizer(name: str, folder: Path) -> None:
+    """Write a tokenizer into the folder of a model, so that AutoTokenizer gives the same ids."""
+    if name in ("bytes", "gpt2"):
+        bpe = byte_level_bpe(get_tokenizer(name), splits_words=name == "gpt2")
+        write_json(folder / "tokenizer.json", bpe)
+        write_json(folder / "tokenizer_config.json",
+                   {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT,
+                    "eos_token": EOT, "clean_up_tokenization_spaces": False})
+    elif name in encodings():
+        return print(f"tokenizer {name} not written: transformers has no form of it")
+    else:
+        get_tokenizer(name).inner.save_pretrained(folder)
+    check(encode(str(folder), SAMPLE) == encode(name, SAMPLE),
+          f"AutoTokenizer does not give the ids of {name} in a folder of this family: "
+          "name another with --tokenizer")
+
+def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:
+    """The tokenizer.json of an encoding whose tokens are bytes and merges of two tokens.
+
+    splits_words: GPT-2's way of cutting text into words first.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letter = {byte: chr(byte) for byte in printable}          # GPT-2 writes each byte as a letter
+    others = [byte for byte in range(256) if byte not in letter]
+    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    ids = {}
+    for i in range(enc.eot_token):
+        ids["".join(letter[byte] for byte in enc.decode_single_token_bytes(i))] = i
+    merges = []
+    for token in ids:
+        for k in range(1, len(token)):
+            if token[:k] in ids and token[k:] in ids:
+                merges.append((token[:k], token[k:]))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": splits_words}
+    end = {"id": enc.eot_token, "content": EOT, "special": True, "single_word": False,
+           "lstrip": False, "rstrip": False, "normalized": False}
+    return {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
+            "model": {"type": "BPE", "vocab": ids, "merges": merges}}
 
 # ---- the command line, and what all scripts share of it ------------------------------------------
 def need(package: str, purpose: str) -> Any:

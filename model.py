@@ -12,7 +12,6 @@ and replaced by hand.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Callable, NamedTuple
@@ -55,29 +54,19 @@ class ModelConfig:
     embed_init_std: float = setting(0.0, "that of the embedding; 0: init_std", 0)
     scaled_init: bool = setting(False, "divide it by sqrt(2 n_layer) in matrices that write to the stream, as GPT-2")
     tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
-    head_dim: int = setting(0, "width of a head; 0: n_embd / n_head")
-    qkv_bias: bool = setting(False, "biases on queries, keys and values, as Qwen2 has them")
-    qk_norm: str = setting("", "RMSNorm of queries and keys: of each head (Qwen3), of all (OLMoE)", "/head/full")
-    rope_scaling: str = setting("", "Llama 3's longer wavelengths, llama3:FACTOR,LOW,HIGH,CONTEXT; empty: none")
-    shared_gate: bool = setting(False, "weigh the shared expert by a sigmoid gate, as Qwen2-MoE")
     norm: str = setting("pre", "lns: LayerNorm Scaling, arXiv 2502.05795; peri: Peri-LN, 2502.02732", "pre/lns/peri")
 
     def __post_init__(self) -> None:
         for f in fields(self):
             check_allowed(f.name, getattr(self, f.name), f.metadata["allowed"])
-        check(self.head_dim or self.n_embd % self.n_head == 0,
+        check(self.n_embd % self.n_head == 0,
               f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
         self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
         check(self.head_dim % 2 == 0,
-              f"head_dim={self.head_dim} must be even for RoPE: change n_head={self.n_head}")
+              f"n_embd / n_head = {self.head_dim} must be even for RoPE: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0,
               f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        check_rope_scaling(self.rope_scaling)
-        check(not self.shared_gate or self.n_experts and self.shared_hidden,
-              "shared_gate=True gates a shared expert, and there is none: "
-              "set n_experts and shared_hidden")
         if self.n_experts:
             check(self.top_k <= self.n_experts,
                   f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
@@ -87,22 +76,17 @@ class ModelConfig:
                 check(width > 0 and width % 8 == 0,
                       f"{name}={width} must be a multiple of 8 in a MoE")
 
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.n_embd // self.n_head
+
 def check_allowed(name: str, value: Any, allowed: float | str) -> None:
     """Raise UserError unless a setting is one of the allowed words, or at least the number."""
     if isinstance(allowed, str):
         check(value in allowed.split("/"), f"{name}={value!r} is none of {allowed}")
     elif isinstance(value, (int, float)):
         check(value >= allowed, f"{name}={value} must be at least {allowed}")
-
-def check_rope_scaling(text: str) -> None:
-    """Raise UserError unless it is empty, or numbers that Llama 3's formula makes sense of."""
-    number = r"(\d+(?:\.\d+)?)"
-    found = re.fullmatch(f"llama3:{number},{number},{number},(\\d+)", text)
-    check(not text or found is not None, f"rope_scaling={text!r} is not like llama3:8,1,4,8192")
-    if found:
-        factor, low, high, context = map(float, found.groups())
-        check(factor >= 1 and low < high and context > 0,
-              f"rope_scaling={text!r}: FACTOR must be at least 1, LOW below HIGH, CONTEXT above 0")
 
 def check(ok: bool, message: str) -> None:
     """Raise UserError(message) unless ok."""
@@ -131,27 +115,19 @@ class RoPE(nn.Module):
         super().__init__()
         self.half = config.head_dim // 2
         self.theta = config.rope_theta
-        numbers = config.rope_scaling.removeprefix("llama3:").split(",")
-        self.scaling = [float(x) for x in numbers if x]
         table = torch.empty(config.block_size, 1, 2 * config.head_dim)
         self.register_buffer("table", table, persistent=False)
 
     def reset(self) -> None:
         """Fill the table of cosines and sines; __init__ may have run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
-        if self.scaling:
-            # wavelengths that did not fit into the original context grow, with a ramp in between
-            factor, low, high, context = self.scaling
-            kept = ((context * freq / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
-            freq = freq * (kept + (1 - kept) / factor)
         position = torch.arange(len(self.table), dtype=torch.float64)
         angle = torch.outer(position, freq)[:, None]                      # (T, 1, head_dim / 2)
         self.table.copy_(torch.cat((angle.cos(), angle.cos(), -angle.sin(), angle.sin()), dim=-1))
 
-    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """Rotate queries or keys (B, T, heads, head_dim) by their place, or by position (B, T)."""
-        table = self.table[:x.size(1)] if position is None else self.table[position]
-        cos, sin = table.chunk(2, dim=-1)                                 # (T, 1, head_dim)
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate queries or keys (B, T, heads, head_dim) by their position."""
+        cos, sin = self.table[:x.size(1)].chunk(2, dim=-1)                # (T, 1, head_dim)
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 class Attention(nn.Module):
@@ -162,42 +138,22 @@ class Attention(nn.Module):
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim        # queries, keys, values
-        self.qkv = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
-        self.proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
-        self.qk_norm = config.qk_norm
-        if self.qk_norm == "head":                             # each head by itself, gains shared
-            self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
-        elif self.qk_norm == "full":                           # all heads together
-            self.q_norm = RMSNorm(self.n_head * self.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(self.n_kv_head * self.head_dim, config.norm_eps)
+        self.qkv = nn.Linear(config.n_embd, width, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.rope = rope                                       # one table, shared by all blocks
 
-    def heads(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, n_head, T, head_dim), k and v (B, n_kv_head, T, head_dim); q and k are rotated."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
         qk, v = qkv.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=2)
-        if self.qk_norm:
-            q, k = qk.split((self.n_head, self.n_kv_head), dim=2)         # (B, T, heads, head_dim)
-            if self.qk_norm == "full":
-                q = self.q_norm(q.flatten(2)).view_as(q)
-                k = self.k_norm(k.flatten(2)).view_as(k)
-            else:
-                q, k = self.q_norm(q), self.k_norm(k)
-            qk = torch.cat((q, k), dim=2)
-        q, k = self.rope(qk, position).split((self.n_head, self.n_kv_head), dim=2)
+        q, k = self.rope(qk).split((self.n_head, self.n_kv_head), dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, position: Tensor | None = None,
-                mask: Tensor | None = None) -> Tensor:
-        """What attention makes of x (B, T, n_embd), of the same shape.
-
-        position (B, T): the place of each token in its text, by default 0 .. T - 1. mask, bool,
-        broadcast to (B, n_head, T, T): which keys a query sees, by default those up to its own.
-        """
-        q, k, v = self.heads(x, position)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+    def forward(self, x: Tensor) -> Tensor:
+        """What attention makes of x (B, T, n_embd), of the same shape."""
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                            enable_gqa=self.n_kv_head < self.n_head)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -300,7 +256,6 @@ class MoE(nn.Module):
         self.up = nn.Parameter(torch.empty(E, d, h))
         self.down = nn.Parameter(torch.empty(E, h, d))
         self.shared = SwiGLU(d, config.shared_hidden) if config.shared_hidden else None
-        self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Router]:
         shape, E = x.shape, self.router.out_features
@@ -324,10 +279,7 @@ class MoE(nn.Module):
         y = y.view(-1, self.top_k, shape[-1])                             # (N, k, d)
         y = (y * weight.unsqueeze(-1).to(dtype)).sum(1)                   # (N, d)
         if self.shared is not None:
-            shared = self.shared(x)
-            if self.shared_gate is not None:
-                shared = self.shared_gate(x).sigmoid() * shared
-            y = y + shared
+            y = y + self.shared(x)
 
         load = count.to(probs.dtype) / expert.numel()        # of integers alone it would be float32
         lb_loss = E * (load * probs.mean(0)).sum()           # eq. 4 of Switch, arXiv 2101.03961
@@ -361,11 +313,9 @@ class Block(nn.Module):
         """A norm's output as the sublayer gets it."""
         return x if self.scale == 1.0 else x * self.scale
 
-    def attn_output(self, x: Tensor, position: Tensor | None = None,
-                    mask: Tensor | None = None) -> Tensor:
-        """What attention adds to the stream x, (B, T, d); position and mask: see
-        `Attention.forward`."""
-        return self.attn_out_norm(self.attn(self.scaled(self.attn_norm(x)), position, mask))
+    def attn_output(self, x: Tensor) -> Tensor:
+        """What attention adds to the stream x, (B, T, d)."""
+        return self.attn_out_norm(self.attn(self.scaled(self.attn_norm(x))))
 
     def ffn_output(self, x: Tensor) -> tuple[Tensor, Router | None]:
         """What the FFN adds to the stream x (B, T, d), and what the router did if it is a MoE."""
@@ -384,10 +334,9 @@ class Block(nn.Module):
         """The stream after the block with the FFN's output zero, (B, T, d)."""
         return x + self.attn_output(x)
 
-    def forward(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None,
-                detail: bool = False) -> Tensor | tuple[Tensor, Detail]:
+    def forward(self, x: Tensor, detail: bool = False) -> Tensor | tuple[Tensor, Detail]:
         """The stream after the block, (B, T, d); with `detail` also what was added on the way."""
-        attn = self.attn_output(x, position, mask)
+        attn = self.attn_output(x)
         x = x + attn
         ffn, router = self.ffn_output(x)
         x = x + ffn
@@ -421,8 +370,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Every matrix ~ N(0, init_std), every norm 1, every bias 0: the paper's regime, unless
-        embed_init_std or scaled_init says otherwise.
+        """Every matrix ~ N(0, init_std), every norm 1: the paper's regime, unless embed_init_std
+        or scaled_init says otherwise.
 
         Drawn on the CPU one whole matrix at a time: the same on every device and however many ranks
         hold its shards. put(parameter, values): how they get there, if the parameter is but a
@@ -437,7 +386,7 @@ class GPT(nn.Module):
             if p.dim() > 1:
                 values.normal_(std=self.init_std_of(name))
             else:
-                values.fill_(0.0 if name.endswith("bias") else 1.0)
+                values.fill_(1.0)
             put(p, values)
         self.blocks[0].attn.rope.reset()
 

@@ -81,7 +81,7 @@ def assert_mistake(outcome: tuple[int, str, str], *words: str) -> None:
 
 
 def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> GPT:
-    """A tiny model with large weights and uneven gains and biases: at the usual 0.02 every softmax is flat and every
+    """A tiny model with large weights and uneven gains: at the usual 0.02 every softmax is flat and every
     block near the identity, which hides mistakes."""
     torch.manual_seed(seed)
     model = GPT(ModelConfig(**TINY | settings)).eval()
@@ -156,24 +156,8 @@ def silu(x: Tensor) -> Tensor:
 
 
 def frequencies_by_hand(rope: RoPE) -> list[float]:
-    """How far each pair of features turns from one position to the next, in radians: theta^(-2 i / head_dim).
-
-    Llama 3: a wave that turns less than LOW times in the original context turns FACTOR times slower; one that turns
-    more than HIGH times stays as it is; in between the two are mixed.
-    """
-    out = []
-    for i in range(rope.half):
-        freq = rope.theta ** (-i / rope.half)
-        if rope.scaling:
-            factor, low, high, context = rope.scaling
-            turns = context * freq / (2 * math.pi)
-            if turns < low:
-                freq = freq / factor
-            elif turns < high:
-                part = (turns - low) / (high - low)
-                freq = part * freq + (1 - part) * freq / factor
-        out.append(freq)
-    return out
+    """How far each pair of features turns from one position to the next, in radians: theta^(-2 i / head_dim)."""
+    return [rope.theta ** (-i / rope.half) for i in range(rope.half)]
 
 
 def rotate_by_hand(z: Tensor, position: Sequence[int], rope: RoPE) -> Tensor:
@@ -187,28 +171,17 @@ def heads_by_hand(a: Attention, u: Tensor) -> tuple[list[Tensor], list[Tensor], 
     """q of every query head, k and v of every key/value head, each (T, head_dim), before the rotation; u (T, d)."""
     D, n_q, n_kv = a.head_dim, a.n_head, a.n_kv_head
     qkv = u @ values(a.qkv.weight).T
-    if a.qkv.bias is not None:
-        qkv = qkv + values(a.qkv.bias)
     q, k, v = qkv[:, :n_q * D], qkv[:, n_q * D:(n_q + n_kv) * D], qkv[:, (n_q + n_kv) * D:]
-    if a.qk_norm == "full":                                # all heads together
-        q, k = rms_norm(q, a.q_norm), rms_norm(k, a.k_norm)
     qs = [q[:, h * D:(h + 1) * D] for h in range(n_q)]
     ks = [k[:, h * D:(h + 1) * D] for h in range(n_kv)]
     vs = [v[:, h * D:(h + 1) * D] for h in range(n_kv)]
-    if a.qk_norm == "head":                                # each by itself
-        qs, ks = [rms_norm(q, a.q_norm) for q in qs], [rms_norm(k, a.k_norm) for k in ks]
     return qs, ks, vs
 
 
-def attention_by_hand(block: Block, x: Tensor, position: Sequence[int] | None = None,
-                      mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """What attention adds to the stream x (T, d), and each head's probabilities, (T, T).
-
-    position: the place of each token, by default 0 .. T - 1. mask (T, T): the keys that a query sees, by default those
-    up to its own.
-    """
+def attention_by_hand(block: Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What attention adds to the stream x (T, d), and each head's probabilities, (T, T)."""
     a, T = block.attn, len(x)
-    position = range(T) if position is None else position
+    position = range(T)
     qs, ks, vs = heads_by_hand(a, rms_norm(x, block.attn_norm) * block.scale)
     mixed, probabilities = [], []
     for h in range(a.n_head):
@@ -216,7 +189,7 @@ def attention_by_hand(block: Block, x: Tensor, position: Sequence[int] | None = 
         q, k = rotate_by_hand(qs[h], position, a.rope), rotate_by_hand(ks[g], position, a.rope)
         p = torch.zeros(T, T, dtype=torch.float64)
         for t in range(T):
-            seen = torch.arange(T) <= t if mask is None else mask[t]
+            seen = torch.arange(T) <= t
             p[t, seen] = (k[seen] @ q[t] / math.sqrt(a.head_dim)).softmax(-1)
         mixed.append(p @ vs[g])
         probabilities.append(p)
@@ -238,10 +211,7 @@ def moe_by_hand(f: MoE, u: Tensor) -> tuple[Tensor, list[list[int]]]:
         total = sum(p[e] for e in best) if f.norm_topk_prob else 1.0
         y = sum(p[e] / total * ((silu(token @ gate[e]) * (token @ up[e])) @ down[e]) for e in best)
         if f.shared is not None:
-            weight = 1.0
-            if f.shared_gate is not None:
-                weight = 1 / (1 + torch.exp(-values(f.shared_gate.weight)[0] @ token))
-            y = y + weight * swiglu_by_hand(f.shared, token)
+            y = y + swiglu_by_hand(f.shared, token)
         rows.append(y)
         chosen.append(best)
     return torch.stack(rows), chosen
@@ -316,13 +286,10 @@ def assert_as_configured(model: GPT) -> None:
         assert math.isclose(block.scale, 1 / math.sqrt(layer) if c.norm == "lns" else 1, rel_tol=1e-15)
         for norm in (block.attn_out_norm, block.ffn_out_norm):
             assert isinstance(norm, nn.RMSNorm if c.norm == "peri" else nn.Identity)
-        assert (a.n_head, a.n_kv_head, a.head_dim, a.qk_norm) == (c.n_head, c.n_kv_head, c.head_dim, c.qk_norm)
-        assert (a.qkv.bias is not None) == c.qkv_bias and a.proj.bias is None
-        assert (a.rope.half, a.rope.theta) == (c.head_dim / 2, c.rope_theta)
-        said = c.rope_scaling.partition(":")[2]
-        assert a.rope.scaling == ([float(x) for x in said.split(",")] if said else [])
+        assert (a.n_head, a.n_kv_head, a.head_dim) == (c.n_head, c.n_kv_head, c.n_embd / c.n_head)
+        assert a.qkv.bias is None and a.proj.bias is None
+        assert (a.rope.half, a.rope.theta) == (a.head_dim / 2, c.rope_theta)
         assert isinstance(f, MoE if c.n_experts else SwiGLU)
         if c.n_experts:
             assert (len(f.gate), f.top_k, f.norm_topk_prob) == (c.n_experts, c.top_k, c.norm_topk_prob)
             assert (f.shared is not None) == (c.shared_hidden > 0)
-            assert (f.shared_gate is not None) == c.shared_gate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import checkpoint_of, make_model, make_tokens
+from helpers import GOLDEN, checkpoint_of, make_model, make_tokens
 
 import data as D
 from model import UserError
@@ -89,10 +89,10 @@ REFUSED = {                                          # what the file holds, and 
     "text for a number": (lambda: with_settings(n_head="4"), "n_head='4' is no int"),
     "number for a text": (lambda: with_settings(norm=3), "norm=3 is no str"),
     "fraction of a layer": (lambda: with_settings(n_layer=2.5), "n_layer=2.5 is no int"),
-    "impossible": (lambda: with_settings(n_head=3), "n_kv_head=2 does not divide n_head=3"),
+    "impossible": (lambda: with_settings(n_head=3), "n_embd=32 is not a multiple of n_head=3"),
     "no such norm": (lambda: with_settings(norm="post"), "norm='post' is none of pre/lns/peri"),
     "other width": (lambda: with_settings(n_embd=64),
-                    rf"{MISFIT}: blocks.0.attn.proj.weight is \(32, 32\), not \(64, 32\)"),
+                    rf"{MISFIT}: blocks.0.attn.proj.weight is \(32, 32\), not \(64, 64\)"),
     "other shape": (lambda: with_weights(embed__weight=torch.zeros(2, 2)),
                     rf"{MISFIT}: embed.weight is \(2, 2\), not \(61, 32\)"),
     "no tensor": (lambda: with_weights(norm__weight=[1.0] * 32), f"{MISFIT}: norm.weight is missing"),
@@ -151,3 +151,26 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(tmp_p
     assert not victim.exists()
     pickle.loads(pickle.dumps(RunsCode(victim)))
     assert victim.exists(), "the code would have run: the test can fail"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# older checkpoints
+
+
+def test_a_checkpoint_written_when_there_were_more_settings_still_computes_the_same():
+    """It stores qkv_bias, qk_norm, rope_scaling, shared_gate and head_dim, at what the model has without them."""
+    saved = torch.load(GOLDEN / "older_checkpoint.pt", weights_only=True)
+    assert {"qkv_bias", "qk_norm", "rope_scaling", "shared_gate", "head_dim"} <= saved["settings"].keys()
+    model, _ = D.load_model(GOLDEN / "older_checkpoint.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(saved["idx"])[0][:, -1], saved["logits"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, value", [("qkv_bias", True), ("qk_norm", "head"), ("head_dim", 12),
+                                         ("rope_scaling", "llama3:8,1,4,64"), ("shared_gate", True)])
+def test_a_checkpoint_that_sets_what_model_py_no_longer_has_is_refused_by_name(name, value, tmp_path):
+    saved = torch.load(GOLDEN / "older_checkpoint.pt", weights_only=True)
+    saved["settings"][name] = value
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=f"{name}={value!r}"):
+        D.load_model(tmp_path / "ckpt.pt")

@@ -18,7 +18,7 @@ import train
 from data import Corpus
 from train import TrainConfig
 
-KINDS = {"dense": dict(n_kv_head=1, recompute=True), "moe": MOE | dict(norm="peri", qk_norm="head", shared_hidden=8)}
+KINDS = {"dense": dict(n_kv_head=1, recompute=True), "moe": MOE | dict(norm="peri", shared_hidden=8)}
 
 
 def on_device(cwd, script, *args, env=None):

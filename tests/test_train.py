@@ -211,8 +211,7 @@ def test_config_files_override_defaults_in_order_and_the_command_line_overrides_
 
 def test_without_arguments_every_setting_has_its_default():
     c, _ = load_settings([])
-    want = {f.name: f.default for f in fields(TrainConfig)} | {"out_dir": "out/run", "n_kv_head": 4, "ffn_hidden": 512,
-                                                             "head_dim": 32}
+    want = {f.name: f.default for f in fields(TrainConfig)} | {"out_dir": "out/run", "n_kv_head": 4, "ffn_hidden": 512}
     assert vars(c) == want
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Corpus, load_model, run  # noqa: E402
 from model import GPT  # noqa: E402
-from probe import causal_row, jacobian_sum, nll, probe, streams_of, swapped, update_norms  # noqa: E402
+from probe import causal_row, jacobian_sum, probe, streams_of, swapped, update_norms  # noqa: E402
 
 
 def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], rounds: int = 5) -> None:
@@ -27,6 +27,13 @@ def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], r
     times = [(timeit(here, number=1), timeit(naive, number=1)) for _ in range(rounds)]
     ours, theirs = (min(column) for column in zip(*times))
     print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
+
+
+def nll(model: GPT, x: Tensor, tokens: Tensor, layers: Any = ()) -> Tensor:
+    """-log p in nats, summed over all predictions, of the stream x (B, T, d) after the layers."""
+    for layer in layers:
+        x = layer(x)
+    return F.cross_entropy(model.logits(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def bench(model: GPT, tokens: Tensor, rounds: int = 5) -> None:
     print(f"{tuple(tokens.shape)} tokens, n_layer={len(model.blocks)}, n_embd={model.config.n_embd}, in turn")
     for names, naive in NAIVE.items():
         def here() -> None:
-            probe(model, tokens, names.split(","), sublayers=False, jacobian_samples=len(tokens))
+            probe(model, tokens, names.split(","), jacobian_samples=len(tokens))
         side_by_side(names, here, lambda: naive(model, tokens), rounds)
 
 
