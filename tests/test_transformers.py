@@ -217,6 +217,9 @@ def test_what_is_no_model_is_one_line(tmp_path):
     with pytest.raises(UserError, match="empty as a model of transformers") as e:
         data.load_model(tmp_path / "empty")
     assert "\n" not in str(e.value)
+    (tmp_path / "empty/ckpt.pt").touch()
+    with pytest.raises(UserError, match="give .*ckpt.pt"):
+        data.load_model(tmp_path / "empty")
 
 
 EXPORTED = {"dense": dict(), "lns": dict(norm="lns"), "tied": dict(tie_embeddings=True, rope_theta=5e4, norm_eps=1e-4),
