@@ -28,6 +28,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import cache
@@ -41,7 +42,7 @@ from data import Parser, load_checkpoint, run
 from model import UserError, check
 from probe import (EXPERIMENTS, USEFUL, home_of, make_folder, remarks, save_figure, score_names,
                    score_table, scores)
-from train import PEAK, TrainConfig, bare, load_settings, peak_flops, plan, vocabulary
+from train import PEAK, TrainConfig, bare, load_settings, plan, vocabulary
 
 ROOT = Path(__file__).parent
 
@@ -263,6 +264,16 @@ def probe_command(job: Job, args: Any, T: int, experiments: Sequence[str],
         command += ["--tasks", *tasks]
     return command
 
+def product_rate(n: int = 1024) -> float:
+    """FLOP/s of an n x n matrix product on this CPU, best of ten."""
+    a = torch.randn(n, n)
+    seconds = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - begun)
+    return 2 * n**3 / min(seconds)
+
 def print_costs(work: Work, args: Any) -> None:
     """A line per job, what it is and what its training takes; and the hours of all."""
     if args.scale == "paper":
@@ -270,7 +281,7 @@ def print_costs(work: Work, args: Any) -> None:
         rate = 8 * PEAK["H100"] * 0.4                                     # FLOP/s
     else:
         machine = "this machine"
-        rate = peak_flops(torch.device("cpu"), torch.float32) / 3         # measured: about a third
+        rate = product_rate() / 3                                         # measured: about a third
     total = 0.0
     for job, todo in work.items():
         c = load_settings(training(job, args))[0]
