@@ -175,7 +175,8 @@ def test_a_value_takes_the_type_of_its_setting(tmp_path, name, text, python, wan
 
 @pytest.mark.parametrize("name, text, python", [
     ("n_layer", "2.5", "2.5"), ("n_layer", "many", "True"), ("n_layer", "1e400", "[3]"),
-    ("learning_rate", "nan", "None"), ("learning_rate", "fast", "'fast'"), ("tie_embeddings", "1", "1"), ("compile", "maybe", "'maybe'"),
+    ("learning_rate", "nan", "None"), ("learning_rate", "fast", "'fast'"), ("tie_embeddings", "1", "1"),
+    ("compile", "maybe", "'maybe'"),
 ])
 def test_a_value_of_the_wrong_type_is_refused_by_name(tmp_path, name, text, python):
     with pytest.raises(UserError, match=f"command line: {name}="):
