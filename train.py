@@ -303,7 +303,12 @@ def set_up(c: TrainConfig) -> Process:
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group(dist.get_default_backend_for_device(device))
+        # torchrun keeps its store when it restarts the processes: with a prefix per start they do not
+        # find the addresses of their predecessors.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank,
+                                world_size=world)
     if c.dtype != "auto":
         dtype = getattr(torch, c.dtype)
     else:       # On a CPU bfloat16 is anything from faster to 100 times slower than float32.
@@ -426,16 +431,18 @@ def put(p: Tensor, values: Tensor) -> None:
     p.copy_(values)
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-# Whole tensors, by name, on the CPU of rank 0: the same file from one rank, DDP and FSDP2.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# A checkpoint holds whole tensors by name: the same file from one rank, DDP and FSDP2. Saving gathers
+# them on the CPU of rank 0; loading hands each rank its part on its own device.
+WHOLE = StateDictOptions(full_state_dict=True)
+ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save(c: TrainConfig, step: int, model: GPT, optimizer: torch.optim.Optimizer, corpus: Corpus,
          here: Process) -> None:
     """Write out_dir/ckpt.pt. All ranks must call it. UserError if a weight is not finite."""
     if not optimizer.state:                      # before the first step, AdamW has no moments
-        weights, moments = get_model_state_dict(model, options=WHOLE), {}
+        weights, moments = get_model_state_dict(model, options=ON_CPU), {}
     else:
-        weights, state = get_state_dict(model, optimizer, options=WHOLE)
+        weights, state = get_state_dict(model, optimizer, options=ON_CPU)
         moments = state.get("state", {})
     if here.rank > 0:
         return
