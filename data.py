@@ -204,7 +204,7 @@ def read_source(source: Source) -> Iterator[str]:
             yield from read_text(path)
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file as one document. A long file is cut where no token is lost, if it has such places."""
+    """A text file as one document. A long file is cut where no token is lost, if it can be."""
     with opened(path) as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
@@ -235,7 +235,7 @@ def load_rows(name: str) -> Iterator[dict[str, Any]]:
     if path.is_file():
         loader = {".arrow": "arrow", ".csv": "csv", ".json": "json", ".parquet": "parquet"}
         check(path.suffix in loader,
-              f"cannot read {name}: the formats are {' '.join(TEXTS)} (also .gz) and {' '.join(loader)}")
+              f"cannot read {name}: formats are {' '.join(TEXTS)} (also .gz) {' '.join(loader)}")
         name, options = loader[path.suffix], {"data_files": glob.escape(str(path))}
     elif not path.exists():
         name, _, config = SHORT_NAMES.get(name, name).partition(":")
@@ -253,14 +253,14 @@ def texts(rows: Iterable[Any], source: Source, where: str | Path) -> Iterator[st
         names = (source.field,) if source.field else TEXT_FIELDS
         name = next((name for name in names if name in there), None)
         check(name is not None,
-              f"{where} has no field {' or '.join(names)} in a row, but {', '.join(there) or 'none'}: "
-              "name one in `python data.py NAME --field FIELD`")
+              f"{where} has no field {' or '.join(names)} in a row, but "
+              f"{', '.join(there) or 'none'}: name one in `python data.py NAME --field FIELD`")
         text = there[name]
         if text is None:
             source.skipped["rows without text"] += 1
             continue
-        check(isinstance(text, str), f"{where}: the field {name} holds {type(text).__name__}, no text: "
-                                     "name another with --field")
+        check(isinstance(text, str), f"{where}: the field {name} holds {type(text).__name__}, "
+                                     "no text: name another with --field")
         # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
