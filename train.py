@@ -117,7 +117,12 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
     """All of `train` that needs the model, in an out_dir that is this run's own."""
     raw, model = build(c, here)
     optimizer = make_optimizer(raw, c)
-    done = restore(c, raw, optimizer, corpus, here) if resume else 0
+    done = 0
+    if resume:
+        done = restore(c, raw, optimizer, corpus, here)
+        steps = {"done": torch.tensor(float(done), device=here.device)}
+        check(average_over_ranks(steps, here.world)["done"] == done,
+              f"the ranks see different checkpoints: {c.out_dir} must be on a disk that all share")
     if c.init_from and done == 0:
         start_from_checkpoint(c, raw, corpus.tokenizer)
     if here.rank == 0:
@@ -557,9 +562,10 @@ def open_out_dir(c: TrainConfig, here: Process, done: int) -> None:
 
 def cut_log(path: Path, done: int) -> None:
     """Drop the lines of steps after `done`, and a last line that was cut off as it was written."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
-    path.write_bytes(b"".join(kept))
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
+        os.truncate(path, sum(len(line) for line in kept))       # no moment at which lines are lost
 
 def commit() -> str | None:
     """The git commit of this file, with -dirty if files differ from it. None without git."""
@@ -618,13 +624,13 @@ def show(record: dict[str, Any], c: TrainConfig) -> None:
     left = (c.max_steps - step) * c.tokens_per_step / rate / 60
     line = f"step {step}/{c.max_steps}  loss {record['loss']:.4f}"
     if "val_loss" in record:
-        line += f"  val {record['val_loss']:.4f}"
+        line += f"  val_loss {record['val_loss']:.4f}"
     line += f"  {rate:,.0f} tokens/s"
     if "mfu" in record:
         line += f"  MFU {record['mfu']:.0%}"
     line += f"  {left:.1f} min left"
     if "variance" in record:
-        line += f"  var {record['variance'][0]:.2g} to {record['variance'][-1]:.2g}"
+        line += f"  variance {record['variance'][0]:.2g} to {record['variance'][-1]:.2g}"
     stays = "val_loss" in record or due(step, math.ceil(c.max_steps / 10), c)
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
