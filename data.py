@@ -68,7 +68,7 @@ class Corpus:
         self.meta = json.loads(header.read_text(encoding="utf-8"))
         self.tokenizer = tokenizer_beside(header, self.meta["tokenizer"])
         self.vocab_size = self.meta["vocab_size"]
-        self.arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}   # a memory map per shard
+        self.arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}   # a memmap per shard
         self.starts: dict[str, np.ndarray] = {}          # where each shard begins, and the end
         dtype = np.dtype(self.meta["dtype"])
         for split, arrays in self.arrays.items():
@@ -129,7 +129,7 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
 class Source(NamedTuple):
     """What a corpus is made of, as `find_source` found it."""
     name: str                    # python, a path, or the id of a data set
-    files: list[Path]            # that are read here, in this order; empty: `datasets` reads the name
+    files: list[Path]            # in the order in which they are read; empty: `datasets` reads it
     size: int                    # bytes in all its files; 0 for a data set on the hub
     skipped: dict[str, int]      # what is left out and why, counted; grows while rows are read
     field: str | None            # where the text of a row is; None: the first of TEXT_FIELDS
@@ -184,6 +184,7 @@ def opened(path: Path) -> io.TextIOWrapper:
     return open_any(path, "rt", encoding="utf-8-sig", newline="")
 
 def is_utf8(path: Path) -> bool:
+    """Whether all of a text file is UTF-8. UserError if it cannot be unpacked."""
     try:
         with opened(path) as f:
             while f.read(1 << 20):
@@ -191,6 +192,8 @@ def is_utf8(path: Path) -> bool:
         return True
     except UnicodeDecodeError:
         return False
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
 
 def read_source(source: Source) -> Iterator[str]:
     """The documents of a source."""
@@ -242,7 +245,7 @@ def load_rows(name: str) -> Iterator[dict[str, Any]]:
         options = {"name": config or None}
     try:
         yield from datasets.load_dataset(name, split="train", streaming=True, **options)
-    except Exception as e:       # its own errors, Arrow's, the network's: what was read before stays
+    except Exception as e:       # its own errors, Arrow's, the network's; earlier shards stay
         said = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"datasets cannot read {path if path.exists() else name} ({said})") from e
 

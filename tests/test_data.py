@@ -214,6 +214,7 @@ def test_max_tokens_is_reached_by_the_fewest_whole_documents(limit, kept, tmp_pa
 
 @pytest.mark.parametrize("arguments, culprit", [
     (["nosuchpath"], "nosuchpath"), (["x.rst"], ".txt .md .py .jsonl"), (["latin"], "1 not in UTF-8"),
+    (["half.txt.gz"], "half.txt.gz is damaged"),
     (["a.jsonl", "--tokenizer=bytes", "--out=a.jsonl"], "a.jsonl"), (["a.jsonl", "--fields=x"], "--fields"),
     ([], "NAME"),
 ])
@@ -222,6 +223,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, culprit, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "a.jsonl", ["a", "b", "c"])
     (tmp_path / "x.rst").write_text("x")
+    (tmp_path / "half.txt.gz").write_bytes(gzip.compress(b"text" * 999)[:-9])
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin/a.txt").write_bytes(b"\xe9")
     assert_mistake(run_main(D, *arguments), culprit)
