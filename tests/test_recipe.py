@@ -256,10 +256,7 @@ def training_flops(c, vocab, tokens):
 @pytest.mark.parametrize("family", ["depth", "moe", "ladder"])
 def test_a_dry_run_prints_what_each_run_takes_and_the_hours_of_all(family, scale, vocab, rate, machine, tmp_path,
                                                                    monkeypatch, capsys):
-    def peak(device, dtype):
-        assert device == torch.device("cpu") and dtype == torch.float32
-        return 3e8
-    monkeypatch.setattr(recipe, "peak_flops", peak)
+    monkeypatch.setattr(recipe, "product_rate", lambda: 3e8)
     recipe.run_family(arguments(family=family, scale=scale, dry_run=True, out=str(tmp_path)))
     *lines, last = capsys.readouterr().out.splitlines()
     total = 0.0
