@@ -1,36 +1,28 @@
 """All that lies on disk: corpora, tokenizers, checkpoints, and models of transformers.
 
-    python data.py python                         # the sources of torch and Python, in bytes
-    python data.py my_texts/ --tokenizer gpt2     # .txt .md .py .jsonl .jsonl.gz: a file or folder
-    python data.py my_rows/ --field story         # .csv .json .json.gz .jsonl.zst .parquet .arrow
-    python data.py fineweb-edu --max_tokens 10.5e9  # the paper's, streamed
-    python data.py data/python --verify           # read it all again and compare the checksums
+    python data.py python                          # the sources of torch and Python, in bytes
+    python data.py my_texts/ --tokenizer bytes     # .txt .md .py .jsonl, also .gz: a file or folder
+    python data.py my_rows.parquet --field story   # other formats are read by the package datasets
+    python data.py fineweb-edu --max_tokens 10.5e9 # the paper's corpus; so is any OWNER/NAME[:CONFIG]
 
-.parquet, .arrow and fineweb-edu need: pip install datasets. .zst needs pyarrow, which it brings.
-A prepared corpus is a folder: meta.json and the token files that it lists, train_00000.bin, ...,
-val_00000.bin, ... The same command goes on where it was interrupted, as long as the source is the
-same; --again prepares anew. Batches are a pure function of (seed, step), so that a run can go on
-exactly where it was.
+A prepared corpus is a folder: meta.json, train_00000.bin, ..., val_00000.bin, ... The same command
+continues an interrupted preparation. Batches are a pure function of (seed, step), so that a run can
+resume exactly where it was.
 """
 from __future__ import annotations
 
 import argparse
-import bz2
-import contextlib
-import csv
 import errno
 import functools
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
-import lzma
+import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -39,7 +31,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
 import numpy as np
 import tiktoken
@@ -51,15 +43,11 @@ from torch.utils._pytree import tree_leaves
 from model import GPT, Detail, ModelConfig, UserError, check
 
 EOT = "<|endoftext|>"
-TEXTS = (".txt", ".md", ".py")                               # these files are read as they are,
-ROWS = (".jsonl", ".json", ".csv")                           # these row by row, also packed,
-LOADERS = {".parquet": "parquet", ".arrow": "arrow"}         # and these by the package datasets
-FINEWEB = "HuggingFaceFW/fineweb-edu"
-TEXT_FIELDS = ("text", "content")        # where the text of a row is looked for without --field
-LISTED_FILES = 1000          # of so many files meta.json lists sizes and times, of more a digest
-RULES = 2                    # of reading and splitting: by others the same files are another corpus
+TEXTS = (".txt", ".md", ".py", ".jsonl")     # read here, also packed as .gz; all else by `datasets`
+TEXT_FIELDS = ("text", "content")            # where the text of a row is looked for without --field
+SHORT_NAMES = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-100BT"}
 DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: one is enough to split
-SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation has to do so much again
+SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation repeats at most so much
 BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
 KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
 # Two tokenizers with one vocabulary that encode this alike are taken for the same.
@@ -67,49 +55,35 @@ SAMPLE = "def f(x):\n\treturn x ** 2  # It's 1234.5, naïve  学习 🙂\n\n" + 
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
 class Corpus:
-    """A prepared corpus. Tokens stay on disk; windows of T + 1 tokens are read as they are asked
-    for."""
+    """A prepared corpus. Its tokens stay on disk; a batch reads windows of T + 1 tokens."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.expanduser(folder))
         header = self.folder / "meta.json"
-        check(os.path.isfile(header), f"no prepared corpus at {folder}: "
-                                      f"make one with `python data.py NAME --out {folder}`")
-        self.arrays: dict[str, list[np.ndarray]] = {}        # of each split, a memory map per shard
-        self.starts: dict[str, np.ndarray] = {}              # and where each begins, and the end
-        try:
-            self.meta = json.loads(header.read_text())
-            self.tokenizer = tokenizer_beside(header, str(self.meta["tokenizer"]))
-            self.vocab_size = int(self.meta["vocab_size"])
-            kind = self.vocab_size, self.meta["eot"], self.meta["dtype"]
-            check(kind == KINDS.get(self.tokenizer, kind),
-                  f"{header}: vocab_size={kind[0]}, eot={kind[1]} and dtype={kind[2]} are not "
-                  f"those of {self.tokenizer}: prepare the corpus again")
-            for split in ("train", "val"):
-                self.open_split(split, np.dtype(self.meta["dtype"]))
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{header} is damaged ({e}): prepare the corpus again") from e
-        except OSError as e:
-            raise UserError(f"cannot read {e.filename} ({e.strerror})") from e
-
-    def open_split(self, split: str, dtype: np.dtype) -> None:
-        """Map the shards of a split, which must be as long as meta.json says."""
-        self.arrays[split] = []
-        lengths = [0]
-        for shard in self.meta[split]["shards"]:
-            path, n = self.folder / shard["file"], shard["tokens"]
-            check(os.path.isfile(path) and os.path.getsize(path) == n * dtype.itemsize,
-                  f"{path} is not the file of {n:,} tokens that meta.json says: "
-                  "prepare the corpus again")
-            self.arrays[split].append(np.memmap(path, dtype=dtype, mode="r"))
-            lengths.append(n)
-        self.starts[split] = np.cumsum(lengths)
+        check(header.is_file(), f"no prepared corpus at {folder}: "
+                                f"make one with `python data.py NAME --out {folder}`")
+        self.meta = json.loads(header.read_text(encoding="utf-8"))
+        self.tokenizer = tokenizer_beside(header, self.meta["tokenizer"])
+        self.vocab_size = self.meta["vocab_size"]
+        self.arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}   # a memmap per shard
+        self.starts: dict[str, np.ndarray] = {}          # where each shard begins, and the end
+        dtype = np.dtype(self.meta["dtype"])
+        for split, arrays in self.arrays.items():
+            lengths = [0]
+            for shard in self.meta[split]["shards"]:
+                path, n = self.folder / shard["file"], shard["tokens"]
+                check(path.is_file() and path.stat().st_size == n * dtype.itemsize,
+                      f"{path} is not the file of {n:,} tokens that meta.json says: "
+                      "prepare the corpus again")
+                arrays.append(np.memmap(path, dtype=dtype, mode="r"))
+                lengths.append(n)
+            self.starts[split] = np.cumsum(lengths)
 
     def n_tokens(self, split: str) -> int:
         return int(self.starts[split][-1])
 
     def n_windows(self, split: str, T: int) -> int:
-        """How many windows of T inputs and T targets do not overlap in their inputs."""
+        """The number of windows of T inputs and T targets whose inputs do not overlap."""
         n = (self.n_tokens(split) - 1) // T
         check(n > 0, f"{self.folder}: the {split} split has {self.n_tokens(split)} tokens, "
                      f"too few for block_size={T}")
@@ -126,21 +100,10 @@ class Corpus:
         return np.concatenate(parts).astype(np.int64)
 
     def batch(self, split: str, windows: Iterable[int], T: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T), of the given windows; window i starts at token i T."""
-        rows = np.stack([self.read(split, int(i) * T, T + 1) for i in windows])
-        check(bool(rows.max() < self.vocab_size),
-              f"{self.folder}: token {rows.max()} in the {split} split, but vocab_size="
-              f"{self.vocab_size} in meta.json: prepare the corpus again")
-        tokens = torch.from_numpy(rows)                       # (B, T + 1)
+        """Inputs and targets, each (B, T), of the given windows. Window i starts at token i T."""
+        rows = [self.read(split, int(i) * T, T + 1) for i in windows]
+        tokens = torch.from_numpy(np.stack(rows))             # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def verify(self) -> None:
-        """Read every shard and compare its checksum."""
-        for split, arrays in self.arrays.items():
-            for shard, array in zip(self.meta[split]["shards"], arrays):
-                file = self.folder / shard["file"]
-                check(zlib.crc32(array) == shard["crc32"],
-                      f"{file} is damaged (checksum): prepare the corpus again")
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -148,8 +111,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 def train_windows(seed: int, step: int, per_step: int, n_windows: int) -> np.ndarray:
-    """The windows of the global batch of a step, (per_step,), each once per epoch: a pure function
-    of its arguments."""
+    """The windows of the global batch of a step, (per_step,). Each window comes once per epoch."""
     windows = []
     for place in range(step * per_step, (step + 1) * per_step):
         epoch, i = divmod(place, n_windows)
@@ -163,218 +125,91 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
 # ---- sources: which files, and the documents in them ---------------------------------------------
 class Source(NamedTuple):
     """What a corpus is made of, as `find_source` found it."""
-    name: str                    # python, fineweb-edu or an absolute path: A, A/ and ~/A are one
-    files: Sequence[Path]        # in the order in which they are read
-    state: Any                   # of each file its size and time, of a data set its revision
-    unread: dict[str, int]       # how many files are left out, by suffix or reason
-    fields: Sequence[str]        # the first of these that a row has is its text
-    encoding: str | None         # of text that does not show its own
+    name: str                    # python, a path, or the id of a data set
+    files: list[Path]            # in the order in which they are read; empty: `datasets` reads it
+    size: int                    # bytes in all its files; 0 for a data set on the hub
+    skipped: dict[str, int]      # what is left out and why, counted; grows while rows are read
+    field: str | None            # where the text of a row is; None: the first of TEXT_FIELDS
 
 def documents(source: str) -> Iterator[str]:
-    """The documents of a source, always in the same order: "python", "fineweb-edu", a file or a
-    folder."""
+    """The documents of a source, always in the same order: "python", a path, or a data set."""
     return read_source(find_source(source))
 
-def find_source(name: str, field: str | None = None, encoding: str | None = None,
-                out: Path | None = None) -> Source:
-    """Which files a source has; a field or an encoding that none of them has a use for is refused.
-
-    out: the folder that the corpus is written to, which is no part of its source.
-    """
-    fields = TEXT_FIELDS if field is None else (field,)
-    unread: dict[str, int] = Counter()
-    check(encoding is None or name not in ("python", "fineweb-edu"),
-          f"--encoding {encoding}: {name} is in UTF-8")
-    if name == "fineweb-edu":
-        return Source(name, (), revision(FINEWEB), unread, fields, None)
+def find_source(name: str, field: str | None = None) -> Source:
+    """The files of a source. Files of other kinds and files that are not UTF-8 are counted."""
+    skipped: Counter[str] = Counter()
     if name == "python":
-        files = python_files(unread)
+        roots = [Path(torch.__file__).parent, Path(os.__file__).parent]
+        found = [(path, path.relative_to(root).parts) for root in roots
+                 for path in sorted(root.rglob("*.py"))]
+        found = [(path, parts) for path, parts in found if "site-packages" not in parts]
     else:
-        name = os.path.abspath(os.path.expanduser(name))
-        files = files_to_read(name, out, unread, fields, encoding)
-    suffixes = sorted({suffix(path) for path in files})
-    check(field is None or not all(kind in TEXTS for kind in suffixes),
-          f"--field {field}: {name} has only {' '.join(suffixes)} files, which have no fields")
-    check(encoding is None or not all(kind in (".parquet", ".arrow") for kind in suffixes),
-          f"--encoding {encoding}: {name} has only {' '.join(suffixes)} files, which need none")
-    return Source(name, files, state_of(files), unread, fields, encoding)
-
-def state_of(files: Sequence[Path]) -> dict[str, str] | str:
-    """What shows that files have changed: the size and the time of each, or a digest of many."""
-    state = {}
-    for path in files:
-        about = path.stat()
-        state[str(path)] = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
-    if len(state) <= LISTED_FILES:
-        return state
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
-
-def revision(dataset: str) -> str:
-    """The newest commit of a data set on the Hugging Face hub."""
-    hub = need("huggingface_hub", f"reading {dataset}")
-    try:
-        return hub.dataset_info(dataset).sha
-    except Exception as e:                                    # its own errors and the network's
-        raise ConnectionError(f"no answer about {dataset}: {type(e).__name__}") from e
-
-def python_files(unread: dict[str, int]) -> list[Path]:
-    """The sources of torch and Python, but for a few of its tests that are not UTF-8 on purpose."""
+        path = Path(os.path.expanduser(name))
+        check(path.exists() or name in SHORT_NAMES or "/" in name,
+              f"no file or folder {name}: NAME is python, a path, or a data set OWNER/NAME")
+        name = os.path.abspath(path) if path.exists() else name
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found = [(p, p.relative_to(path).parts) for p in inside if p.is_file()]
+    ours = [(path, parts) for path, parts in found if kind_of_text(path) in TEXTS]
+    if not ours:                 # `datasets` reads all of it
+        return Source(name, [], sum(path.stat().st_size for path, _ in found), skipped, field)
     files = []
-    for root in (Path(torch.__file__).parent, Path(os.__file__).parent):
-        for path in sorted(root.rglob("*.py")):
-            if "site-packages" in path.relative_to(root).parts:
-                continue
-            try:
-                path.read_bytes().decode()
-                files.append(path)
-            except UnicodeDecodeError:
-                unread["not in UTF-8"] += 1
-    return files
-
-def files_to_read(name: str, out: Path | None, unread: dict[str, int], fields: Sequence[str],
-                  encoding: str | None) -> list[Path]:
-    """The one file, or those in and under a folder that are read; the others are counted."""
-    check(os.path.exists(name), f"no file or folder {name}: NAME is python, fineweb-edu or a path")
-    check(out is None or os.path.realpath(out) != os.path.realpath(name),
-          f"{name} would be written into itself: choose another folder with --out")
-    found = [Path(name)] if os.path.isfile(name) else walk(name, out, unread)
-    files, without_text = [], []
-    for path in found:
-        reason = why_unread(path)
-        if reason:
-            unread[reason] += 1
-        elif suffix(path) == ".json" and not has_text(path, fields, encoding):
-            without_text.append(path)
+    for path, parts in found:
+        if any(part.startswith(".") for part in parts):
+            skipped["hidden"] += 1
+        elif kind_of_text(path) not in TEXTS:
+            skipped[path.suffix or "without a suffix"] += 1
+        elif not is_utf8(path):
+            skipped["not in UTF-8"] += 1
         else:
             files.append(path)
-    if not files:
-        files = without_text             # reading them says what fields they have
-    elif without_text:                   # they tell of the data that they lie beside
-        unread[f".json without {' or '.join(fields)}"] = len(without_text)
-    check(len(files) > 0, f"nothing to read at {name}{say_unread(unread)}. What is read ends in "
-                          f"{' '.join(TEXTS + ROWS + tuple(LOADERS))}; {' '.join(ROWS)} also "
-                          f"packed as {' '.join(PACKED)}")
-    return files
+    check(len(files) > 0, f"nothing to read at {name}{say_skipped(skipped)}")
+    return Source(name, files, sum(path.stat().st_size for path in files), skipped, field)
 
-def walk(folder: str, out: Path | None, unread: dict[str, int]) -> list[Path]:
-    """All files in and under a folder that are not hidden, in the order of their names. Links are
-    followed; no folder is entered twice, nor the one that is written to."""
-    def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"cannot read the folder {error.filename} ({error.strerror}): "
-                        "get permission, or take it away") from error
-    files: list[Path] = []
-    entered = set() if out is None else {os.path.realpath(out)}
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        real = os.path.realpath(where)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        for name in folders + names:
-            if name.startswith("."):
-                unread["hidden"] += 1
-        # sorted: which of two links to a folder is entered must not depend on the disk's order
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(files)
+def say_skipped(skipped: dict[str, int]) -> str:
+    """What is left out and why, for the end of a line."""
+    counts = [f"{count} {reason}" for reason, count in sorted(skipped.items())]
+    return f"; skipped: {', '.join(counts)}" if counts else ""
 
-def suffix(path: Path) -> str:
-    """Of a file's name in lower case, with the one that says how it is packed: .txt, .json.gz."""
-    found = re.search(r"\.[^.]+(\.(gz|zst|xz|bz2))?\Z", path.name.lower())
-    return found[0] if found else "without a suffix"
+def kind_of_text(path: Path) -> str:
+    """The suffix of a file name in lower case, without .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
-def why_unread(path: Path) -> str:
-    """Why a file is not read, as far as its name tells; "" if it is."""
-    kind = suffix(path)
-    if not path.is_file():
-        return "broken links or pipes"
-    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
-    if kind not in TEXTS + tuple(LOADERS) and kind.removesuffix(packing) not in ROWS:
-        return kind
-    needed = {".zst": ["pyarrow"], ".parquet": ["datasets"], ".arrow": ["datasets"]}
-    missing = [package for package in needed.get(path.suffix.lower(), ())
-               if importlib.util.find_spec(package) is None]
-    return f"{kind} (needs: pip install {' '.join(missing)})" if missing else ""
+def opened(path: Path) -> io.TextIOWrapper:
+    """A text file, unpacked if its name ends in .gz. A byte-order mark is dropped."""
+    open_any = gzip.open if path.name.lower().endswith(".gz") else open
+    return open_any(path, "rt", encoding="utf-8-sig", newline="")
 
-def say_unread(unread: dict[str, int]) -> str:
-    """How many files are left out, for the end of a line."""
-    kinds = [f"{count} {kind}" for kind, count in sorted(unread.items())]
-    return f"; not read: {', '.join(kinds)}" if kinds else ""
-
-def has_text(path: Path, fields: Sequence[str], encoding: str | None) -> bool:
-    """Whether the first row of a file has one of the fields."""
+def is_utf8(path: Path) -> bool:
+    """Whether all of a text file is UTF-8. UserError if it cannot be unpacked."""
     try:
-        _, row = next(read_rows(path, encoding), (0, None))
-    except UserError:
+        with opened(path) as f:
+            while f.read(1 << 20):
+                pass
+        return True
+    except UnicodeDecodeError:
         return False
-    return isinstance(row, dict) and any(field in row for field in fields)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
 
 def read_source(source: Source) -> Iterator[str]:
     """The documents of a source."""
-    if source.name == "fineweb-edu":
-        rows = load_rows(FINEWEB, FINEWEB, name="sample-100BT", revision=source.state)
-        yield from texts(enumerate(rows, 1), source.fields, FINEWEB)
-    # what the first file of a kind has wrong is refused now, and not after hours
-    for path in {suffix(path): path for path in reversed(source.files)}.values():
-        next(read_file(path, source.fields, source.encoding), None)
+    if not source.files:
+        yield from texts(load_rows(source.name), source, source.name)
     for path in source.files:
-        yield from read_file(path, source.fields, source.encoding)
+        if kind_of_text(path) == ".jsonl":
+            with opened(path) as f:
+                yield from texts(parse_lines(f, path), source, path)
+        else:
+            yield from read_text(path)
 
-def read_file(path: Path, fields: Sequence[str], encoding: str | None) -> Iterator[str]:
-    """The documents of a file."""
-    if suffix(path) in TEXTS:
-        yield from read_text(path, encoding)
-    else:
-        yield from texts(read_rows(path, encoding), fields, path)
-
-def encoding_of(start: bytes, asked: str | None, path: Path) -> str:
-    """That which a BOM shows, else what is asked for, else UTF-8; UserError if a text begins with
-    zeros, as UTF-16 does, and nothing is asked for."""
-    shown = json.detect_encoding(start)                       # UTF-8 if they show none
-    if shown in ("utf-8-sig", "utf-16", "utf-32"):            # there is a BOM
-        return shown
-    check(asked is not None or shown == "utf-8",
-          f"{path} begins with zeros, as {shown} does without a byte-order mark: say what it is "
-          f"in `python data.py NAME --encoding {shown}`, or --encoding utf-8")
-    return asked or shown
-
-def open_zst(path: Path, mode: str) -> Any:
-    """A .zst file, by pyarrow: the package zstandard takes half of one for the whole."""
-    return need("pyarrow", f"reading {path}").input_stream(str(path), compression="zstd")
-
-PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
-
-@contextlib.contextmanager
-def opened(path: Path, encoding: str | None) -> Iterator[io.TextIOWrapper]:
-    """A text file, or the one that is packed in it. What is not in its encoding is refused, as is
-    what cannot be unpacked."""
-    try:
-        with PACKED.get(path.suffix.lower(), open)(path, "rb") as file:
-            raw = io.BufferedReader(file)
-            encoding = encoding_of(raw.peek(4)[:4], encoding, path)
-            try:
-                yield io.TextIOWrapper(raw, encoding, newline="")
-            except UnicodeError as e:
-                said = str(e)
-                if isinstance(e, UnicodeDecodeError):
-                    said = e.reason
-                    if raw.seekable():                        # e.object ends where raw is read to
-                        said = f"byte {raw.tell() - len(e.object) + e.start}, {said}"
-                raise UserError(f"{path} is not {encoding} ({said}): convert it, or say what it "
-                                "is in `python data.py NAME --encoding ENCODING`") from e
-    except Exception as e:                          # every way to pack has errors of its own
-        if isinstance(e, (UserError, MemoryError)) or getattr(e, "errno", None):
-            raise
-        raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
-
-def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
-    """A text file as one document, or several if it is long: cut where no token is lost, if such a
-    place comes."""
-    with opened(path, encoding) as f:
+def read_text(path: Path) -> Iterator[str]:
+    """A text file as one document. A long file is cut where no token is lost, if it can be."""
+    with opened(path) as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
-            # every tiktoken encoding starts a new piece where a letter follows a newline that
-            # follows no whitespace
+            # Every tiktoken encoding starts a new piece where a letter follows a newline that
+            # follows no whitespace.
             clean = line[0].isalnum() and re.search(r"\S\r?\n\Z", text[-3:])
             if len(text) >= DOCUMENT_CHARS and (clean or len(text) >= 2 * DOCUMENT_CHARS):
                 yield text
@@ -383,222 +218,115 @@ def read_text(path: Path, encoding: str | None = None) -> Iterator[str]:
         if text:
             yield text
 
-def read_rows(path: Path, encoding: str | None) -> Iterator[tuple[int, Any]]:
-    """The numbered rows of a file."""
-    kind = suffix(path)
-    if kind in LOADERS:
-        # parquet's own batch_size is 0 where there are no rows
-        options = {"batch_size": 1000} if kind == ".parquet" else {}
-        yield from enumerate(load_rows(LOADERS[kind], path, data_files=glob.escape(str(path)),
-                                       **options), 1)
-        return
-    with opened(path, encoding) as f:
-        if kind.startswith(".csv"):
-            yield from parse_csv(f, path)
-        elif kind.startswith(".jsonl"):
-            yield from parse_lines(f, path)
-        else:
-            yield from parse_json(f, path)
-
-def parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The numbered rows of lines of CSV, whose first one names the fields."""
-    csv.field_size_limit(1 << 30)                             # a text may be long
-    rows = csv.reader(lines, strict=True)
-    names = next(rows, [])
-    for row in filter(None, rows):                            # but for lines without anything
-        check(len(row) == len(names), f"{path}:{rows.line_num} has {len(row)} fields, the first "
-                                      f"line names {len(names)}: quote or mend it")
-        yield rows.line_num, dict(zip(names, row))
-
-def parse_json(f: io.TextIOBase, path: Path) -> Iterator[tuple[int, Any]]:
-    """The numbered rows of a file of JSON: one in each line, as Dolma has it, or one array."""
-    first = next((line for line in f if line.strip()), "")
-    if first.rstrip().endswith("}") and first.lstrip().startswith("{"):
-        yield from parse_lines(itertools.chain([first], f), path)
-    elif first:
-        try:
-            rows = json.loads(first + f.read())
-        except (json.JSONDecodeError, RecursionError) as e:
-            raise UserError(f"{path} is neither an array of JSON nor a row in each line ({e}): "
-                            "get it again, or take it away") from e
-        yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
-
-def parse_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
-    """The numbered values of lines of JSON."""
+def parse_lines(lines: Iterable[str], path: Path) -> Iterator[Any]:
+    """The values of lines of JSON."""
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path}:{number} is no line of JSON ({e})") from e
-        yield number, row
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as e:
+                raise UserError(f"{path}:{number} is no line of JSON ({e})") from e
 
-def load_rows(loader: str, where: str | Path, **options: Any) -> Iterator[Any]:
-    """The rows of a data set's train split, streamed: nothing but the current ones is held."""
-    datasets = need("datasets", f"reading {where}")
-    is_file = "data_files" in options
-    if is_file:
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)      # errors are told once, below
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False    # nor is a server told of every file
+def load_rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of the train split of whatever `datasets` reads, streamed: a file, a folder, or
+    OWNER/NAME[:CONFIG] on the hub."""
+    datasets = need("datasets", f"reading {name}")
+    path, options = Path(name), {}
+    if path.is_file():
+        loader = {".arrow": "arrow", ".csv": "csv", ".json": "json", ".parquet": "parquet"}
+        check(path.suffix in loader,
+              f"cannot read {name}: formats are {' '.join(TEXTS)} (also .gz) {' '.join(loader)}")
+        name, options = loader[path.suffix], {"data_files": glob.escape(str(path))}
+    elif not path.exists():
+        name, _, config = SHORT_NAMES.get(name, name).partition(":")
+        options = {"name": config or None}
     try:
-        yield from datasets.load_dataset(loader, split="train", streaming=True, **options)
-    except Exception as e:                                  # its own errors, Arrow's, the network's
-        said = f"could not read {where} ({type(e).__name__}: {str(e)[:80]!r})"
-        check(not is_file, f"{said}: get it again, or take it away")
-        raise ConnectionError(said) from e                   # what was read before it stays
+        yield from datasets.load_dataset(name, split="train", streaming=True, **options)
+    except Exception as e:       # its own errors, Arrow's, the network's; earlier shards stay
+        said = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"datasets cannot read {path if path.exists() else name} ({said})") from e
 
-def texts(rows: Iterable[tuple[int, Any]], fields: Sequence[str],
-          where: str | Path) -> Iterator[str]:
-    """The text of every numbered row, which is the first of these fields that it has; a null is
-    passed over."""
-    for number, row in rows:
+def texts(rows: Iterable[Any], source: Source, where: str | Path) -> Iterator[str]:
+    """The text of every row. A row whose text is null is skipped and counted."""
+    for row in rows:
         there = row if isinstance(row, dict) else {}
-        name = next((field for field in fields if field in there), None)
-        if name is None:
-            raise UserError(f"{where}:{number} has no field {' or '.join(fields)}, but "
-                            f"{', '.join(there) or 'none'}: name one in `python data.py "
-                            "NAME --field FIELD`")
-        text = row[name]
+        names = (source.field,) if source.field else TEXT_FIELDS
+        name = next((name for name in names if name in there), None)
+        check(name is not None,
+              f"{where} has no field {' or '.join(names)} in a row, but "
+              f"{', '.join(there) or 'none'}: name one in `python data.py NAME --field FIELD`")
+        text = there[name]
         if text is None:
+            source.skipped["rows without text"] += 1
             continue
-        if not isinstance(text, str):
-            raise UserError(f"{where}:{number}: the field {name} holds {type(text).__name__}, no "
-                            "text: name another in `python data.py NAME --field FIELD`")
+        check(isinstance(text, str), f"{where}: the field {name} holds {type(text).__name__}, "
+                                     "no text: name another with --field")
         # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # ---- writing: documents in, shards out -----------------------------------------------------------
 def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction: float = 0.05,
-            max_tokens: float = float("inf"), field: str | None = None, encoding: str | None = None,
-            again: bool = False, docs: Callable[[str], Iterator[str]] | None = None) -> Path:
-    """Encode a source into token shards under `out`; called again after an interruption it goes on
-    where it was.
+            max_tokens: float = math.inf, field: str | None = None) -> Path:
+    """Encode a source into token shards under `out`. After an interruption, call it again.
 
-    Every document ends with EOT; which ones are validation, `is_validation` says. progress.json
-    says what the shards cover so far; in the end it is renamed to meta.json: a folder that has that
-    is complete. again: put the corpus in the place of another, or of what its source was before.
-    docs: yields the documents, in place of the source's own files.
+    Every document ends with EOT; `is_validation` says which ones are validation. progress.json says
+    what the shards cover so far. At the end it is renamed to meta.json: a folder with meta.json is
+    complete.
     """
     check(0 < val_fraction <= 0.5 and max_tokens > 0,
           f"val_fraction={val_fraction} must be above 0 and at most 0.5, "
           f"max_tokens={max_tokens} above 0")
-    check_encoding(encoding)
     out, enc = Path(os.path.expanduser(out)), get_tokenizer(tokenizer)
-    try:
-        if docs is None:
-            found = find_source(source, field, encoding, out)
-            todo = read_source(found)
-        else:
-            found = Source(source, (), None, {}, TEXT_FIELDS, encoding)
-            todo = docs(source)
-        request = {"source": found.name, "tokenizer": known_as(enc.name),
-                   "val_fraction": val_fraction,
-                   "max_tokens": str(max_tokens), "field": field, "encoding": encoding,
-                   "rules": RULES, "state": found.state}
-        if again:
-            discard(out)
-        meta = prepared_so_far(out, request)
-        if meta is None:
-            dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
-            meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token,
-                    "dtype": dtype, "request": request, "unread": found.unread, "documents": 0,
-                    "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
-        if not (out / "meta.json").exists():
-            finish(todo, out, meta, enc)
-    except OSError as e:
-        if e.errno in UNUSABLE:                  # it never will be: see `run`
-            raise
-        raise UserError(f"preparing {out} failed ({e}): "
-                        "with that mended the same command resumes it") from e
+    found = find_source(source, field)
+    request = {"source": found.name, "files": len(found.files), "bytes": found.size,
+               "tokenizer": tokenizer, "val_fraction": val_fraction, "max_tokens": str(max_tokens),
+               "field": field}
+    meta = prepared_so_far(out, request)
+    if meta is None:
+        dtype = "uint16" if enc.n_vocab <= 1 << 16 else "uint32"
+        meta = {"tokenizer": enc.name, "vocab_size": enc.n_vocab, "eot": enc.eot_token,
+                "dtype": dtype, "request": request, "documents": 0,
+                "train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
+    if not (out / "meta.json").exists():
+        docs = itertools.islice(read_source(found), meta["documents"], None)
+        encode_documents(docs, out, meta, enc)
+        if enc.n_vocab <= 4096:
+            meta["bigram_entropy"] = bigram_entropy(out, meta)
+        meta["tokenizer"] = copy_tokenizer(enc.name, out)     # so that the corpus can move
+        meta["skipped"] = found.skipped
+        write_json(out / "progress.json", meta)
+        os.replace(out / "progress.json", out / "meta.json")
     return out
 
-def check_encoding(name: str | None) -> None:
-    try:
-        "a".encode("utf-8" if name is None else name)
-    except (LookupError, ValueError) as e:
-        raise UserError(f"--encoding {name}: {e}; utf-16, cp1252 and gb18030 are some") from e
-
 def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """What meta.json, or progress.json of an interrupted preparation, says; None if there is
-    neither."""
+    """What meta.json, or progress.json of an interrupted preparation, says; None without both."""
     for file in (out / "meta.json", out / "progress.json"):
-        if not file.exists():
-            continue
-        try:
-            meta = json.loads(file.read_text())
-            other = difference(meta["request"], request)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{file} is not of a corpus, or damaged: choose another --out, or "
-                            "`data.py --again` removes it and starts over") from e
-        check(not other, f"{out} holds a corpus {other}: choose another --out, or `data.py "
-                         "--again` puts the new one in its place")
-        return meta
+        if file.exists():
+            meta = json.loads(file.read_text(encoding="utf-8"))
+            before = meta["request"]
+            changed = [f"{key}={before.get(key)}, now {value}" for key, value in request.items()
+                       if before.get(key) != value]
+            check(not changed, f"{out} holds another corpus ({'; '.join(changed)}): "
+                               "choose another --out, or delete the folder")
+            return meta
     return None
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, how what was asked for before is not what is asked for now; "" if it is."""
-    if before.get("rules") != now["rules"]:
-        return "that another version of data.py prepared, by other rules"
-    others = [f"{key}={before[key]}" for key in now if key != "state" and before[key] != now[key]]
-    if others:
-        return f"prepared with other settings ({', '.join(others)})"
-    old, new = before["state"], now["state"]
-    if old == new:
-        return ""
-    said = f"of what {now['source']} was before it changed"
-    if isinstance(old, dict) and isinstance(new, dict):       # else a digest of many, or a revision
-        changes = {"new": new.keys() - old.keys(), "gone": old.keys() - new.keys(),
-                   "other": {path for path in old.keys() & new.keys() if old[path] != new[path]}}
-        for how, paths in changes.items():
-            if paths:
-                said += f", {len(paths)} {how} ({min(paths)})"
-    return said
-
-def discard(out: Path) -> None:
-    """Remove a corpus, finished or not, and its folder if nothing else is in it."""
-    for name in ("meta.json", "progress.json", "progress.json.tmp"):
-        (out / name).unlink(missing_ok=True)
-    for split in ("train", "val"):
-        for shard in out.glob(f"{split}_[0-9][0-9][0-9][0-9][0-9].bin"):
-            shard.unlink()
-    for tokenizer in out.glob("tokenizer_*/"):
-        shutil.rmtree(tokenizer)
-    with contextlib.suppress(OSError):
-        out.rmdir()
-
-def finish(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any) -> None:
-    """Encode the documents that meta does not cover yet and write the header. What is refused
-    leaves nothing that a later call would go on from."""
-    request = meta["request"]
-    try:
-        encode_documents(itertools.islice(docs, meta["documents"], None), out, meta, enc,
-                         request["val_fraction"], float(request["max_tokens"]))
-        for split in ("train", "val"):
-            check(meta[split]["tokens"] > 0,
-                  f"{request['source']}: {meta['documents']} documents leave the {split} split "
-                  f"empty, it takes two{say_unread(meta['unread'])}")
-    except UserError:
-        discard(out)
-        raise
-    if enc.n_vocab <= 4096:
-        meta["bigram_entropy"] = bigram_entropy(out, meta)
-    meta["tokenizer"] = copy_tokenizer(enc.name, out)         # so that the corpus stands alone
-    write_json(out / "progress.json", meta)
-    os.replace(out / "progress.json", out / "meta.json")
-
 def is_validation(number: int, val_fraction: float) -> bool:
-    """Whether a document of this number, from 0, is for validation: by a hash of it, so that
-    sources that take turns are in both splits. Two documents are always enough for both."""
+    """Whether the document with this number (from 0) is for validation.
+
+    A hash of the number decides, so that sources that take turns are in both splits. The first is
+    for validation and the second for training: two documents are enough.
+    """
     if number < 2:
         return number == 0
     digest = hashlib.sha256(str(number).encode()).digest()
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
-def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any,
-                     val_fraction: float, max_tokens: float) -> None:
-    """Write documents as shards until there are no more, or max_tokens are reached; meta says what
-    is written."""
+def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any) -> None:
+    """Write documents as shards until there are no more, or max_tokens are reached. `meta` says
+    what is written."""
+    request = meta["request"]
+    max_tokens = float(request["max_tokens"])
     pool = ThreadPoolExecutor(os.cpu_count())                # threads help: it releases the GIL
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     written = total = meta["train"]["tokens"] + meta["val"]["tokens"]
@@ -608,11 +336,14 @@ def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: 
         for ids in pool.map(enc.encode_ordinary, batch):
             if total >= max_tokens:
                 break
-            split = "val" if is_validation(meta["documents"], val_fraction) else "train"
-            buffers[split].append(np.append(ids, enc.eot_token).astype(meta["dtype"]))
+            split = "val" if is_validation(meta["documents"], request["val_fraction"]) else "train"
+            buffers[split].append(np.array([*ids, enc.eot_token], dtype=meta["dtype"]))
+            meta[split]["tokens"] += len(ids) + 1
             meta["documents"] += 1
             total += len(ids) + 1
         done = total >= max_tokens or not batch
+        if done:
+            check_splits(meta, total >= max_tokens)
         if done or total - written >= SHARD_TOKENS:
             write_shards(out, meta, buffers)
             written = total
@@ -620,9 +351,19 @@ def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: 
             print(f"\r{out}: {meta['documents']:,} documents, {total / 1e6:,.1f}M tokens",
                   end="\n" if done else "", file=sys.stderr, flush=True)
 
+def check_splits(meta: dict[str, Any], full: bool) -> None:
+    """UserError if a split has no text. full: max_tokens ended the corpus."""
+    request, n = meta["request"], meta["documents"]
+    train, val = meta["train"]["tokens"], meta["val"]["tokens"]
+    check(train > 0 or not full,
+          f"--max_tokens={request['max_tokens']} ends with the first document, which is for "
+          "validation: raise it")
+    check(train + val > n or n == 0, f"{request['source']}: its {n} documents are all empty")
+    check(train > 1 and val > 1,
+          f"{request['source']}: {n} documents are too few, both splits need some text")
+
 def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
-    """Empty the buffers into a new file for each split, then say in progress.json that they are
-    there."""
+    """Empty the buffers into a new file for each split, then record the files in progress.json."""
     out.mkdir(parents=True, exist_ok=True)
     for split, parts in buffers.items():
         if not parts:
@@ -634,25 +375,16 @@ def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.nda
             tokens.tofile(f)
             os.fsync(f.fileno())
         shards.append({"file": path.name, "tokens": len(tokens), "crc32": zlib.crc32(tokens)})
-        meta[split]["tokens"] += len(tokens)
         parts.clear()
     write_json(out / "progress.json", meta)
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file by rename: a reader sees the old one or the new one. UserError where the
-    disk is full."""
+    """Replace a JSON file by rename: a reader sees the old one or the new one."""
     tmp = path.with_name(path.name + ".tmp")
-    try:
-        tmp.write_text(json.dumps(value, indent=1))
-    except OSError as e:
-        if e.filename:                           # it cannot be opened: see `run`
-            raise
-        tmp.unlink()
-        raise UserError(f"cannot write {path} ({e.strerror}): free some space or choose another "
-                        "folder; what was there is intact") from e
+    tmp.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(tmp, path)
 
-def bigram_entropy(folder: Path, meta: dict) -> float:
+def bigram_entropy(folder: Path, meta: dict[str, Any]) -> float:
     """Entropy of a token given the one before it, over the training split, in nats: a model must
     get well under it."""
     V = meta["vocab_size"]
@@ -781,9 +513,10 @@ def tokenizer_beside(file: str | Path, name: str) -> str:
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint that appears by rename, so that nobody reads half of one. The keep - 1
-    before it stay as ckpt.1.pt, the one before, ckpt.2.pt, ...; should the machine stop between two
-    renames, none is lost."""
+    """Write a checkpoint that appears by rename, so that nobody reads half of one.
+
+    The keep - 1 checkpoints before it stay as ckpt.1.pt (the one before), ckpt.2.pt, ...
+    """
     tmp = path.with_name(path.name + ".tmp")
     names = [path, *(path.with_suffix(f".{k}.pt") for k in range(1, keep))]
     try:
@@ -792,15 +525,14 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
-        free = next((k for k, name in enumerate(names) if not name.exists()), keep - 1)
-        for k in range(free, 0, -1):                     # those beyond a gap stay where they are
-            os.replace(names[k - 1], names[k])
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:                 # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            tmp.unlink()
+    except (OSError, RuntimeError) as e:         # torch reports a full disk as a RuntimeError
+        tmp.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({e!r:.90}): free some space or choose another place; "
                         "what was there is intact") from e
+    for newer, older in reversed([*zip(names, names[1:])]):
+        if newer.exists():
+            os.replace(newer, older)
+    os.replace(tmp, path)
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict that train.py saved: model, optimizer, settings, step, ... Nothing in it is executed.
@@ -808,18 +540,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     check(Path(path).is_file(), f"no checkpoint {path}: "
                                 "make one with `python train.py CONFIG.py`, or correct the path")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as e:                               # damaged bytes make torch raise almost anything
-        unreadable = isinstance(e, OSError) and e.errno not in (None, errno.EINVAL)
-        check(not unreadable, f"cannot read {path} ({e}): mend that, it may well be whole")
-        raise UserError(f"{path} is damaged or no checkpoint ({e!r:.90}): use another copy") from e
+        file = open(path, "rb")
+    except OSError as e:
+        raise UserError(f"cannot open {path} ({e.strerror})") from e
+    with file:
+        try:
+            saved = read_checkpoint(path, file)
+        except Exception as e:                   # damaged bytes make torch raise almost anything
+            raise UserError(f"{path} is damaged or no checkpoint ({e!r:.90}): use another copy") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     sound = isinstance(saved, dict) and all(isinstance(saved.get(key), kinds[key]) for key in kinds)
     check(sound, f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
-    for f in fields(ModelConfig):
-        value = saved["settings"].get(f.name, f.default)
-        kind = (int, float) if isinstance(f.default, float) else type(f.default)
-        check(isinstance(value, kind), f"{path}: {f.name}={value!r} is no {f.type}")
     check_removed(saved["settings"], path)
     saved["tokenizer"] = tokenizer_beside(path, saved["tokenizer"])
     return saved
@@ -833,6 +564,13 @@ def check_removed(settings: dict[str, Any], path: str | Path) -> None:
         had = settings.get(name) or value
         check(had == value, f"{path}: {name}={had!r} is of a converted model, and model.py has no "
                             "such setting any more: probe the original with transformers")
+
+def read_checkpoint(path: str | Path, file: BinaryIO) -> Any:
+    """torch.load, mapped into memory where possible: what is not used is not read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:                            # such as a path or a disk that cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
     """UserError where a checkpoint's weights are not those that the model has places for."""
@@ -1388,83 +1126,77 @@ def choose_device(asked: str) -> torch.device:
           f"--device={asked}: torch sees none here, use --device={seen.type}")
     return torch.device("cpu") if asked == "cpu" else seen
 
-# What the system says of a path that the user gave: it may not be used, or cannot be one.
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
-FULL = (errno.ENOSPC, errno.EFBIG)       # and this of a disk, when it is written to
+# What the system says of a path that cannot be used, and of a full disk.
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
+FULL = (errno.ENOSPC, errno.EFBIG)
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a UserError, an unusable path or a full disk is one line on stderr and
-    exit status 2, Ctrl-C is status 130."""
+    """Run a script's main. A UserError, an unusable path or a full disk is one line on stderr and
+    exit status 2; Ctrl-C is status 130."""
+    for stream in (sys.stdout, sys.stderr):      # a terminal that lacks a character shows a ?
+        stream.reconfigure(errors="replace")
     try:
         try:
             main()
         finally:
-            sys.stdout.flush()          # here, where it is noticed that nobody reads on
+            sys.stdout.flush()                   # raises here if nobody reads on
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)               # what rank 0 says as well is said once: torchrun stops us meanwhile
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except BrokenPipeError:                      # as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # nor at exit
+            time.sleep(3)                        # rank 0 says it first, and torchrun stops the others
+        stop(str(e))
+    except BrokenPipeError:                      # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or exit would raise again
         sys.exit(141)
     except OSError as e:
         if e.errno in FULL:
-            mistake = f"cannot write ({e.strerror}): free some space or choose another folder"
-        elif e.filename and e.errno in UNUSABLE:
-            mistake = f"cannot use {e.filename} ({e.strerror}): give another path, or mend that"
-        else:
-            raise
-        print(f"error: {mistake}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            stop(f"cannot write ({e.strerror}): free some space or choose another folder")
+        if e.filename and e.errno in UNUSABLE:
+            stop(f"cannot use {e.filename} ({e.strerror}): give another path, or mend that")
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
 
+def stop(mistake: str) -> NoReturn:
+    print(f"error: {mistake}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors and whose abbreviations are off."""
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
+        super().__init__(allow_abbrev=False, formatter_class=style, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `python {self.prog} --help`")
 
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="python, fineweb-edu, or a file or folder")
+    parser.add_argument("name", metavar="NAME",
+                        help="python, a file, a folder, fineweb-edu, or OWNER/NAME[:CONFIG] on the hub")
     parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding, a model's folder "
                                             "(default for python: bytes; else: gpt2)")
     parser.add_argument("--out", help="where to put it (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float,
                         help="share of documents (default: 0.05; fineweb-edu: 0.001)")
-    parser.add_argument("--max_tokens", type=float, default=float("inf"),
+    parser.add_argument("--max_tokens", type=float, default=math.inf,
                         help="stop after so many, for example 10.5e9")
     parser.add_argument("--field", help="where the text of a row is (default: text, or content)")
-    parser.add_argument("--encoding", help="of text without a byte-order mark (default: utf-8)")
-    parser.add_argument("--again", action="store_true", help="prepare anew what is at --out")
-    parser.add_argument("--verify", action="store_true",
-                        help="NAME is a prepared folder: compare its checksums")
     args = parser.parse_args()
-    if args.verify:
-        others = [f"--{name}" for name, value in vars(args).items()
-                  if name not in ("name", "verify") and value != parser.get_default(name)]
-        check(not others, f"--verify only reads: {', '.join(others)} would not be used")
-        Corpus(args.name).verify()
-        return print(f"{args.name}: every checksum matches")
     stem = Path(os.path.abspath(os.path.expanduser(args.name))).name.lstrip(".").split(".")[0]
     tokenizer = args.tokenizer or ("bytes" if args.name == "python" else "gpt2")
     val_fraction = args.val_fraction
     if val_fraction is None:
         val_fraction = 0.001 if args.name == "fineweb-edu" else 0.05
-    out = prepare(args.name, args.out or Path("data", stem), tokenizer, val_fraction,
-                  args.max_tokens, args.field, args.encoding, args.again)
+    out = prepare(args.name, args.out or Path("data", stem.partition(":")[0]), tokenizer,
+                  val_fraction, args.max_tokens, args.field)
     meta = Corpus(out).meta
     line = (f"{out}: {meta['documents']:,} documents, {meta['train']['tokens']:,} training and "
             f"{meta['val']['tokens']:,} validation tokens of {meta['tokenizer']}")
     if "bigram_entropy" in meta:
         line += f"; bigram entropy {meta['bigram_entropy']:.3f} nats"
-    print(line + say_unread(meta["unread"]))
+    print(line + say_skipped(meta.get("skipped", {})))
 
 if __name__ == "__main__":
     run(main)

@@ -1,4 +1,4 @@
-"""data.py: what goes in comes out, however it was sharded, interrupted or damaged on the way.
+"""Corpora, as data.py prepares and reads them: documents in, shards out, windows of tokens back.
 
     python -m pytest -q tests/test_data.py
 """
@@ -9,18 +9,16 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import PEAK, ROOT, assert_mistake, run_python, run_script
+from helpers import assert_mistake
 
 import data as D
+import train
 from data import Corpus, prepare, train_windows
 from model import UserError
 
@@ -40,9 +38,11 @@ def texts(n: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choices("abc de\nfé😀", k=rng.randrange(61))) for _ in range(n)]
 
 
-def source(documents: list):
-    """A stand-in for data.documents."""
-    return lambda name: iter(documents)
+
+def write_rows(path: Path, documents: list) -> str:
+    """A .jsonl file of these texts; returns its name."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return str(path)
 
 
 def split_of(number: int, val_fraction: float) -> str:
@@ -63,11 +63,11 @@ def stream(corpus: Corpus, split: str) -> list[int]:
     return corpus.read(split, 0, corpus.n_tokens(split)).tolist()
 
 
+
 def assert_holds(folder: Path, streams: dict[str, list[int]]) -> Corpus:
     corpus = Corpus(folder)
     for split in ("train", "val"):
         assert stream(corpus, split) == streams[split], split
-    corpus.verify()
     return corpus
 
 
@@ -76,100 +76,98 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokenizers
-
-
-def test_the_byte_tokenizer_is_utf8_and_one_end_of_text():
-    enc = D.get_tokenizer("bytes")
-    rng = random.Random(0)
-    anything = "".join(chr(c) for c in rng.choices([*range(0xD800), *range(0xE000, 0x110000)], k=3000))
-    for text in ("", "a", TEXT, " " * 1000, "\n\r\n" * 50, anything):
-        assert enc.encode_ordinary(text) == list(text.encode())
-        assert enc.encode_to_numpy(text, disallowed_special=()).tolist() == list(text.encode())
-        assert enc.decode(enc.encode_ordinary(text)) == text
-    assert (enc.n_vocab, enc.eot_token) == (257, 256)
-
-
-@pytest.mark.parametrize("name, said", [("cl100k", "did you mean 'cl100k_base'"), ("byte", "did you mean 'bytes'"),
-                                        ("qqqq", "'qqqq'.*bytes, .*gpt2")])
-def test_an_unknown_tokenizer_is_told_the_closest_name(name, said):
-    with pytest.raises(UserError, match=said):
-        D.get_tokenizer(name)
-
-
-@pytest.mark.parametrize("error", ["OSError", "requests.ConnectionError", "ValueError"])
-def test_a_tokenizer_that_cannot_be_downloaded_is_one_line_that_names_the_cache(error, monkeypatch):
-    kind = {"OSError": OSError, "ValueError": ValueError}.get(error)
-    kind = kind or pytest.importorskip("requests").ConnectionError
-
-    def fail(name):
-        raise kind("HTTPSConnectionPool: Max retries\nexceeded")
-    monkeypatch.setattr(D.tiktoken, "get_encoding", fail)
-    D.get_tokenizer.cache_clear()
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR") as e:
-        D.get_tokenizer("gpt2")
-    assert "\n" not in str(e.value) and "'gpt2'" in str(e.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # documents in
 
 
 def write_sources(folder: Path) -> list[str]:
-    """One file of each kind, and the documents they hold in the order of their names."""
-    pytest.importorskip("datasets")
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    """Files of each kind, and the documents they hold in the order of their names."""
     (folder / "sub").mkdir(parents=True)
     rows = [json.dumps({"id": i, "text": f"a{i} {TEXT}"}) + "\n" for i in range(3)]
-    (folder / "a.jsonl").write_text("".join(rows) + "\n")
+    (folder / "a.jsonl").write_text("".join(rows) + "\n", encoding="utf-8")
     with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": f"b{i} é\u2028"}, ensure_ascii=False) + "\n" for i in range(300))
-    (folder / "c.md").write_bytes(f"# c\r\n{TEXT}".encode())
-    pq.write_table(pa.table({"id": range(700), "text": [f"d{i} 東" for i in range(700)]}), folder / "d.parquet")
-    (folder / "e.py").write_bytes(b"e = 1\n")
+    (folder / "c.md").write_bytes(f"# c\r\n{TEXT}".encode("utf-8-sig"))        # the byte-order mark is no text
+    (folder / "e.PY").write_bytes(b"e = 1\n")
     (folder / "f.txt").write_bytes(b"")
-    (folder / "ignored.rst").write_text("not read")
-    (folder / "sub" / "g.txt").write_bytes("g \ufffd may stand in a text".encode())
+    with gzip.open(folder / "g.txt.gz", "wb") as f:
+        f.write("g packed é\n".encode())
+    (folder / "sub" / "h.txt").write_bytes("h \ufffd may stand in a text".encode())
+    (folder / "i.rst").write_text("another kind")
+    (folder / "j.txt").write_bytes("not UTF-8: é".encode("latin-1"))
+    (folder / ".k.txt").write_text("hidden")
     return [*(f"a{i} {TEXT}" for i in range(3)), *(f"b{i} é\u2028" for i in range(300)), f"# c\r\n{TEXT}",
-            *(f"d{i} 東" for i in range(700)), "e = 1\n", "g \ufffd may stand in a text"]
+            "e = 1\n", "g packed é\n", "h \ufffd may stand in a text"]
 
 
-def test_a_prepared_folder_holds_every_documents_bytes_and_an_end_each_in_order(tmp_path):
+def test_a_prepared_folder_holds_every_documents_bytes_and_an_end_each_and_a_line_says_what_was_skipped(
+        tmp_path, run_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     documents = write_sources(tmp_path / "texts")
-    folder = prepare(str(tmp_path / "texts"), tmp_path / "out", val_fraction=0.25)
-    corpus = assert_holds(folder, split_by_hand(documents, 0.25))
-    assert corpus.meta["documents"] == len(documents)
-    assert (corpus.tokenizer, corpus.vocab_size) == ("bytes", 257)
-    assert (corpus.meta["eot"], corpus.meta["dtype"]) == (256, "uint16")
-    assert sorted(contents(folder)) == ["meta.json", "train_00000.bin", "val_00000.bin"], "and nothing else lies there"
+    done = run_main(D, "texts", "--tokenizer=bytes", "--val_fraction=0.25")
+    assert done.status == 0 and done.out.endswith("; skipped: 1 .rst, 1 hidden, 1 not in UTF-8\n")
+    corpus = assert_holds(tmp_path / "data/texts", split_by_hand(documents, 0.25))
+    assert (corpus.meta["documents"], corpus.vocab_size, corpus.meta["eot"]) == (len(documents), 257, 256)
+    assert [*D.documents(str(tmp_path / "texts" / "a.jsonl"))] == documents[:3]     # one file is a source, too
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.md", "d.parquet", "e.py"])
-def test_a_single_file_is_a_source_too(name, tmp_path):
-    documents = write_sources(tmp_path / "texts")
-    assert list(D.documents(str(tmp_path / "texts" / name))) == [t for t in documents if t.strip("# ")[0] == name[0]]
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.arrow", "folder"])
+def test_all_other_formats_are_read_through_datasets(name, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    documents = [f"d{i} 東" for i in range(700)]
+    rows = datasets.Dataset.from_dict({"id": [*range(700)], "story": documents})
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        rows.to_parquet(path / "train.parquet")
+    elif name == "a.arrow":
+        rows.save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    else:
+        getattr(rows, f"to_{name[2:]}")(path)
+    with pytest.raises(UserError, match="no field text or content.* id, story.*--field"):
+        prepare(str(path), tmp_path / "out")
+    assert_holds(prepare(str(path), tmp_path / "out", field="story"), split_by_hand(documents, 0.05))
+
+
+def test_a_data_set_of_the_hub_is_streamed_by_its_name_and_its_configuration(tmp_path, monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "abc"}] * 5)
+    assert [*D.documents("fineweb-edu")] == [*D.documents("me/set")] == ["abc"] * 5
+    assert [(*a, k["name"]) for a, k in asked] == [("HuggingFaceFW/fineweb-edu", "sample-100BT"), ("me/set", None)]
+    assert all(k["streaming"] and k["split"] == "train" for _, k in asked)
+
+    def fail(*_, **__):
+        raise ConnectionError("Couldn't reach\nthe Hub")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match="datasets cannot read me/set .*Couldn't reach the Hub"):
+        prepare("me/set", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"text": 5}', "the field text holds int"), ('{"story": "a"}', "no field text or content .*story.*--field"),
+    ('{"text": "a', r"a\.jsonl:1 is no line of JSON")])
+def test_a_row_without_a_text_is_refused_by_the_name_of_the_file(content, said, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content + "\n")
+    with pytest.raises(UserError, match=said):
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_null_is_skipped_and_counted_and_half_of_a_surrogate_pair_is_replaced(tmp_path):
+    name = write_rows(tmp_path / "a.jsonl", ["a", None, "b \ud83d c", None, "d"])
+    folder = prepare(name, tmp_path / "out", val_fraction=0.1)
+    corpus = assert_holds(folder, split_by_hand(["a", "b \ufffd c", "d"], 0.1))
+    assert corpus.meta["skipped"] == {"rows without text": 2}
 
 
 def test_a_corpus_in_gpt2_tokens_equals_tiktokens_own(gpt2, tmp_path, small_shards):
-    documents = write_sources(tmp_path / "texts")
-    corpus = Corpus(prepare(str(tmp_path / "texts"), tmp_path / "out", "gpt2", val_fraction=0.1))
-    want: dict[str, list[int]] = {"train": [], "val": []}
+    documents = [TEXT, "", "<|endoftext|>", *texts(60)]
+    name = write_rows(tmp_path / "a.jsonl", documents)
+    corpus = Corpus(prepare(name, tmp_path / "out", "gpt2", val_fraction=0.2))
+    want = {"train": [], "val": []}
     for i, text in enumerate(documents):
-        want[split_of(i, 0.1)] += gpt2.encode_ordinary(text) + [50256]
-    assert all(stream(corpus, split) == want[split] for split in want)
-    both = stream(corpus, "train") + stream(corpus, "val")
-    assert both.count(50256) == len(documents), "a text that spells <|endoftext|> does not end its document"
-    assert "bigram_entropy" not in corpus.meta, "a table of 50257^2 would not fit"
-
-
-@pytest.mark.parametrize("n_vocab, dtype", [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
-def test_the_vocabulary_decides_the_width_of_a_stored_token(n_vocab, dtype, tmp_path, monkeypatch):
-    ranks = {bytes([i]): i for i in range(256)}
-    enc = D.tiktoken.Encoding("wide", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={D.EOT: n_vocab - 1})
-    monkeypatch.setattr(D, "get_tokenizer", lambda name: enc)
-    corpus = Corpus(prepare("x", tmp_path / "out", docs=source(["ab", "cd"])))
-    assert corpus.meta["dtype"] == dtype
-    assert stream(corpus, "train") == [99, 100, n_vocab - 1], "the largest id survives"
+        want[split_of(i, 0.2)] += [*gpt2.encode(text, disallowed_special=()), 50256]
+    assert {split: stream(corpus, split) for split in want} == want and corpus.vocab_size == 50257
 
 
 def long_text() -> str:
@@ -184,24 +182,6 @@ def pieces(tmp_path: Path, text: str) -> list[str]:
     return list(D.read_text(tmp_path / "long.txt"))
 
 
-def test_the_pieces_of_a_long_text_add_up_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "DOCUMENT_CHARS", 2000)
-    text = long_text()
-    cut = pieces(tmp_path, text)
-    assert "".join(cut) == text
-    assert len(cut) > 40 and max(map(len, cut)) <= 3 * 2000 and min(map(len, cut[:-1])) >= 2000
-    # a file with no newline at all: here the cuts are where they must be
-    line = "é" * 10_001
-    cut = pieces(tmp_path, line)
-    assert "".join(cut) == line and len(cut) >= 3 and max(map(len, cut)) <= 3 * 2000
-    # a line that is longer than a document should be but not twice as long stays whole
-    cut = pieces(tmp_path, ("word " * 500 + "end\n" + "and another line\n" * 20) * 5)
-    assert len(cut) == 6 and all(piece.endswith("\n") for piece in cut)
-    # Windows' line ends are no reason to wait for a place that never comes
-    assert {len(piece) for piece in pieces(tmp_path, "one line\r\n" * 1000)} == {2000}
-    assert pieces(tmp_path, "short\n") == ["short\n"] and pieces(tmp_path, "") == []
-
-
 @pytest.mark.parametrize("chars", [1000, 2000, 5000])
 def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "DOCUMENT_CHARS", chars)
@@ -213,279 +193,116 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_p
     assert together == gpt2.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("x.jsonl", b'{"text": "a"}\n{"txt": "a"}\n'), ("x.jsonl", b'{"text": "a"}\n{"text": '),
-    ("x.jsonl", b'{"text": "a"}\n["text"]\n'), ("x.jsonl", b'{"text": "a"}\nnull\n'), ("x.jsonl", b"[" * 99999),
-    ("x.jsonl", b'{"text": "a"}\n{"text": 5}\n'),
-    ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n'), ("x.jsonl.gz", b"not gzip"),
-    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100)[:40]), ("x.parquet", b"not parquet" * 10)], ids=str)
-def test_a_damaged_source_is_a_user_error_that_names_the_file(name, content, tmp_path):
-    if name.endswith("parquet"):
-        pytest.importorskip("datasets")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
-        prepare(str(tmp_path / name), tmp_path / "out")
-    assert not (tmp_path / "out" / "meta.json").exists()
-
-
-def test_a_gzip_file_with_flipped_bits_is_a_user_error(tmp_path):
-    rng = random.Random(0)
-    lines = "".join(json.dumps({"text": "".join(rng.choices("abcdefgh", k=80))}) + "\n" for _ in range(2000))
-    whole = gzip.compress(lines.encode())
-    for place in (100, 5000, len(whole) // 2, len(whole) - 5):        # the header of the stream, its data, its checksum
-        damaged = bytearray(whole)
-        damaged[place] ^= 0xFF
-        damaged[place + 1] ^= 0x5A
-        (tmp_path / "x.jsonl.gz").write_bytes(damaged)
-        with pytest.raises(UserError, match="x.jsonl.gz"):
-            list(D.documents(str(tmp_path / "x.jsonl.gz")))
-
-
-@pytest.mark.parametrize("spelt, read", [
-    (r"b\ud83d", "b\ufffd"), (r"\ud83dx", "\ufffdx"), (r"b\ude00c", "b\ufffdc"), (r"\ude00\ud83d", "\ufffd\ufffd"),
-    (r"\ud83d\ud83d\ude00", "\ufffd😀"), (r"\ud83d\ude00", "😀")], ids=ascii)
-def test_half_of_a_surrogate_pair_becomes_a_replacement_character(spelt, read, tmp_path):
-    """JSON can spell one though UTF-8 cannot: it must not end a preparation, nor take its neighbours along."""
-    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": "SPELT"}\n{"text": "c"}\n'.replace("SPELT", spelt))
-    assert list(D.documents(str(tmp_path / "x.jsonl"))) == ["a", read, "c"]
-    folder = prepare(str(tmp_path / "x.jsonl"), tmp_path / "out", val_fraction=0.5)
-    assert_holds(folder, split_by_hand(["a", read, "c"], 0.5))
-
-
-@pytest.mark.parametrize("where", [0, 2, 4])
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_a_null_among_the_texts_is_passed_over_and_does_not_end_the_corpus(kind, where, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "BATCH_DOCUMENTS", 2)
-    values = [f"{i}" for i in range(6)]
-    values[where] = None
-    path = tmp_path / f"x.{kind}"
-    if kind == "parquet":
-        pytest.importorskip("datasets")
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        pq.write_table(pa.table({"text": values}), path)
-    else:
-        with (gzip.open if kind == "jsonl.gz" else open)(path, "wt") as f:
-            f.writelines(json.dumps({"text": v}) + "\n" for v in values)
-    folder = prepare(str(path), tmp_path / "out", val_fraction=0.5)
-    assert_holds(folder, split_by_hand([v for v in values if v is not None], 0.5))
-
-
-@pytest.mark.parametrize("name", ["nosuchpath", "an_empty_folder", "x.rst"])
-def test_a_source_without_texts_is_a_user_error_that_names_it(name, tmp_path):
-    (tmp_path / "an_empty_folder").mkdir()
-    (tmp_path / "x.rst").write_text("text\n")
-    with pytest.raises(UserError, match=name):
-        prepare(str(tmp_path / name), tmp_path / "out")
+@pytest.mark.parametrize("documents, settings, said", [
+    (["", "", ""], {}, "3 documents are all empty"), (["abc"], {}, "1 documents are too few"),
+    (["a", ""], {}, "too few"),
+    (["a" * 30, "b" * 30], {"max_tokens": 20}, "--max_tokens=20 ends with the first document"),
+    (["a", "b"], {"val_fraction": 0.6}, "val_fraction=0.6"), (["a", "b"], {"max_tokens": 0}, "max_tokens=0"),
+])
+def test_a_corpus_without_text_in_both_splits_is_refused_and_leaves_nothing(documents, settings, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        prepare(write_rows(tmp_path / "a.jsonl", documents), tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_corpus_without_a_training_split_is_refused(tmp_path):
-    with pytest.raises(UserError, match="train"):
-        prepare("one", tmp_path / "out", docs=source(["only one document"]))
-    assert not (tmp_path / "out" / "meta.json").exists()
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 0.6, 1])
-def test_a_validation_fraction_outside_its_range_is_refused(fraction, tmp_path):
-    with pytest.raises(UserError, match="val_fraction"):
-        prepare("x", tmp_path / "out", val_fraction=fraction, docs=source(texts(10)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FineWeb-Edu's way in, with a file in the place of the network
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub whose data set is rows.parquet and whose newest revision is `hub.sha`; and what was asked of it."""
-    datasets, huggingface_hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
-    load, it = datasets.load_dataset, SimpleNamespace(sha="abc", asked=[], path=tmp_path / "rows.parquet")
-
-    def load_dataset(path, split, streaming, **options):
-        it.asked.append((path, options))
-        return load("parquet", data_files=str(it.path), split=split, streaming=streaming)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha=it.sha))
-    return it
-
-
-def write_parquet(path: Path, values: list[str]) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    pq.write_table(pa.table({"text": values, "score": range(len(values))}), path, row_group_size=7)
-    return path
-
-
-def test_fineweb_edu_is_streamed_into_a_corpus_that_stops_at_a_documents_end(hub, tmp_path, small_shards):
-    documents = [f"document {i}: {TEXT}" for i in range(60)]
-    write_parquet(hub.path, documents)
-    lengths = np.cumsum([len(text.encode()) + 1 for text in documents])
-    limit = int(lengths[30]) + 5                                     # in the middle of document 31, which is the last
-    folder = prepare("fineweb-edu", tmp_path / "out", val_fraction=0.1, max_tokens=limit)
-    assert hub.asked == [("HuggingFaceFW/fineweb-edu", {"name": "sample-100BT", "revision": "abc"})]
-    corpus = assert_holds(folder, split_by_hand(documents[:32], 0.1))
-    assert limit <= corpus.n_tokens("train") + corpus.n_tokens("val") == lengths[31]
 
 
 @pytest.mark.parametrize("limit, kept", [(31, 2), (60, 2), (61, 3), (90, 3), (10_000, 20)])
 def test_max_tokens_is_reached_by_the_fewest_whole_documents(limit, kept, tmp_path, monkeypatch):
-    documents = ["x" * 29] * 20                                      # 30 tokens each with the end
-    for batch in (1, 2, 400):
-        monkeypatch.setattr(D, "BATCH_DOCUMENTS", batch)
-        folder = prepare("x", tmp_path / f"{batch}", val_fraction=0.5, max_tokens=limit, docs=source(documents))
-        assert Corpus(folder).meta["documents"] == kept
+    monkeypatch.setattr(D, "BATCH_DOCUMENTS", 4)
+    name = write_rows(tmp_path / "a.jsonl", ["a" * 29] * 20)                     # 30 tokens each
+    assert Corpus(prepare(name, tmp_path / "out", max_tokens=limit)).meta["documents"] == kept
 
 
-def test_a_data_set_of_another_revision_is_another_corpus(hub, tmp_path):
-    write_parquet(hub.path, ["a", "b", "c"])
-    prepare("fineweb-edu", tmp_path / "out")
-    prepare("fineweb-edu", tmp_path / "out")
-    hub.sha = "def"
-    with pytest.raises(UserError, match="fineweb-edu was before it changed.*--again"):
-        prepare("fineweb-edu", tmp_path / "out")
+@pytest.mark.parametrize("arguments, culprit", [
+    (["nosuchpath"], "nosuchpath"), (["x.rst"], ".txt .md .py .jsonl"), (["latin"], "1 not in UTF-8"),
+    (["half.txt.gz"], "half.txt.gz is damaged"),
+    (["a.jsonl", "--tokenizer=bytes", "--out=a.jsonl"], "a.jsonl"), (["a.jsonl", "--fields=x"], "--fields"),
+    ([], "NAME"),
+])
+def test_a_mistake_is_one_line_and_status_2(arguments, culprit, tmp_path, monkeypatch, run_main):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", ["a", "b", "c"])
+    (tmp_path / "x.rst").write_text("x")
+    (tmp_path / "half.txt.gz").write_bytes(gzip.compress(b"text" * 999)[:-9])
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin/a.txt").write_bytes(b"\xe9")
+    assert_mistake(run_main(D, *arguments), culprit)
 
-
-@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach\nthe Hub"), ValueError("no such config")], ids=str)
-def test_a_hub_that_cannot_be_reached_is_one_line_and_what_was_read_before_stays(error, hub, tmp_path, monkeypatch,
-                                                                                 small_shards):
-    documents = texts(300)
-    write_parquet(hub.path, documents)
-    load = D.load_rows
-
-    def breaks(*args, **options):
-        yield from itertools.islice(load(*args, **options), 200)
-        with monkeypatch.context() as m:
-            m.setattr(sys.modules["datasets"], "load_dataset", lambda *args, **options: (_ for _ in ()).throw(error))
-            yield from load(*args, **options)
-    with monkeypatch.context() as m:
-        m.setattr(D, "load_rows", breaks)
-        with pytest.raises(UserError, match="HuggingFaceFW/fineweb-edu.*resumes") as e:
-            prepare("fineweb-edu", tmp_path / "out", val_fraction=0.1)
-    assert "\n" not in str(e.value)
-    assert json.loads((tmp_path / "out" / "progress.json").read_text())["documents"] > 100
-    assert_holds(prepare("fineweb-edu", tmp_path / "out", val_fraction=0.1), split_by_hand(documents, 0.1))
-
-
-def test_a_hub_that_does_not_answer_at_all_is_one_line(hub, tmp_path, monkeypatch):
-    def fail(name):
-        raise RuntimeError("offline\nmode")
-    monkeypatch.setattr(sys.modules["huggingface_hub"], "dataset_info", fail)
-    with pytest.raises(UserError, match="HuggingFaceFW/fineweb-edu") as e:
-        prepare("fineweb-edu", tmp_path / "out")
-    assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# interruption, resumption, memory
+# interrupted, repeated, changed
 
 
 class PowerCut(Exception):
     pass
 
 
-def cut_after(n: int, documents: list[str], error: BaseException):
-    def docs(name):
-        yield from documents[:n]
-        raise error
-    return docs
-
-
-def test_an_interrupted_preparation_goes_on_to_the_very_same_files(tmp_path, small_shards):
-    documents = texts(300)
-    whole = contents(prepare("x", tmp_path / "whole", val_fraction=0.1, docs=source(documents)))
+def test_an_interrupted_preparation_goes_on_to_the_very_same_files(tmp_path, small_shards, monkeypatch):
+    name = write_rows(tmp_path / "a.jsonl", texts(300))
+    whole = contents(prepare(name, tmp_path / "whole", val_fraction=0.1))
     assert len(whole) > 10, "many shards"
-    covered = 0
+    read, covered = D.read_source, 0
     for n in (0, 3, 50, 51, 140, 299):
+        def cut(found, n=n):
+            yield from itertools.islice(read(found), n)
+            raise PowerCut()
+        monkeypatch.setattr(D, "read_source", cut)
         with pytest.raises(PowerCut):
-            prepare("x", tmp_path / "out", val_fraction=0.1, docs=cut_after(n, documents, PowerCut()))
-        assert not (tmp_path / "out" / "meta.json").exists(), "an unfinished corpus has no header"
+            prepare(name, tmp_path / "out", val_fraction=0.1)
         with pytest.raises(UserError, match="no prepared corpus"):
-            Corpus(tmp_path / "out")
+            Corpus(tmp_path / "out")                                 # an unfinished corpus has no header
         progress = tmp_path / "out" / "progress.json"
         before, covered = covered, json.loads(progress.read_text())["documents"] if progress.exists() else 0
         assert before <= covered <= n
-        documents[:covered] = ["changed, and nobody notices"] * covered          # what is done is not read again
     assert covered > 200
-    assert contents(prepare("x", tmp_path / "out", val_fraction=0.1, docs=source(documents))) == whole
+    monkeypatch.setattr(D, "read_source", read)
+    assert contents(prepare(name, tmp_path / "out", val_fraction=0.1)) == whole
 
 
-def test_interrupting_the_writing_of_a_shard_or_a_header_leaves_a_resumable_folder(tmp_path, small_shards, monkeypatch):
-    documents = texts(200)
-    whole = contents(prepare("x", tmp_path / "whole", val_fraction=0.1, docs=source(documents)))
-    replace, left = os.replace, 0
+def test_a_full_disk_leaves_a_folder_that_can_be_resumed(tmp_path, small_shards, monkeypatch):
+    name = write_rows(tmp_path / "a.jsonl", texts(200))
+    whole = contents(prepare(name, tmp_path / "whole"))
+    replace, left = D.os.replace, 0
 
     def fails(a, b):
         nonlocal left
-        if left == 0:
-            raise OSError(28, "No space left on device")
         left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
         replace(a, b)
     monkeypatch.setattr(D.os, "replace", fails)
-    for renames in (0, 1, 3, 4, 8):                    # so many happen, and the next does not
-        left = renames
-        with pytest.raises(UserError, match="No space left.*resumes"):
-            prepare("x", tmp_path / "out", val_fraction=0.1, docs=source(documents))
+    for left in (0, 1, 3, 8):                                        # so many renames happen, and the next does not
+        with pytest.raises(OSError):
+            prepare(name, tmp_path / "out")
     monkeypatch.setattr(D.os, "replace", replace)
-    assert contents(prepare("x", tmp_path / "out", val_fraction=0.1, docs=source(documents))) == whole
+    assert contents(prepare(name, tmp_path / "out")) == whole
 
 
-def test_a_network_error_in_the_stream_is_a_user_error_and_the_next_call_resumes(tmp_path, small_shards):
-    documents = texts(100)
-    with pytest.raises(UserError, match="resumes"):
-        prepare("x", tmp_path / "out", docs=cut_after(70, documents, ConnectionError("reset by peer")))
-    assert_holds(prepare("x", tmp_path / "out", docs=source(documents)), split_by_hand(documents, 0.05))
-
-
-def test_a_finished_corpus_is_not_prepared_again(tmp_path):
-    prepare("x", tmp_path / "out", docs=source(texts(50)))
+def test_a_finished_corpus_is_not_prepared_again_and_one_of_another_request_is_refused(tmp_path, gpt2):
+    name = write_rows(tmp_path / "a.jsonl", texts(50))
+    prepare(name, tmp_path / "out")
     before = contents(tmp_path / "out")
-    prepare("x", tmp_path / "out", docs=cut_after(0, [], PowerCut()))
+    prepare(name, tmp_path / "out")
+    other = write_rows(tmp_path / "b.jsonl", texts(50))
+    for source, settings, said in [(other, {}, "source"), (name, {"val_fraction": 0.2}, "=0.05, now 0.2"),
+                                   (name, {"max_tokens": 1e6}, "max_tokens"),
+                                   (name, {"tokenizer": "gpt2"}, "tokenizer"),
+                                   (name, {"field": "text"}, "field")]:
+        with pytest.raises(UserError, match=f"holds another corpus .*{said}.*choose another --out"):
+            prepare(source, tmp_path / "out", **settings)
+    write_rows(tmp_path / "a.jsonl", texts(51))
+    with pytest.raises(UserError, match=r"bytes=\d+, now \d+"):
+        prepare(name, tmp_path / "out")
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("other", [dict(source="y"), dict(val_fraction=0.2), dict(max_tokens=1e6),
-                                   dict(tokenizer="gpt2")], ids=str)
-def test_other_settings_for_the_same_folder_are_refused(other, finished, tmp_path, small_shards, request):
-    if "tokenizer" in other:
-        request.getfixturevalue("gpt2")
-    settings = dict(source="x", out=tmp_path / "out")
-    if finished:
-        prepare(**settings, docs=source(texts(100)))
-    else:
-        with pytest.raises(PowerCut):
-            prepare(**settings, docs=cut_after(90, texts(100), PowerCut()))
-    before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="other settings"):
-        prepare(**(settings | other), docs=source(texts(100)))
-    assert contents(tmp_path / "out") == before
+def test_the_python_corpus_is_the_one_of_the_recorded_experiments():
+    folder = Path(D.__file__).parent / "data/python"
+    if not (folder / "meta.json").exists() or torch.__version__.split("+")[0] != "2.13.0":
+        pytest.skip("data/python is not prepared, or from another torch")
+    assert train.checksum(Corpus(folder)) == 3102562760
 
-
-def test_a_damaged_progress_file_is_a_user_error_that_names_its_place(tmp_path, small_shards):
-    with pytest.raises(PowerCut):
-        prepare("x", tmp_path / "out", docs=cut_after(90, texts(100), PowerCut()))
-    progress = tmp_path / "out" / "progress.json"
-    for damage in (progress.read_text()[:20], "", "[]", "{}"):
-        progress.write_text(damage)
-        with pytest.raises(UserError, match=str(tmp_path / "out")):
-            prepare("x", tmp_path / "out", docs=source(texts(100)))
-
-
-def test_preparing_a_file_of_60_megabytes_takes_far_less_memory_than_that(tmp_path):
-    """In a process of its own, since a peak cannot be measured twice; the peak before is that of importing torch."""
-    with open(tmp_path / "big.txt", "w") as f:
-        f.writelines(f"line {i:02} of a large file, which is to be read piece by piece\n" * (1_000_000 // 60)
-                     for i in range(60))
-    program = (PEAK + "import sys, data\n"
-               "data.SHARD_TOKENS, data.BATCH_DOCUMENTS = 1 << 18, 4\n"
-               "before = peak()\n"
-               "data.prepare(sys.argv[1], sys.argv[2])\n"
-               "print(peak() - before)\n")
-    done = run_python("-c", program, tmp_path / "big.txt", tmp_path / "out", cwd=ROOT)
-    assert done.status == 0, done.err
-    assert (tmp_path / "big.txt").stat().st_size > 58e6
-    assert Corpus(tmp_path / "out").n_tokens("train") > 55e6
-    assert int(done.out) < 30e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,7 +311,7 @@ def test_preparing_a_file_of_60_megabytes_takes_far_less_memory_than_that(tmp_pa
 
 @pytest.fixture
 def corpus(tmp_path, small_shards) -> Corpus:
-    return Corpus(prepare("x", tmp_path / "corpus", val_fraction=0.1, docs=source(texts(400))))
+    return Corpus(prepare(write_rows(tmp_path / "a.jsonl", texts(400)), tmp_path / "corpus", val_fraction=0.1))
 
 
 def test_reading_across_shards_equals_slicing_the_whole(corpus):
@@ -571,12 +388,6 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(corpus):
     assert len(batches[0]) == per_step and all(batch == batches[0] for batch in batches)
 
 
-def test_a_step_has_as_many_tokens_at_any_context_length(corpus):
-    for T in (8, 16, 64, 128):
-        windows = train_windows(0, 2, 512 // T, corpus.n_windows("train", T))
-        assert corpus.batch("train", windows, T)[0].numel() == 512
-
-
 def test_evaluation_windows_are_distinct_and_spread_over_the_whole_split():
     for count, n in ((1, 5), (4, 17), (5, 5), (9, 5), (50, 1000)):
         windows = D.eval_windows(count, n)
@@ -597,7 +408,7 @@ def brute_force_entropy(tokens: list[int]) -> float:
 
 def test_bigram_entropy_equals_a_double_loop(tmp_path):
     documents = texts(60)
-    meta = Corpus(prepare("x", tmp_path / "out", val_fraction=0.1, docs=source(documents))).meta
+    meta = Corpus(prepare(write_rows(tmp_path / "a.jsonl", documents), tmp_path / "out", val_fraction=0.1)).meta
     want = brute_force_entropy(split_by_hand(documents, 0.1)["train"])
     assert meta["bigram_entropy"] == pytest.approx(want, rel=1e-12) and 0.5 < want < 3
 
@@ -617,87 +428,30 @@ def test_bigram_entropy_of_simple_chains_is_known(tmp_path):
     assert D.bigram_entropy(tmp_path, meta) == pytest.approx(want, rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# damage, and the command line
-
-
-def test_a_missing_corpus_is_a_user_error_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(UserError, match="nothing_here.*data.py"):
-        Corpus(tmp_path / "nothing_here")
-
-
-def header(**changes) -> str:
-    whole = {"tokenizer": "bytes", "vocab_size": 257, "dtype": "uint16", "train": {"shards": []}, "val": {"shards": []}}
-    return json.dumps(whole | changes)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "{}", header(dtype="float99"), header(train={})])
-def test_a_damaged_header_is_a_user_error(text, corpus):
-    (corpus.folder / "meta.json").write_text(text)
-    with pytest.raises(UserError, match="meta.json"):
-        Corpus(corpus.folder)
-
-
-def test_a_header_cut_short_anywhere_is_a_user_error(corpus):
-    whole = (corpus.folder / "meta.json").read_text()
-    for n in range(0, len(whole) - 1, 97):
-        (corpus.folder / "meta.json").write_text(whole[:n])
-        with pytest.raises(UserError, match="meta.json"):
+def test_a_missing_corpus_or_a_truncated_shard_is_refused_by_name(corpus, tmp_path):
+    with pytest.raises(UserError, match=f"no prepared corpus at {tmp_path}.*python data.py"):
+        Corpus(tmp_path)
+    shard = corpus.folder / "train_00001.bin"
+    for content in (shard.read_bytes()[:-2], b""):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match="train_00001.bin is not the file of"):
             Corpus(corpus.folder)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b + b"\0\0",
-                                    None], ids=["short", "half", "empty", "long", "missing"])
-def test_a_shard_that_is_not_as_long_as_the_header_says_is_refused_by_name(damage, corpus):
-    path = corpus.folder / "train_00003.bin"
-    if damage:
-        path.write_bytes(damage(path.read_bytes()))
-    else:
-        path.unlink()
-    with pytest.raises(UserError, match="train_00003.bin"):
-        Corpus(corpus.folder)
+@pytest.mark.parametrize("fraction", [0.5, 0.4, 0.3, 0.1, 0.05, 0.001])
+def test_the_share_of_validation_is_the_one_asked_for(fraction):
+    n = 100_000
+    chosen = [i for i in range(n) if D.is_validation(i, fraction)]
+    sigma = (n * fraction * (1 - fraction)) ** 0.5
+    assert abs(len(chosen) - n * fraction) < 4 * sigma
+    for period in (2, 3, 5, 20):                             # sources that take turns are in it alike
+        for turn in range(period):
+            mine = [i for i in chosen if i % period == turn]
+            assert abs(len(mine) - len(chosen) / period) < 4 * (len(chosen) / period) ** 0.5 + 1
 
 
-def test_verification_finds_a_single_flipped_bit(corpus):
-    corpus.verify()
-    for name in ("train_00002.bin", "val_00000.bin"):
-        path = corpus.folder / name
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[len(whole) // 2] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=name):
-            Corpus(corpus.folder).verify()
-        path.write_bytes(whole)
-    Corpus(corpus.folder).verify()
-
-
-def test_the_commands_of_the_docstring_prepare_and_verify(tmp_path, monkeypatch, run_main):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_texts").mkdir()
-    for i in range(30):
-        (tmp_path / "my_texts" / f"{i:02}.txt").write_text(f"text {i}\n")
-    status, out, err = run_main(D, "my_texts/", "--tokenizer", "bytes")
-    assert status == 0 and "30 documents" in out, err
-    assert_holds(tmp_path / "data" / "my_texts", split_by_hand([f"text {i}\n" for i in range(30)], 0.05))
-    status, out, err = run_main(D, "data/my_texts", "--verify")
-    assert status == 0 and "matches" in out, err
-    with open("data/my_texts/train_00000.bin", "r+b") as f:
-        f.write(b"\xff")
-    assert_mistake(run_main(D, "data/my_texts", "--verify"), "train_00000.bin")
-
-
-@pytest.mark.parametrize("arguments, culprit", [
-    (["--verify", "nowhere"], "nowhere"), (["x.txt", "--tokenizer", "byts"], "'bytes'"), ([], "NAME"),
-    (["x.txt", "--max_tokens", "many"], "--max_tokens"), (["x.txt", "--max", "5"], "--max"),
-    (["x.txt", "--tokenizer", "bytes", "--val_fraction", "0.9"], "val_fraction")], ids=str)
-def test_bad_arguments_are_one_line_and_status_2(arguments, culprit, tmp_path, monkeypatch, run_main):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.txt").write_text("text\n")
-    assert_mistake(run_main(D, *arguments), culprit)
-
-
-def test_a_mistyped_name_exits_with_2_and_one_line(tmp_path):
-    outcome = run_script("data.py", "nosuchpath", "--tokenizer", "bytes", cwd=tmp_path)
-    assert_mistake(outcome, "nosuchpath")
-    assert outcome.out == ""
+def test_a_larger_share_has_all_documents_of_a_smaller_one_and_two_are_enough():
+    small = {i for i in range(5000) if D.is_validation(i, 0.05)}
+    assert small < {i for i in range(5000) if D.is_validation(i, 0.3)}
+    for fraction in (1e-9, 0.001, 0.5):
+        assert [D.is_validation(i, fraction) for i in range(2)] == [True, False]

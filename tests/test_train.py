@@ -1,22 +1,18 @@
 """train.py against what can be worked out without it: hand arithmetic, float64, plain loops.
 
-    python -m pytest -q tests/test_train.py                    # two minutes on two cores, no download
-    python -m pytest -q tests/test_train.py -k "compile"       # the slow ones
+    python -m pytest -q tests/test_train.py                    # no download
 """
 import ast
-import errno
-import gc
 import json
 import math
 import os
 import re
 import shutil
-import signal
+import subprocess
 import sys
-import weakref
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,64 +128,6 @@ def spy_on_steps(monkeypatch, look):
     return seen
 
 
-def test_two_checkpoints_are_never_in_memory_at_once(begin, monkeypatch):
-    """Of a large model each takes 12 bytes per parameter of the host's memory."""
-    alive, taken, snapshot = [], [], train.snapshot
-
-    def watched(*args):
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in taken))
-        saved = snapshot(*args)
-        taken.extend(weakref.ref(w) for w in saved["model"].values())
-        return saved
-    monkeypatch.setattr(train, "snapshot", watched)
-    begin(**TINY | dict(max_steps=4, save_interval=1))
-    assert alive == [0, 0, 0, 0] and len(taken) > 4
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_snapshot_takes_the_host_memory_that_the_plan_says(tied):
-    c = TrainConfig(**TINY | {"vocab_size": VOCAB, "tie_embeddings": tied})
-    here = train.Process(0, 1, torch.device("cpu"), torch.float32)
-    model, _ = train.build(c, here)
-    optimizer = train.make_optimizer(model, c)
-    idx = torch.randint(VOCAB, (2, c.block_size))
-    train.gradients(model, [(idx, idx)], torch.float32, stats=False)
-    optimizer.step()
-    saved = train.snapshot(c, 1, "bytes", model, optimizer, rank=0)
-    moments = [value for of_one in saved["optimizer"].values() for name, value in of_one.items() if name != "step"]
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*saved["model"].values(), *moments]}
-    assert sum(sizes.values()) == 12 * sum(p.numel() for p in model.parameters())
-    assert saved["model"].keys() == model.state_dict().keys()
-    large = replace(c, n_embd=2048, vocab_size=50304)
-    said, = re.findall(r"host memory +([\d.]+) GB", train.plan(large, 1, 0.5))
-    assert float(said) == round(12 * train.bare(large).count_parameters()["total"] / 1e9, 1) > 1
-
-
-def test_fsdp_shards_on_the_device_of_the_run_whatever_torch_sees(monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "init_device_mesh", lambda *where: where)
-    monkeypatch.setattr(train, "fully_shard", lambda module, mesh, **_: asked.append(mesh))
-    c = TrainConfig(**TINY | {"vocab_size": VOCAB})
-    train.shard(train.bare(c), train.Process(0, 2, torch.device("cpu"), torch.float32))
-    assert asked == [("cpu", (2,))] * (c.n_layer + 1)
-
-
-@pytest.mark.parametrize("card, tera", [
-    ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
-    ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
-    ("AMD Instinct MI300X", 1307), ("NVIDIA A10G", None),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None), ("NVIDIA H100 NVL", 835),
-    ("NVIDIA H200 NVL", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 D", None),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
-def test_the_peak_of_a_card_is_its_data_sheets_and_of_others_measured(card, tera, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
-    monkeypatch.setattr(train, "gemm_rate", lambda *_: 1.0)
-    cuda = torch.device("cuda", 0)
-    assert train.peak_flops(cuda, torch.bfloat16) == (tera * 1e12 if tera else 1.0)
-    assert train.peak_flops(cuda, torch.float32) == 1.0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # settings
 
@@ -209,12 +147,6 @@ def test_config_files_override_defaults_in_order_and_the_command_line_overrides_
     assert (c.n_embd, c.max_steps) == (32, 9)                        # the files' order decides, wherever -- stands
 
 
-def test_without_arguments_every_setting_has_its_default():
-    c, _ = load_settings([])
-    want = {f.name: f.default for f in fields(TrainConfig)} | {"out_dir": "out/run", "n_kv_head": 4, "ffn_hidden": 512}
-    assert vars(c) == want
-
-
 def test_a_config_starts_from_its_base_which_lies_beside_it(tmp_path, monkeypatch):
     (tmp_path / "family").mkdir()
     write(tmp_path / "family" / "root.py", "n_layer = 3\nn_embd = 32\nmax_steps = 5")
@@ -231,68 +163,34 @@ def test_out_dir_is_named_after_the_last_config_unless_it_is_given(tmp_path):
     assert load_settings([a, b, "--out_dir=elsewhere"])[0].out_dir == "elsewhere"
 
 
-@pytest.mark.parametrize("text, name, want", [
-    ("1e6", "max_steps", 1_000_000), ("9007199254740993", "max_steps", 9007199254740993), ("1", "learning_rate", 1.0),
-    ("3e-4", "learning_rate", 3e-4), ("true", "tie_embeddings", True), ("False", "tie_embeddings", False),
-    ("auto", "compile", None), ("true", "compile", True), ("false", "compile", False), ("7", "data", "7"),
+@pytest.mark.parametrize("name, text, python, want", [
+    ("max_steps", "1e6", "1e6", 1_000_000), ("learning_rate", "1", "1", 1.0), ("tie_embeddings", "true", "True", True),
+    ("compile", "auto", "None", None), ("compile", "false", "False", False), ("data", "7", "'7'", "7"),
 ])
-def test_a_value_on_the_command_line_takes_the_type_of_its_setting(text, name, want):
-    got = getattr(load_settings([f"--{name}={text}"])[0], name)
-    assert got == want and type(got) is type(want)                   # an odd integer above 2^53 must not pass by float
+def test_a_value_takes_the_type_of_its_setting(tmp_path, name, text, python, want):
+    for argument in (f"--{name}={text}", write(tmp_path / "c.py", f"{name} = {python}")):
+        got = getattr(load_settings([argument])[0], name)
+        assert got == want and type(got) is type(want)
 
 
-@pytest.mark.parametrize("text, name, want", [
-    ("1e6", "max_steps", 1_000_000), ("1", "learning_rate", 1.0), ("True", "tie_embeddings", True),
-    ("None", "compile", None), ("'auto'", "compile", None), ("False", "compile", False), ("'there'", "data", "there"),
+@pytest.mark.parametrize("name, text, python", [
+    ("n_layer", "2.5", "2.5"), ("n_layer", "many", "True"), ("n_layer", "1e400", "[3]"),
+    ("learning_rate", "nan", "None"), ("learning_rate", "fast", "'fast'"), ("tie_embeddings", "1", "1"),
+    ("compile", "maybe", "'maybe'"),
 ])
-def test_a_value_in_a_config_takes_the_type_of_its_setting(tmp_path, text, name, want):
-    got = getattr(load_settings([write(tmp_path / "c.py", f"{name} = {text}")])[0], name)
-    assert got == want and type(got) is type(want)
-
-
-@pytest.mark.parametrize("text, name", [
-    ("2.5", "n_layer"), ("many", "n_layer"), ("1e400", "n_layer"), ("", "n_layer"), ("nan", "learning_rate"),
-    ("inf", "learning_rate"), ("fast", "learning_rate"), ("1", "tie_embeddings"), ("maybe", "compile"),
-])
-def test_an_ill_typed_value_on_the_command_line_is_refused_by_name(text, name):
-    with pytest.raises(UserError, match=f"command line.*{name}"):
+def test_a_value_of_the_wrong_type_is_refused_by_name(tmp_path, name, text, python):
+    with pytest.raises(UserError, match=f"command line: {name}="):
         load_settings([f"--{name}={text}"])
+    with pytest.raises(UserError, match=f"c.py: {name}="):
+        load_settings([write(tmp_path / "c.py", f"{name} = {python}")])
 
 
-@pytest.mark.parametrize("text, name", [
-    ("2.5", "n_layer"), ("True", "n_layer"), ("[3]", "n_layer"), ("None", "n_layer"), ("'fast'", "learning_rate"),
-    ("float('nan')", "learning_rate"), ("False", "learning_rate"), ("1", "tie_embeddings"), ("3", "data"),
-])
-def test_an_ill_typed_value_in_a_config_is_refused_by_name(tmp_path, text, name):
-    path = write(tmp_path / "c.py", f"{name} = {text}")
-    with pytest.raises(UserError, match=f"c.py.*{name}"):
-        load_settings([path])
-
-
-@pytest.mark.parametrize("given, closest", [
-    ("--learning_rat=1", "learning_rate"), ("-learning_rat=1", "learning_rate"),
-    ("--learnin_rate", "learning_rate"),                             # an abbreviation is unknown as well
-    ("--bench", None), ("--qqqqqq=1", None),
-])
-def test_an_unknown_setting_on_the_command_line_is_refused_with_the_closest_name(given, closest):
-    with pytest.raises(UserError, match=f"^command line: no setting {given.strip('-').split('=')[0]!r}") as refused:
-        load_settings([given])
-    if closest:
-        assert f"did you mean {closest!r}?" in str(refused.value)
-    else:
-        assert "did you mean" not in str(refused.value)              # nothing is close
-
-
-@pytest.mark.parametrize("given", ["-out_dir=elsewhere", "-compile=true", "--out_dir elsewhere --seed 1 -seed=2"])
-def test_a_setting_with_one_dash_is_refused_by_name_and_does_not_pass_in_silence(given):
-    with pytest.raises(UserError, match=f"{given.split()[-1]}: settings are given as --name=value"):
-        load_settings(given.split())
-
-
-def test_an_unknown_setting_in_a_config_is_refused_with_the_closest_name(tmp_path):
-    path = write(tmp_path / "c.py", "learning_rat = 1")
-    with pytest.raises(UserError, match="c.py.*'learning_rat'.*'learning_rate'"):
-        load_settings([path])
+def test_an_unknown_setting_is_refused_with_the_closest_name(tmp_path):
+    for argument in ("--learning_rat=1", "-learning_rat=1", write(tmp_path / "c.py", "learning_rat = 1")):
+        with pytest.raises(UserError, match="no setting 'learning_rat', did you mean 'learning_rate'"):
+            load_settings([argument])
+    with pytest.raises(UserError, match="-seed=2: settings are given as --name=value"):
+        load_settings(["-seed=2"])                                   # must not pass in silence
 
 
 @pytest.mark.parametrize("name, value", [
@@ -305,89 +203,30 @@ def test_a_value_out_of_range_is_refused_by_name(name, value):
         TrainConfig(**{name: value})
 
 
-@pytest.mark.parametrize("text", ["raise ValueError('no')", "n_layer = [", "n_layer = 1 / 0", "n_layer = len(PEAK)",
-                                  "import sys; sys.exit(3)", "base = 'nowhere.py'", "base = 3",
-                                  "base = 'broken.py'"])
+@pytest.mark.parametrize("text", ["raise ValueError('no')", "n_layer = [", "n_layer = 1 / 0", "max_steps == 3",
+                                  "import sys; sys.exit(3)", "base = 'nowhere.py'", "n_layer: 3"])
 def test_whatever_is_wrong_in_a_config_is_one_line_that_names_a_file(tmp_path, text):
-    with pytest.raises(UserError, match=r"(broken|nowhere)\.py") as refused:      # the last one is its own base
+    with pytest.raises(UserError, match=r"(broken|nowhere)\.py") as refused:
         load_settings([write(tmp_path / "broken.py", text)])
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text, assigned", [
-    ("max_steps: 3", "max_steps = 3"), ("if True:\n    n_layer: sixteen", "n_layer = sixteen"),
-    ("max_stepz: 3", "max_stepz = 3"), ("max_steps == 3", "one ="),
-])
-def test_an_annotation_in_a_config_is_refused_with_the_assignment_that_was_meant(tmp_path, text, assigned):
-    with pytest.raises(UserError, match=f"c.py, line [12]: .* write {assigned}$"):
-        load_settings([write(tmp_path / "c.py", text)])
-
-
-@pytest.mark.parametrize("name, text", [("c.yaml", "n_layer: 3"), ("c.yml", "n_layer: 3"), ("c.json", '{"n_layer": 3}'),
-                                        ("c.toml", "n_layer = 3")])
-def test_a_config_of_another_format_is_refused(tmp_path, name, text):
-    with pytest.raises(UserError, match=f"{name}: a config is a Python file, NAME.py, .* n_layer = 16"):
-        load_settings([write(tmp_path / name, text)])
-
-
 @pytest.mark.parametrize("text", [
     "import math\nmax_steps = int(math.sqrt(49))", "from math import sqrt\nmax_steps = int(sqrt(49))",
-    "def steps():\n    return 7\nmax_steps = steps()", "class Sizes:\n    steps = 7\nmax_steps = Sizes.steps",
-    "from __future__ import annotations\nmax_steps: int = 7",
-    "from pathlib import Path\n_seven = 7\nmax_steps = _seven",
+    "def steps():\n    return 7\nmax_steps = steps()", "_seven = 7\nmax_steps: int = _seven",
 ], ids=lambda text: text.split("\n")[0])
 def test_a_config_may_import_and_define_what_computes_its_settings(tmp_path, text):
-    default = vars(load_settings(["--out_dir=x"])[0])
-    assert vars(load_settings([write(tmp_path / "c.py", text), "--out_dir=x"])[0]) == default | {"max_steps": 7}
+    assert load_settings([write(tmp_path / "c.py", text)])[0].max_steps == 7
 
 
-@pytest.mark.parametrize("text, name", [("import math as seed", "seed"), ("from os import path as data", "data"),
-                                        ("def base():\n    pass", "base"), ("from math import pi", "_pi"),
-                                        ("for i in range(3):\n    n_layer = i + 1", "_i")])
-def test_what_a_config_imports_is_refused_where_it_might_be_meant_as_a_setting(tmp_path, text, name):
-    with pytest.raises(UserError, match=rf"c.py: .*\b{name}\b"):
-        load_settings([write(tmp_path / "c.py", text)])
-
-
-def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, begin):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    saved = begin() / "ckpt.pt"
-    write(tmp_path / "root.py", "data = '~/d'\ninit_from = '~/out/ckpt.pt'")
-    (tmp_path / "configs").mkdir()
-    write(tmp_path / "configs" / "c.py", "base = '~/root.py'")
-    c, args = load_settings(["~/configs/c.py", "--out_dir=~/o"])
-    assert (c.data, c.out_dir, c.init_from) == (str(tmp_path / "d"), str(tmp_path / "o"), str(saved))
-    assert args.configs == [str(tmp_path / "configs" / "c.py")]
-
-
-def test_a_config_leaves_the_globals_of_train_alone(tmp_path):
-    # nanoGPT's configurator is an exec over globals: there, `learning_rate = 1` would replace the schedule's function.
-    before = dict(vars(train))
-    load_settings([write(tmp_path / "c.py", "learning_rate = 1\n_json = 2\n_PEAK = {}\n__name__ = 'x'")])
-    assert {k: id(v) for k, v in vars(train).items()} == {k: id(v) for k, v in before.items()}
-
-
-@pytest.mark.parametrize("text, said", [("PEAK = {}", "'PEAK'"), ("n_layer = len(PEAK)", "NameError")])
-def test_a_config_neither_sets_nor_reads_a_global_of_train(tmp_path, text, said):
-    with pytest.raises(UserError, match=said):
-        load_settings([write(tmp_path / "c.py", text)])
-
-
-def test_help_lists_every_setting_with_its_default_and_meaning(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")                            # no line is broken inside a meaning
-    with pytest.raises(SystemExit) as exit:
+def test_help_groups_every_setting_and_fits_two_screens(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
         load_settings(["--help"])
-    assert exit.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for f in fields(TrainConfig):
-        default = {"": "''", None: "auto"}.get(f.default, f.default)
-        assert f" --{f.name} {default} {f.metadata['help']} " in text + " "
-        assert len(f.metadata["help"]) > 5
-
-
-def test_there_are_configs_to_load():
-    assert {"dense", "moe", "gqa_deep"} <= {path.stem for path in CONFIGS}
+    text = capsys.readouterr().out
+    assert all(f"\n  --{f.name} " in text for f in fields(TrainConfig))
+    places = [text.index(f"\n{group}:\n") for group in ("model", "data", "optimizer", "run")]
+    assert places == sorted(places) and text.count("\n") <= 100
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -436,19 +275,10 @@ def test_a_family_of_the_papers_configs_differs_in_what_it_is_about_and_sees_10b
 @pytest.mark.parametrize("name, total, active", [("dense_1b", 1.28e9, 1.28e9), ("moe_1b", 6.92e9, 1.28e9),
                                                  ("moe_400m", 2e9, 0.4e9), ("dense_400m", 0.4e9, 0.4e9),
                                                  ("ladder_32", 1.24e9, 1.24e9), ("ladder_moe", 7.9e9, 1.2e9)])
-def test_the_papers_models_have_the_papers_sizes_and_fit_80_gb_on_8_gpus(name, total, active):
+def test_the_papers_models_have_the_papers_sizes(name, total, active):
     c, _ = load_settings([str(PAPER[name])])
     n = train.bare(c).count_parameters()
     assert n["total"] == pytest.approx(total, rel=0.02) and n["active"] == pytest.approx(active, rel=0.02)
-    _, size = train.batch_shape(c, 8)
-    assert sum(train.memory(c, 8, size)) < 80e9
-
-
-def test_every_paper_config_says_what_it_is_about_and_shares_a_base():
-    assert len(PAPER) == 32
-    for name, path in PAPER.items():
-        assert name == "base" or 'base = "' in path.read_text()
-        load_settings([str(path)])
 
 
 MISTAKES = {     # name -> (arguments, what the line must name)
@@ -458,34 +288,10 @@ MISTAKES = {     # name -> (arguments, what the line must name)
     "tokens_per_step": (["--block_size=32", "--tokens_per_step=100", "--data=CORPUS"], "tokens_per_step=100"),
     "missing corpus": (["--data=nowhere"], "data.py"),
     "missing checkpoint": (["--init_from=nowhere.pt"], "nowhere.pt"),
-    "gpus without a plan": (["--gpus=8"], "--gpus"), "mfu without a plan": (["--mfu=0.4"], "--mfu"),
-    "a plan that resumes": (["--plan", "--resume"], "--resume"),
+    "a name too long": ([f"--data={'x' * 300}"], "File name too long"),
+    "both switches": (["--resume", "--overwrite"], "one at a time"),
+    "negative learning rate": (["--learning_rate=-1"], "learning_rate=-1"),
 }
-
-
-LONG = "x" * 300     # more than a file's name can have
-
-
-@pytest.mark.parametrize("args", [[f"{LONG}.py"], [f"--data={LONG}"], ["--data=CORPUS", f"--out_dir={LONG}"],
-                                  [f"--init_from={LONG}.pt"],
-                                  ["--resume", f"{LONG}.py"]], ids=lambda args: args[-1][:9])
-def test_a_name_that_is_too_long_is_one_line(args, corpus, run_main, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert_mistake(run_main(train, "--device=cpu", *(arg.replace("CORPUS", str(corpus)) for arg in args)), LONG)
-
-
-@pytest.mark.parametrize("call", ["stat", "mkdir"])
-def test_a_folder_without_permission_is_one_line(call, corpus, run_main, tmp_path, monkeypatch):
-    closed = tmp_path / "closed"
-    honest = getattr(os, call)
-
-    def refuse(path, *args, **kwargs):
-        if str(path).startswith(str(closed)):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return honest(path, *args, **kwargs)
-    monkeypatch.setattr(os, call, refuse)
-    where = {"stat": [f"--data={closed}/x"], "mkdir": [f"--data={corpus}", f"--out_dir={closed}"]}[call]
-    assert_mistake(run_main(train, "--device=cpu", *where), str(closed), "Permission denied")
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -631,18 +437,6 @@ def test_intervals_of_zero_are_off_but_the_end_writes_a_checkpoint(begin):
     assert files == {"log.jsonl", "ckpt.pt", "config.json", "lock"}
 
 
-def test_checkpoints_come_at_their_interval_and_at_the_end(begin, tmp_path, monkeypatch):
-    seen, save = [], train.save_checkpoint           # written in the background: when each appears is not said
-
-    def watched(path, saved, keep):
-        seen.append(saved["step"])
-        save(path, saved, keep)
-    monkeypatch.setattr(train, "save_checkpoint", watched)
-    begin(max_steps=5, save_interval=2)
-    assert seen == [2, 4, 5]
-    assert [load_checkpoint(tmp_path / "out" / name)["step"] for name in ("ckpt.pt", "ckpt.1.pt")] == [5, 4]
-
-
 @pytest.mark.parametrize("kind", [{}, {"n_kv_head": 1, "norm": "peri", "tie_embeddings": True, "grad_clip": 0.0}],
                          ids=["dense", "gqa_peri_tied_unclipped"])
 def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, kind):
@@ -734,61 +528,6 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(begin):
     assert {w.dtype for w in load_checkpoint(out / "ckpt.pt")["model"].values()} == {torch.float32}
 
 
-def test_after_a_run_sigterm_means_what_it_did_before(begin):
-    before = signal.getsignal(signal.SIGTERM)
-    begin(max_steps=1)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_files_of_an_earlier_run_are_kept_as_old(begin):
-    out = begin(max_steps=1, seed=1)
-    before = {name: (out / name).read_bytes() for name in ("log.jsonl", "ckpt.pt")}
-    begin(max_steps=2, seed=2)
-    assert {name: (out / (name + ".old")).read_bytes() for name in before} == before
-    assert len(read_log(out)) == 2 and load_checkpoint(out / "ckpt.pt")["settings"]["seed"] == 2
-
-
-@pytest.mark.parametrize("place", ["taken", "taken/below"])
-def test_an_out_dir_that_cannot_be_made_is_one_clear_line(begin, tmp_path, place):
-    (tmp_path / "taken").write_text("a file, no folder")
-    with pytest.raises(UserError, match="out_dir") as refused:
-        begin(out_dir=str(tmp_path / place))
-    assert str(tmp_path / place) in str(refused.value) and "\n" not in str(refused.value)
-    assert (tmp_path / "taken").read_text() == "a file, no folder"
-
-
-def test_a_diverged_run_names_the_learning_rate_and_leaves_the_earlier_runs_checkpoint(begin):
-    out = begin(max_steps=1)
-    before = (out / "ckpt.pt").read_bytes()
-    with pytest.raises(UserError, match="learning_rate") as refused:
-        begin(max_steps=50, learning_rate=1e30)
-    assert "\n" not in str(refused.value) and "step" in str(refused.value)
-    assert before in [path.read_bytes() for path in out.glob("ckpt.pt*")]
-    assert all(math.isfinite(record["loss"]) for record in read_log(out))
-
-
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_run_that_diverges_stops_before_the_step_and_keeps_its_last_checkpoint(begin, tmp_path, monkeypatch, bad):
-    honest, calls = train.gradients, []
-
-    def diverge_at_step_4(model, *args, **kwargs):
-        sums = honest(model, *args, **kwargs)
-        calls.append(1)
-        if len(calls) == 4:
-            if bad == "loss":
-                sums["loss"] = sums["loss"] * math.inf
-            else:
-                next(model.parameters()).grad[0, 0] = math.nan
-        return sums
-    monkeypatch.setattr(train, "gradients", diverge_at_step_4)
-    steps = spy_on_steps(monkeypatch, lambda _: 1)
-    with pytest.raises(UserError, match="step 4.*learning_rate"):
-        begin(max_steps=9, save_interval=2)
-    saved = load_checkpoint(tmp_path / "out" / "ckpt.pt")
-    assert saved["step"] == 2 and all(w.isfinite().all() for w in saved["model"].values())
-    assert len(steps) == 3 and len(read_log(tmp_path / "out")) == 3
-
-
 def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(begin, tmp_path):
     told = dict(max_steps=4, eval_interval=2, stats_interval=2, **MOE)
     a, b, c = (begin(**told, seed=seed, out_dir=str(tmp_path / name)) for name, seed in [("a", 1), ("b", 1), ("c", 2)])
@@ -799,8 +538,85 @@ def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(
     assert not torch.equal(weights[0]["embed.weight"], weights[2]["embed.weight"])
 
 
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_run_that_diverges_stops_and_names_the_step_and_the_last_good_checkpoint(begin, tmp_path, monkeypatch, bad):
+    honest, calls = train.gradients, []
+
+    def diverge(model, *args, **kwargs):
+        means = honest(model, *args, **kwargs)
+        calls.append(1)
+        if len(calls) in (4, 5):                                     # step 4 of the first run, step 1 of the second
+            if bad == "loss":
+                means["loss"] = means["loss"] * math.inf
+            else:
+                next(model.parameters()).grad[0, 0] = math.nan
+        return means
+    monkeypatch.setattr(train, "gradients", diverge)
+    ckpt = tmp_path / "out" / "ckpt.pt"
+    with pytest.raises(UserError, match=f"step 4: .*learning_rate.*{ckpt}"):
+        begin(max_steps=9, save_interval=2)
+    saved = load_checkpoint(ckpt)
+    assert saved["step"] == 2 and all(w.isfinite().all() for w in saved["model"].values())
+    assert len(read_log(tmp_path / "out")) == 3
+    with pytest.raises(UserError, match="step 1: .*no checkpoint is saved yet"):
+        begin(max_steps=9, out_dir=str(tmp_path / "other"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(begin, tmp_path):
+    with pytest.raises(UserError, match="not finite: lower learning_rate"):
+        begin(learning_rate=3e38, warmup_steps=0, max_steps=1)
+    assert not list((tmp_path / "out").glob("ckpt*"))
+
+
+def test_the_newest_checkpoints_are_kept(begin):
+    out = begin(max_steps=11, save_interval=2, keep_checkpoints=3)
+    steps = {path.name: load_checkpoint(path)["step"] for path in out.glob("ckpt*")}
+    assert steps == {"ckpt.pt": 11, "ckpt.1.pt": 10, "ckpt.2.pt": 8}
+
+
+def test_a_run_saves_and_resumes_before_the_first_step(begin, corpus, tmp_path):
+    told = TINY | {"data": str(corpus), "out_dir": str(tmp_path / "zero"), "vocab_size": VOCAB}
+    c, here = TrainConfig(**told), train.Process(0, 1, torch.device("cpu"), torch.float32)
+    model, _ = train.build(c, here)
+    (tmp_path / "zero").mkdir()
+    train.save(c, 0, model, train.make_optimizer(model, c), train.Corpus(corpus), here)
+    train.train(c, resume=True)
+    assert without_rates(read_log(tmp_path / "zero")) == without_rates(read_log(begin()))
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below"])
+def test_an_out_dir_that_cannot_be_made_is_one_clear_line(corpus, run_main, tmp_path, place):
+    (tmp_path / "taken").write_text("a file, no folder")
+    done = run_main(train, "--device=cpu", f"--data={corpus}", f"--out_dir={tmp_path / place}")
+    assert_mistake(done, str(tmp_path / "taken"))
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_progress_is_never_wider_than_the_terminal_and_few_lines_stay(begin, monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    begin(max_steps=100, stats_interval=5, n_layer=1)
+    said = capsys.readouterr().out
+    shown = [part for part in re.split("[\r\n]", said) if part.startswith("step ")]
+    assert len(shown) == 100 and max(map(len, shown)) < columns
+    assert sum(line.startswith("\rstep") for line in said.split("\n")) <= 11
+
+
+def test_a_reader_that_goes_away_is_a_reason_to_save(corpus, tmp_path):
+    """As `train.py ... | head -1` does."""
+    told = TINY | {"data": str(corpus), "out_dir": str(tmp_path), "max_steps": 10_000, "eval_interval": 1}
+    command = [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in told.items())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("writes to")
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+    step = load_checkpoint(tmp_path / "ckpt.pt")["step"]
+    assert 0 < step < 100 and read_log(tmp_path)[-1]["step"] == step
+
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# several ranks: what needs no second one; see test_scale.py for the rest
+# devices and ranks: what needs no second process
 
 
 @pytest.mark.parametrize("batch_size, ranks, shape", [(2, 1, (6, 2)), (2, 3, (6, 2)), (1, 2, (6, 1)), (0, 2, (6, 3)),
@@ -828,70 +644,33 @@ def see(monkeypatch, kind, count):
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
 
 
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """A machine that looks as if it had two GPUs, under a bare `torchrun train.py`; returns the calls of execv."""
-    calls = []
-
-    def execv(*args):
-        calls.append(args)
-        raise InterruptedError("execv does not return")
+@pytest.mark.parametrize("kind, count, dtype", [("cuda", 8, torch.bfloat16), ("mps", 1, torch.float32)])
+def test_one_process_uses_one_gpu_and_says_how_to_use_all(monkeypatch, capsys, kind, count, dtype):
     precision = torch.get_float32_matmul_precision()
-    see(monkeypatch, "cuda", 2)
-    monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(sys, "argv", ["train.py", "configs/moe.py", "--seed=1"])
-    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    yield calls
+    see(monkeypatch, kind, count)
+    assert train.set_up(TrainConfig()) == (0, 1, torch.device(kind, 0), dtype)
+    said = capsys.readouterr().out
+    assert ("using 1 of 8 GPUs: --nproc-per-node=gpu" in said) == (count == 8)
+    assert train.set_up(TrainConfig(device="cpu")) == (0, 1, torch.device("cpu"), torch.float32)
     torch.set_float32_matmul_precision(precision)
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_torchrun_with_one_process_starts_over_on_every_gpu(two_gpus, device):
-    with pytest.raises(InterruptedError):
-        train.set_up(TrainConfig(device=device))
-    (program, argv), = two_gpus
-    assert program == argv[0] == sys.executable
-    assert argv[1:3] == ["-m", "torch.distributed.run"]
-    assert "--nproc-per-node=2" in argv and "--standalone" in argv
-    assert argv[-3:] == ["train.py", "configs/moe.py", "--seed=1"]   # after torchrun's own options
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    see(monkeypatch, "", 0)
+    with pytest.raises(UserError, match="--device=cuda.*--device=cpu"):
+        train.set_up(TrainConfig(device="cuda"))
 
 
-def test_torchrun_does_not_start_over_for_the_cpu(two_gpus):
-    assert train.set_up(TrainConfig(device="cpu")) == (0, 1, torch.device("cpu"), torch.float32)
-    assert two_gpus == []
+@pytest.mark.parametrize("card, tera", [
+    ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA L40", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
+def test_the_peak_of_a_card_is_its_data_sheets(card, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    cuda = torch.device("cuda", 0)
+    assert train.peak_flops(cuda, torch.bfloat16) == (tera * 1e12 if tera else None)
+    assert train.peak_flops(cuda, torch.float32) is None
 
-
-def test_one_process_stays_one_where_it_is_all_that_was_asked_for(two_gpus, monkeypatch):
-    one = (0, 1, torch.device("cuda:0"), torch.bfloat16)
-    see(monkeypatch, "cuda", 1)
-    assert train.set_up(TrainConfig()) == one                        # there is no other GPU, or none is visible
-    see(monkeypatch, "cuda", 2)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert train.set_up(TrainConfig()) == one                        # plain python
-    assert two_gpus == []
-
-
-@pytest.mark.parametrize("asked, kind, count, named", [
-    ("cuda", "", 0, "--device=cuda.*--device=cpu"), ("mps", "", 0, "--device=mps.*--device=cpu"),
-    ("mps", "cuda", 2, "--device=mps.*--device=cuda"), ("cuda", "mps", 1, "--device=cuda.*--device=mps"),
-])
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch, asked, kind, count, named):
-    see(monkeypatch, kind, count)
-    with pytest.raises(UserError, match=named):
-        train.set_up(TrainConfig(device=asked))
-
-
-@pytest.mark.parametrize("asked", ["auto", "mps"])
-def test_an_apple_gpu_is_used_in_float32_and_uncompiled_and_by_one_rank(two_gpus, monkeypatch, asked):
-    see(monkeypatch, "mps", 1)
-    assert train.set_up(TrainConfig(device=asked)) == (0, 1, torch.device("mps:0"), torch.float32)
-    assert train.set_up(TrainConfig(device=asked, dtype="bfloat16")).dtype == torch.bfloat16
-    assert train.set_up(TrainConfig(device="cpu")).device == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 ranks.*1 x mps.*--nproc-per-node=1, or --device=cpu"):
-        train.set_up(TrainConfig(device=asked))
-    assert two_gpus == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -944,7 +723,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(begin, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# speed
+# plans and speed
 
 
 def flops_by_hand(d, L, T, kv, ffn):
@@ -963,81 +742,11 @@ def flops_by_hand(d, L, T, kv, ffn):
     (MOE, flops_by_hand(d=16, L=2, T=32, kv=16, ffn=2 * 3 * 16 * 16 + 4 * 16)),      # 2 experts of 4, and the router
 ], ids=["dense", "gqa_tied_recompute", "moe"])
 def test_the_mfu_is_the_flops_of_a_token_times_the_rate_over_the_peak(begin, monkeypatch, capsys, kind, flops):
-    peak = 1e6                                                       # so low that the percentage has many digits
-    monkeypatch.setattr(train, "peak_of_all", lambda here: peak)
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e6)          # so low that the percentage has digits
     log = read_log(begin(max_steps=3, eval_interval=1, **kind))
     said = [float(percent) for percent in re.findall(r"MFU (\d+)%", capsys.readouterr().out)]
-    assert said == [pytest.approx(100 * flops * record["tokens_per_s"] / peak, abs=0.51) for record in log]
-    assert len(said) == 3 and min(said) > 1000
-
-
-def test_on_a_cpu_there_is_no_peak_and_no_mfu_and_nothing_is_measured(begin, monkeypatch, capsys):
-    monkeypatch.delattr(train, "gemm_rate")
-    out = begin(max_steps=2, eval_interval=1)
-    said = capsys.readouterr().out
-    assert re.findall(r"step (\d)/2  loss \d\.\d{4}  [\d,]+ tokens/s  \d\.\d min left", said) == ["1", "2"]
-    assert f"writes to {out}: " in said
-    gpu = train.Process(0, 4, torch.device("cuda", 0), torch.bfloat16)
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 7.0)
-    assert train.peak_of_all(gpu) == 28 and train.peak_of_all(gpu._replace(device=torch.device("cpu"))) is None
-
-
-@pytest.mark.parametrize("clock", ["stands still", "set back"])
-def test_a_clock_that_stands_still_or_is_set_back_stops_no_run(begin, monkeypatch, capsys, clock):
-    if clock == "stands still":
-        monkeypatch.setattr(train.time, "perf_counter", lambda: 5.0)
-    ticks = iter(range(10**6, 0, -1))
-    monkeypatch.setattr(train.time, "time", lambda: float(next(ticks)))
-    log = read_log(begin(max_steps=2))
-    closing = capsys.readouterr().out.split("trained in")[1]
-    assert all(record["tokens_per_s"] > 0 for record in log) and closing.startswith(" 0.0 min, ")
-
-
-@pytest.mark.parametrize("platform, env, there, words", [
-    ("linux", None, [], ["no working g++", "build-essential"]),
-    ("darwin", None, ["g++"], ["no working clang++", "xcode-select --install"]),
-    ("win32", None, ["g++"], ["no working cl:", "Visual Studio"]), ("linux", "icpx", ["g++"], ["no working icpx"]),
-    ("linux", None, ["g++"], []), ("darwin", None, ["clang++"], []), ("linux", "icpx", ["icpx"], []),
-], ids=str)
-def test_compiling_needs_a_compiler_and_its_package_is_named(begin, tmp_path, monkeypatch, platform, env, there, words):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
-    monkeypatch.setattr(train, "tells_its_version", lambda compiler: True)
-    monkeypatch.delenv("CXX", raising=False)
-    if env:
-        monkeypatch.setenv("CXX", env)
-    cpu = train.Process(0, 1, torch.device("cpu"), torch.float32)
-    if not words:
-        return train.check_compiler(TrainConfig(compile=True), cpu)
-    with pytest.raises(UserError) as refused:
-        begin(compile=True)
-    assert all(word in str(refused.value) for word in words) and not (tmp_path / "out").exists()
-    for compile in (None, False):                                    # nobody asks for it
-        train.check_compiler(TrainConfig(compile=compile), cpu)
-    train.check_compiler(TrainConfig(compile=True), cpu._replace(device=torch.device("cuda")))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="cl cannot be asked")
-def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
-    for status, works in ((0, True), (1, False)):
-        compiler = tmp_path / f"c{status}"
-        compiler.write_text(f"#!/bin/sh\nexit {status}\n")
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CXX", str(compiler))
-        assert train.compiler_found() == works
-
-
-def test_the_peak_is_the_data_sheets_in_bfloat16_on_a_gpu_it_knows_and_else_measured(monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "gemm_rate", lambda device, dtype, n: asked.append(n) or 7.0)
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert train.peak_flops(gpu, torch.bfloat16) == 989e12 and asked == []
-    assert train.peak_flops(gpu, torch.float32) == 7.0 and asked == [8192]
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Quadro")
-    assert train.peak_flops(gpu, torch.bfloat16) == 7.0 and asked == [8192, 8192]
-    assert train.peak_flops(cpu, torch.bfloat16) == 7.0 and asked == [8192, 8192, 1024]
-    assert train.peak_flops(torch.device("mps"), torch.bfloat16) == 7.0 and asked[3:] == [8192]
+    assert said == [pytest.approx(100 * flops * record["tokens_per_s"] / 1e6, abs=0.51) for record in log]
+    assert len(said) == 3 and min(said) > 1000 and log[0]["mfu"] > 10
 
 
 @pytest.mark.parametrize("settings, corpus_tokens, want", [
@@ -1049,50 +758,37 @@ def test_the_vocabulary_is_the_given_one_or_that_of_the_corpus_or_guessed_from_i
     assert train.vocabulary(TrainConfig(**settings), corpus) == want
 
 
+def test_a_plan_counts_by_formula_and_allocates_nothing(capsys):
+    d, L, E, h, V, T = 2048, 16, 64, 1024, 50304, 4096               # counted by hand
+    c, args = load_settings([f"--n_embd={d}", "--n_head=16", f"--n_layer={L}", f"--n_experts={E}", "--top_k=8",
+                             f"--expert_hidden={h}", f"--block_size={T}", "--batch_size=4", "--tokens_per_step=2097152",
+                             "--max_steps=4768", "--data=any", "--plan"])
+    said = train.plan(c, args.gpus, args.mfu)                        # the weights would be 27.7 GB
+    expert, rest = 3 * d * h, L * (4 * d * d + E * d) + 2 * V * d
+    norms = (2 * L + 1) * d
+    total = L * E * expert + rest + norms
+    assert f"{total:,} total, {L * 8 * expert + rest + norms:,} active" in said
+    flops = 3 * (2 * (L * 8 * expert + rest - V * d) + 4 * T * d * L)
+    assert f"{flops:,.0f} per token" in said and "9,999,220,736 in 4,768 steps" in said
+    assert f"{flops * 4768 * 2097152 / (8 * 989e12 * 0.4) / 3600:,.1f} on 8 H100" in said
+    rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in said.splitlines() if "dp  " in line}
+    for name, ranks in (("ddp", 1), ("fsdp", 8)):
+        assert rows[name] == pytest.approx([k * total / ranks / 1e9 for k in (4, 4, 8, 16)], abs=0.01)
+
+
 BENCH = dict(n_layer=2, n_head=2, n_embd=32, ffn_hidden=64, block_size=32, tokens_per_step=256)
-BENCH_FLOPS = {                                                      # of a token, by the way that is timed
-    "eager": flops_by_hand(d=32, L=2, T=32, kv=32, ffn=3 * 32 * 64),
-    "dense": flops_by_hand(d=32, L=2, T=32, kv=32, ffn=3 * 32 * 64),
-    "gqa": flops_by_hand(d=32, L=2, T=32, kv=16, ffn=3 * 32 * 64),
-    "moe": flops_by_hand(d=32, L=2, T=32, kv=32, ffn=2 * 3 * 32 * 32 + 16 * 32),
-    "long": flops_by_hand(d=32, L=2, T=128, kv=32, ffn=3 * 32 * 64),
-}
 
 
-@pytest.mark.parametrize("flags, ways", [([], ["eager"]), (["--families"], ["dense", "gqa", "moe", "long"])],
-                         ids=["alone", "families"])
-def test_the_bench_of_a_step_prints_one_line_of_json_and_needs_no_data(tmp_path, flags, ways):
+def test_the_benches_run(tmp_path):
     settings = [f"--{name}={value}" for name, value in BENCH.items()]
-    done = run_script("tests/bench/step.py", "--compile=false", "--device=cpu", *settings, *flags, cwd=tmp_path)
+    done = run_script("tests/bench/step.py", "--compile=false", "--device=cpu", *settings, "--families", cwd=tmp_path)
     assert done.status == 0, done.err
-    line, = done.out.splitlines()
-    result = json.loads(line)
-    assert all(result[name] == BENCH[name] for name in BENCH.keys() - {"ffn_hidden"})
-    assert result["ranks"] == 1 and result["threads"] > 0 and result["gemm_flops_per_s"] > 0
-    assert [name for name, value in result.items() if isinstance(value, dict)] == ways
-    first = result[ways[0]]
-    for way in ways:
-        measured = result[way]
-        assert measured.keys() == {"tokens_per_s", "speed", "flops_per_s", "kernel_share"}
-        assert measured["tokens_per_s"] > 0 and 0 < measured["kernel_share"] < 1
-        assert measured["speed"] == pytest.approx(measured["tokens_per_s"] / first["tokens_per_s"], abs=1e-3, rel=1e-3)
-        assert measured["flops_per_s"] / measured["tokens_per_s"] == pytest.approx(BENCH_FLOPS[way], rel=1e-3)
-    assert list(tmp_path.iterdir()) == []                            # and leaves nothing behind
-
-
-def test_the_bench_of_a_step_refuses_what_train_refuses():
-    assert_mistake(run_script("tests/bench/step.py", "--n_layers=3", "--families"), "'n_layer'")
-
-
-def test_the_bench_beside_transformers_prints_both_rates_and_their_ratio(tmp_path):
+    result = json.loads(done.out)
+    assert [name for name, value in result.items() if isinstance(value, dict)] == ["dense", "gqa", "moe", "long"]
+    assert all(result[name]["tokens_per_s"] > 0 and 0 < result[name]["kernel_share"] < 1 for name in ("dense", "moe"))
     pytest.importorskip("transformers")
-    settings = [f"--{name}={value}" for name, value in BENCH.items()]
     done = run_script("tests/bench/beside_transformers.py", "--compile=false", *settings, cwd=tmp_path)
-    assert done.status == 0, done.err
-    line, = done.out.splitlines()
-    form = r"n_embd=32 n_layer=2 eager: ours ([\d,]+) tokens/s, transformers ([\d,]+), ratio ([\d.]+)"
-    ours, theirs, ratio = (float(x.replace(",", "")) for x in re.fullmatch(form, line).groups())
-    assert ratio == pytest.approx(ours / theirs, abs=0.006)
+    assert re.search(r"eager: ours [\d,]+ tokens/s, transformers [\d,]+, ratio [\d.]+\n", done.out), done.err
 
 
 def compiled_graphs():
@@ -1121,7 +817,6 @@ def test_steps_statistics_and_validations_are_one_graph_each_and_are_never_compi
     assert graphs == [1, 2, 3, 3, 3, 3] and compiled_graphs() == 3   # step 1, step 2 with statistics, its validation
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
                     reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_compiled_run_gives_the_losses_of_an_eager_one(begin, monkeypatch, fresh_dynamo, tmp_path):
@@ -1137,30 +832,59 @@ def test_a_compiled_run_gives_the_losses_of_an_eager_one(begin, monkeypatch, fre
     one, two = (load_checkpoint(out / "ckpt.pt")["model"] for out in (eager, compiled))
     assert one.keys() == two.keys()                                  # no "_orig_mod." prefix
 
-    # In two parts, the second compiled anew, it comes to the same bits.
-    torch._dynamo.reset()
-    in_two = told | {"compile": True, "out_dir": str(tmp_path / "in two")}
-    spy_on_steps(monkeypatch, lambda _: signal.raise_signal(signal.SIGTERM))     # noticed in step 2
-    folder = begin(**in_two)
-    assert load_checkpoint(folder / "ckpt.pt")["step"] == 2
-    torch._dynamo.reset()
-    c = TrainConfig(**load_checkpoint(folder / "ckpt.pt")["settings"])
-    train.train(c, resume=True)
-    resumed = load_checkpoint(folder / "ckpt.pt")
-    assert resumed["step"] == 3 and all(torch.equal(w, two[name]) for name, w in resumed["model"].items())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights & Biases
 
 
-@pytest.mark.parametrize("steps, there, where, compiles", [
-    (10**9, True, {}, True), (10**9, False, {}, False), (3, True, {}, False), (10**9, True, {"world": 2}, False),
-    (3, False, {"device": torch.device("cuda", 0)}, True), (10**9, True, {"device": torch.device("mps")}, False),
-], ids=str)
-def test_auto_compiles_on_cuda_and_in_long_runs_on_a_cpu(monkeypatch, capsys, steps, there, where, compiles):
-    monkeypatch.setattr(shutil, "which", lambda name: name if there else None)
-    monkeypatch.setattr(train, "tells_its_version", lambda compiler: True)
-    c = TrainConfig(**TINY | {"vocab_size": VOCAB, "max_steps": steps, "compile": None})
-    here = train.Process(0, 1, torch.device("cpu"), torch.float32)._replace(**where)
-    assert train.worth_compiling(c, train.bare(c), here) == compiles
-    if here.device.type == "cpu" and here.world == 1:
-        monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-        train.build(c, here)
-        assert capsys.readouterr().out.startswith("compiling: about two minutes") == compiles
+class FakeRun:
+    """Keeps what it is told; a context, as the real one is."""
+    def __init__(self, told):
+        self.told, self.sent, self.ended = told, [], False
+        self.id = told["id"] or "made_up"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.ended = True
+
+    def log(self, numbers, step):
+        assert not self.ended
+        self.sent.append((step, numbers))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that are begun, with a module of our own in the place of wandb."""
+    begun, fake = [], ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+
+    def init(**told):
+        begun.append(FakeRun(told))
+        return begun[-1]
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return begun
+
+
+def test_wandb_receives_the_numbers_of_the_log_and_a_resumed_run_goes_on(runs, begin, corpus):
+    told = TINY | {"data": str(corpus), "wandb": "depth", "eval_interval": 2, "stats_interval": 2}
+    out = begin(**told | {"max_steps": 2})
+    train.train(TrainConfig(**told | {"out_dir": str(out), "max_steps": 4}), resume=True)
+    assert [(run.told["id"], run.told["project"], run.ended) for run in runs] == [
+        (None, "depth", True), ("made_up", "depth", True)]
+    first = TrainConfig(**told | {"out_dir": str(out), "max_steps": 2, "vocab_size": VOCAB})
+    assert runs[0].told["config"] == asdict(first)
+    sent = [item for run in runs for item in run.sent]
+    for (step, given), record in zip(sent, read_log(out), strict=True):
+        alone = {name: x for name, x in record.items() if isinstance(x, (int, float))}
+        assert step == record["step"] and alone.items() <= given.items()
+        assert [given.get(f"variance/{l}") for l in range(3)] == record.get("variance", [None] * 3)
+
+
+def test_without_wandb_it_is_one_line_before_the_work(monkeypatch, corpus, run_main, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    done = run_main(train, f"--data={corpus}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--wandb=depth")
+    assert_mistake(done, "pip install wandb")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +29,31 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train
 from data import run
-from train import Process, TrainConfig, timed
+from train import Process, TrainConfig
 
 KERNELS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_flash_attention",
            "aten::_efficient_attention", "aten::_scaled_dot_product")
 SHAPE = ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "block_size", "tokens_per_step")
+
+
+def timed(f: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that f takes, on all ranks."""
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
+        return time.perf_counter()
+
+    begun = now()
+    f()
+    return now() - begun
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
+    """FLOP/s of an n x n matrix product, best of ten."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(timed(lambda: a @ a, device) for _ in range(10))
 
 
 def ways_to_go(c: TrainConfig, world: int, families: bool) -> dict[str, TrainConfig]:
@@ -99,7 +120,7 @@ def bench(c: TrainConfig, here: Process, families: bool) -> dict[str, Any]:
 
     out = {name: getattr(c, name) for name in SHAPE}
     out |= {"ranks": here.world, "threads": torch.get_num_threads(),
-            "gemm_flops_per_s": round(train.gemm_rate(here.device, here.dtype, 1024))}
+            "gemm_flops_per_s": round(gemm_rate(here.device, here.dtype))}
     first = next(iter(seconds.values()))
     for name, way in ways.items():
         rate = c.tokens_per_step / seconds[name]
