@@ -1142,7 +1142,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             sys.stdout.flush()                   # raises here if nobody reads on
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)                        # rank 0 says it first, and torchrun stops the others
+            time.sleep(10)                       # rank 0 says it first, and torchrun stops the others
         stop(str(e))
     except BrokenPipeError:                      # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or exit would raise again

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_mistake
+from helpers import assert_mistake, run_python
 
 import data as D
 import train
@@ -455,3 +455,9 @@ def test_a_larger_share_has_all_documents_of_a_smaller_one_and_two_are_enough():
     assert small < {i for i in range(5000) if D.is_validation(i, 0.3)}
     for fraction in (1e-9, 0.001, 0.5):
         assert [D.is_validation(i, fraction) for i in range(2)] == [True, False]
+
+
+def test_a_terminal_that_lacks_a_character_shows_a_replacement():
+    done = run_python("-c", "import data; data.run(lambda: print('naïve 東京'))", cwd=Path(D.__file__).parent,
+                      env={"PYTHONIOENCODING": "ascii"})
+    assert done == (0, "na?ve ??\n", "")

@@ -450,15 +450,6 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(short, here):
     assert files(short) == before
 
 
-def test_a_checkpoint_that_was_copied_alone_goes_on(short, six_steps, corpus, tmp_path):
-    (tmp_path / "alone").mkdir()
-    shutil.copy(short / "ckpt.1.pt", tmp_path / "alone/ckpt.pt")
-    run_here(tmp_path / "alone", corpus, resume=True, max_steps=6, save_interval=2)
-    assert [record["step"] for record in read_log(tmp_path / "alone")] == [5, 6]
-    one, two = (flat(load_checkpoint(out / "ckpt.pt")) for out in (tmp_path / "alone", six_steps))
-    assert all(torch.equal(one[name], two[name]) for name in two)
-
-
 @pytest.mark.parametrize("name, value", [("n_head", 4), ("seed", 1), ("tokens_per_step", 512), ("norm", "lns")])
 def test_resuming_with_another_model_or_other_data_is_refused_by_name(short, corpus, name, value):
     with pytest.raises(UserError, match=f"{name}={value}, but .* {name}="):
