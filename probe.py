@@ -817,6 +817,7 @@ def sparsity(model: Model, p: Pass) -> Sums:
     for l in p.watch(range(len(model.blocks))):
         with torch.no_grad(), SeenAttention() as seen:
             model.blocks[l](p.h[l])
+        p.progress.done += len(p.idx)
         attention.append(attention_sums(seen.calls))
     sums = {"attention": torch.stack(attention), "tokens": p.idx.numel(),
             "predictions": p.idx[:, 1:].numel()}
@@ -991,7 +992,7 @@ def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
     works = [experiment.work(n, options) for experiment in experiments]
     blocks, losses, jacobians = map(sum, zip(*works))
     few = min(1, (options.jacobian_samples or len(tokens) / 2) / len(tokens))
-    return 3 * n + blocks + losses * head_cost(model) + 2 * model.d * jacobians * few
+    return n + blocks + losses * head_cost(model) + 2 * model.d * jacobians * few
 
 def place_among_ranks() -> tuple[int, int]:
     """The number of this process among torchrun's processes, from 0, and how many there are."""
@@ -1224,7 +1225,8 @@ def listed(things: Sequence[Any]) -> str:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
 STYLES = ("-", "--", ":", "-.")
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
-         "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False, "legend.fontsize": 7}
+         "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
+         "legend.fontsize": 7}
 WIDE = ("causal", "permutation")        # of several results, these panels take a row each
 
 Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
@@ -1314,7 +1316,8 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)
     bar = fig.colorbar(image, ax=list(axes), label=unit, format="%g",
-                       ticks=LogLocator(subs=(1, 2, 5)), extend="min" if lowest < low else "neither")
+                       ticks=LogLocator(subs=(1, 2, 5)),
+                       extend="min" if lowest < low else "neither")
     bar.minorticks_off()
 
 def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str) -> None:
