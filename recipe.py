@@ -156,14 +156,14 @@ def label(family: str, member: str, scale: str) -> str:
     return FAMILIES[family][member].format(**shown)
 
 @cache
-def folders(out: str, scale: str) -> dict[str, Path]:
+def folders(out: str, scale: str, settings: tuple[str, ...] = ()) -> dict[str, Path]:
     """The folder of each member's runs: that of the first member with the same settings."""
     of_settings: dict[str, Path] = {}
     of_member = {}
     for members in FAMILIES.values():
         for member in members:
-            settings = str(config(member, scale))
-            of_member[member] = of_settings.setdefault(settings, Path(out, scale, member))
+            of_all = str(config(member, scale, settings))
+            of_member[member] = of_settings.setdefault(of_all, Path(out, scale, member))
     return of_member
 
 Numbers = dict[str, dict[str, dict[str, float]]]        # by family, member and column
@@ -185,7 +185,7 @@ PAPER = read_reported()
 # ---- running -------------------------------------------------------------------------------------
 # What is measured of a trained model; and before the first step and at common lengths.
 MEASURED = ",".join(name for name in EXPERIMENTS if EXPERIMENTS[name].scores or name == "sparsity")
-BRIEFLY = "variance,causal,permutation,usefulness,removal,jacobian"
+BRIEFLY = ("variance", "causal", "permutation", "usefulness", "removal", "jacobian")
 TOKENS = 8192               # that a laptop model is probed on, whatever its context
 # A model is also probed at these lengths, where all contexts see the same tokens at the same places.
 COMMON_LENGTHS = {16: 512, 64: 128}              # tokens per sequence: sequences
@@ -211,7 +211,7 @@ def run_family(args: Any) -> None:
 
 def jobs_of(families: Sequence[str], args: Any) -> list[Job]:
     """A job for each member and seed, family by family; members with equal settings share one."""
-    folder = folders(args.out, args.scale)
+    folder = folders(args.out, args.scale, tuple(args.settings))
     jobs: dict[Path, Job] = {}
     for family in families:
         for k in range(min(args.seeds, 5)):
@@ -253,15 +253,16 @@ def probe_commands(job: Job, args: Any) -> list[list[str]]:
     if args.tasks:
         trained[3] += ",tasks"
         trained.append(f"--tasks={args.tasks}")
-    commands = [trained, command(job.out / "start/ckpt.pt", BRIEFLY, samples, T, job.out / "start")]
+    brief = ",".join(name for name in BRIEFLY if name in args.only.split(","))
+    commands = [trained, command(job.out / "start/ckpt.pt", brief, samples, T, job.out / "start")]
     for length, number in COMMON_LENGTHS.items():
         if in_context_family(job, args) and length <= T:
-            commands.append(command(ckpt, BRIEFLY, number, length, job.out / f"at_{length}"))
+            commands.append(command(ckpt, brief, number, length, job.out / f"at_{length}"))
     return commands
 
 def in_context_family(job: Job, args: Any) -> bool:
     """Is this run a member of the context family, perhaps under another name?"""
-    folder = folders(args.out, args.scale)
+    folder = folders(args.out, args.scale, tuple(args.settings))
     return job.out.parent in {folder[member] for member in FAMILIES["context"]}
 
 START = threading.Lock()                         # torch has one generator for all threads
@@ -803,7 +804,8 @@ def report(args: Any) -> None:
 def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
     """Every table of the pages, by the name of its file."""
     compared = comparisons(found)
-    written = {"headlines": headlines(found), "verdicts": verdict_counts(compared)}
+    written = {"headlines": headlines(found), "verdicts": verdict_counts(compared),
+               "progress": progress(found)}
     for score in PREMISES:
         written[f"premise_{score.replace(' ', '_').replace('/', '')}"] = premises(found, scale, score)
     for family, runs in found.items():
@@ -868,6 +870,16 @@ def headlines(found: dict[str, Runs]) -> str:
             rows.append([says, c.verdict, with_interval(c.effect, score, "+"), paper_cell(c)])
     return markdown(["claim", "verdict", "here (95% interval)", "paper"], rows)
 
+def progress(found: dict[str, Runs]) -> str:
+    """How many of the planned runs are recorded."""
+    rows = []
+    for family, members in FAMILIES.items():
+        planned = sum(len(seeds_of(family, member)) for member in members)
+        runs = found.get(family, {})
+        done = sum(len({row["seed"] for row in rows_of_member}) for rows_of_member in runs.values())
+        rows.append([family, f"{done} of {planned}"])
+    return markdown(["family", "runs recorded"], rows)
+
 def verdict_counts(compared: Sequence[Comparison]) -> str:
     """How the comparisons of each family came out, and how many verdicts Holm's correction keeps."""
     judged = [c for c in compared if c.direction in (1, -1)]
@@ -883,8 +895,9 @@ def verdict_counts(compared: Sequence[Comparison]) -> str:
 
 def values_table(family: str, runs: Runs, scale: str) -> str:
     """A row per member: the mean of each score over seeds with its interval."""
-    scores_shown = KNOB if family != "ladder" else ("last var.", "ln Vn/V1", "log ratio", "useful",
-                                                    "trend use", "val loss")
+    scores_shown = KNOB
+    if family == "init":
+        scores_shown = ("last var.", "ln Vn/V1", "log ratio", *list(PREMISES)[:3], "val loss")
     rows = []
     for member, seeds in runs.items():
         cells = []
@@ -911,22 +924,20 @@ def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
                      "detects (80%)", "verdict"], rows)
 
 def premises(found: dict[str, Runs], scale: str, score: str) -> str:
-    """A row per member of the depth and init families: each seed, mean, step 0, what is added."""
+    """A row per depth: the value of each seed, their mean, step 0, and what training adds."""
     rows = []
-    for family in ("depth", "init"):
-        for member, seeds in found.get(family, {}).items():
-            judged = premise(found[family], member, score)
-            if judged is None or family == "init" and member in FAMILIES["depth"]:
-                continue
-            values, e, verdict = judged
-            start = by_seed(seeds, score, "start")
-            added = [x - start[seed] for seed, x in values.items() if seed in start]
-            rows.append([label(family, member, scale), " ".join(short(x) for x in values.values()),
-                         with_interval(e),
-                         short(statistics.mean(start.values())) if start else "-",
-                         with_interval(estimate(added), "", "+") if added else "-", verdict])
-            if score == "ln Vn/V1":
-                rows[-1][0] += f", ln n = {math.log(seeds[0]['settings']['n_layer']):.2f}"
+    for member, seeds in found.get("depth", {}).items():
+        judged = premise(found["depth"], member, score)
+        if judged is None:
+            continue
+        values, e, verdict = judged
+        start = by_seed(seeds, score, "start")
+        added = [x - start[seed] for seed, x in values.items() if seed in start]
+        rows.append([label("depth", member, scale), " ".join(short(x) for x in values.values()),
+                     with_interval(e), short(statistics.mean(start.values())),
+                     with_interval(estimate(added), "", "+"), verdict])
+        if score == "ln Vn/V1":
+            rows[-1][0] += f", ln n = {math.log(seeds[0]['settings']['n_layer']):.2f}"
     return markdown([PREMISES[score], "each seed", "mean (95%)", "step 0", "training adds",
                      "verdict"], rows)
 
@@ -1034,7 +1045,8 @@ NAMES = {"last var.": "variance of the last layer", "ln Vn/V1": "ln(Var h_n / Va
          "val loss": "validation loss (nats)", "density": "keys attended to x key heads",
          "trend use": "trend of the log ratio", "trend infl": "trend of the influence",
          "trend J-I": "trend of |J - I|"}
-TITLES = {"weight_decay": "Weight decay", "context": "Context length T", "gqa": "Grouped queries: G per KV head",
+TITLES = {"weight_decay": "Weight decay", "context": "Context length T",
+          "gqa": "Grouped queries: G per key/value head",
           "moe": "Mixture of experts at equal active FLOPs", "ladder": "The recipe, step by step",
           "norms": "The cures under other norms", "init": "Initialisation",
           "width": "Width at the same rate / init_std", "long": "Four times the steps"}
@@ -1110,8 +1122,9 @@ def draw_depth(runs: Runs, scale: str) -> Any:
 
 def draw_blocks(runs: Runs, scale: str) -> Any:
     """Values of each block by depth: what attention and FFN add, |J - I| and the affine map."""
-    shown = {"attn_variance": "Variance that attention adds", "ffn_variance": "Variance that the FFN adds",
-             "deviation": r"$\|J-I\|_F\,/\,d$", "affine": "Loss with an affine map / loss"}
+    shown = {"attn_variance": "Variance that attention adds",
+             "ffn_variance": "Variance that the FFN adds", "deviation": r"$\|J-I\|_F\,/\,d$",
+             "affine": "Loss with an affine map / loss"}
     fig, axes = panels(2, 2.6, "Block by block, for four depths", down=2)
     for ax, (name, title) in zip(axes, shown.items()):
         for color, rows in zip(COLORS, runs.values()):
@@ -1184,8 +1197,7 @@ def draw_family(family: str, runs: Runs, scale: str) -> Any:
 
 def draw_rates(runs: Runs) -> Any:
     """When is there a curse? Trends over the later blocks and loss, over rate / init_std."""
-    fig, axes = panels(4, 2.8, "Small steps beside the initialisation: later blocks do less. "
-                               "Large steps: they do more")
+    fig, axes = panels(4, 2.8, "Do later blocks do less? It depends on learning rate / init_std")
     lines: dict[tuple[int, float], list[Row]] = {}
     for rows in runs.values():
         c = rows[0]["settings"]
@@ -1231,7 +1243,7 @@ def draw_mechanism(together: Runs, found: dict[str, Runs]) -> Any:
     pairs = (("density", "last var."), ("density", "ln Vn/V1"), ("last var.", "log ratio"),
              ("ln Vn/V1", "log ratio"))
     fig, axes = panels(4, 2.8, "Density, variance and use: a dot per configuration")
-    families = [family for family in FAMILIES if any(m in FAMILIES[family] for m in together)]
+    families = [family for family in found if family != "init"]
     for ax, (x, y) in zip(axes, pairs):
         for member, rows in together.items():
             home = next(family for family in families if member in FAMILIES[family])
@@ -1281,11 +1293,9 @@ def advise(args: Any) -> None:
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
-    least = config("ladder_moe", "laptop").expert_hidden
-    check(c.expert_hidden >= least,
-          f"--params {args.params:g}: below the range: with {args.n_layer} blocks it leaves "
-          f"{c.n_experts} experts of width {c.expert_hidden}, and the smallest that was tried "
-          f"(configs/laptop/) is {least}")
+    least = config("ladder_moe", "laptop").n_embd
+    check(c.n_embd >= least, f"--params {args.params:g}: below the range: with {args.n_layer} blocks "
+                             f"it leaves a width of {c.n_embd}; configs/laptop/ has {least}")
     lines = [*reasons(c), *distances(c, args.params, args.tokens), *assignments(c)]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
@@ -1302,7 +1312,8 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     head_dim = ladder.n_embd // ladder.n_head
     n_embd = advised_width(ladder, n_layer, params)
     n_head = max(2, 2 * round(n_embd / head_dim / 2))             # even, so that G = 2 divides it
-    n_embd = 8 * n_head * max(1, round(n_embd / n_head / 8))      # heads and experts of whole eights
+    step = math.lcm(8, 2 * n_head)                # RoPE takes even heads, grouped_mm multiples of 8
+    n_embd = step * max(1, round(n_embd / step))
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps
         T //= 2
@@ -1399,8 +1410,11 @@ def read_arguments() -> Any:
     if args.command == "advise":
         check(not args.settings, f"unknown argument {args.settings[:1]}; see --help")
         return args
-    wrong = [word for word in args.settings if not word.startswith("--") or "=" not in word]
-    check(not wrong, f"{wrong[:1]}: settings of train.py are given as --name=value")
+    for word in args.settings:
+        name = word.removeprefix("--").partition("=")[0]
+        check("=" in word and name in DEFAULTS and name not in ("seed", "out_dir"),
+              f"{word}: not an option of `recipe.py {args.command}`, nor a setting of train.py as "
+              "--name=value")
     if args.results is None:
         own = f"configs/{args.scale}/results.jsonl"
         args.results = Path(args.out, args.scale, "results.jsonl") if args.settings else ROOT / own

@@ -15,13 +15,17 @@ tests = Path(__file__).resolve().parent
 sys.path[:0] = [str(tests), str(tests.parent)]
 from helpers import ROOT, run_python  # noqa: E402
 
-WITH_TABLES = [ROOT / "README.md", ROOT / "configs/laptop/README.md"]
+WITH_TABLES = [ROOT / "README.md", ROOT / "configs/laptop/README.md", ROOT / "configs/laptop/verdicts.md"]
 TABLE = re.compile(r"(<!-- (\w+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, report: Path) -> str:
-    """The page with the tables that are in the folder of a report."""
-    return TABLE.sub(lambda found: found[1] + (report / found[2]).read_text() + found[3], page)
+    """The page with the tables that are in the folder of a report; a family without runs has none."""
+    def table(name: str) -> str:
+        path = report / name
+        return path.read_text("utf-8") if path.exists() else "Not run yet.\n"
+
+    return TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], page)
 
 
 def write_report(out: Path, env: dict[str, str] | None = None) -> Path:
@@ -35,7 +39,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as out:
         report = write_report(Path(out))
         for page in WITH_TABLES:
-            page.write_text(filled(page.read_text(), report))
+            page.write_text(filled(page.read_text("utf-8"), report), "utf-8")
         for figure in ROOT.glob("assets/*"):
             if (report / figure.name).exists():
                 shutil.copy(report / figure.name, figure)
