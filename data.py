@@ -844,9 +844,9 @@ def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
         check(have[name] == want[name],
               f"{path}: weights and settings disagree: {name} is {have[name]}, not {want[name]}")
 
-def check_finite(model: GPT, path: str | Path) -> None:
+def check_finite(model: GPT | HFModel, path: str | Path) -> None:
     """UserError if a weight is nan or infinite."""
-    check(all(p.isfinite().all() for p in model.parameters()),
+    check(all(p.isfinite().all() for p in model.parameters() if not p.is_meta),
           f"{path} is damaged, it has weights that are nan or infinite: use another copy")
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
@@ -857,6 +857,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     path: a checkpoint of train.py, a folder that transformers reads, or an id on the Hugging Face
     hub. device_map: see `load_hf`.
     """
+    own = Path(path, "ckpt.pt")
+    check(not own.is_file(), f"{path} is the folder of a run: give {own}")
     if not Path(path).is_file() and Path(path).suffix != ".pt":
         return load_hf(path, device, dtype, device_map)
     check(device_map is None, "--device_map is for models of transformers: "
@@ -883,7 +885,7 @@ def first(output: Any) -> Any:
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """The largest difference between two tensors, relative to the largest value of the second."""
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a - b).abs_().max() / b.abs().max())
 
 def tolerance(dtype: torch.dtype) -> float:
     """What rounding may come to in `relative_difference` of logits."""
@@ -901,7 +903,7 @@ class HFLayer:
         self.args: tuple = ()                     # what the model passes beside the stream:
         self.kwargs: dict[str, Any] = {}          # masks and rotary tables, see HFModel.capture
         self.returns_tuple = False
-        # The submodules whose outputs are added to the stream. None: there are no such two.
+        # The submodules whose outputs are added to the stream; None where there are no such two.
         self.attn: nn.Module | None = None
         self.ffn: nn.Module | None = None
         self.scaled = False                       # is an output multiplied before it is added?
@@ -951,7 +953,7 @@ class HFLayer:
         parts: list[tuple[nn.Module, Tensor]] = []
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if isinstance(module, nn.Dropout):           # does nothing; Phi calls one for both
+            if isinstance(module, nn.Dropout):           # Phi calls one module for both sublayers
                 return
             given = (*args, *kwargs.values())
             for i, (_, out) in enumerate(parts):
@@ -1006,7 +1008,9 @@ class HFModel:
         self.d, self.vocab_size = config.hidden_size, config.vocab_size
         self.context = getattr(config, "max_position_embeddings", None) or 2048
         self.n_head = getattr(config, "num_attention_heads", None) or 0
-        self.n_kv_head = getattr(config, "num_key_value_heads", None) or self.n_head
+        one_key_head = getattr(config, "multi_query", False)       # in some forms of Falcon
+        self.n_kv_head = (getattr(config, "num_key_value_heads", None)
+                          or (0 if one_key_head else self.n_head))
         self.n_experts, self.init_std = 0, getattr(config, "initializer_range", None)
         self.dense = not any("experts" in key and isinstance(value, int) and value > 1
                              for key, value in config.to_dict().items())
@@ -1090,6 +1094,8 @@ class HFModel:
         try:
             self.compare(idx[1:])
             self.find_sublayers(idx[1:2])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise UserError(f"{self.name}: its layers cannot be run one by one ({one_line(e)})"
                             ) from e
@@ -1141,7 +1147,8 @@ def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
     device_map: "auto" shares out the layers among all GPUs (accelerate).
     """
     transformers = need("transformers", f"{name}, which is no checkpoint of train.py,")
-    transformers.utils.logging.disable_progress_bar()
+    if Path(name).is_dir():                                   # nothing is downloaded
+        transformers.utils.logging.disable_progress_bar()
     if device_map:
         need("accelerate", "--device_map")
     where, options = hub_name(name)

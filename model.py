@@ -1,12 +1,12 @@
-"""The model: a Llama-style Pre-RMSNorm transformer in which every knob of the paper is a flag.
+"""The model: a Llama-style Pre-RMSNorm transformer with a flag for every choice of the paper.
 
     model = GPT(ModelConfig(vocab_size=320, n_layer=16, n_kv_head=1))
     logits, loss = model(idx, targets)                             # idx, targets (B, T)
 
-This file is the network alone, from top to bottom: settings, blocks, model, loss, sampling.
-Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. norm="pre" is the
-paper's; "lns" and "peri" are the cures that others proposed for the same illness.
-A block takes the residual stream (B, T, n_embd) and returns it, so blocks can be skipped, swapped
+This file holds the network alone: settings, blocks, model, loss, sampling.
+Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. It uses
+norm="pre"; "lns" and "peri" are remedies that other authors proposed.
+A block maps the residual stream (B, T, n_embd) to the next one, so blocks can be skipped, swapped
 and replaced by hand.
 """
 from __future__ import annotations
@@ -24,11 +24,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 class UserError(Exception):
-    """A mistake of the user's, printed without a traceback: it names the culprit and the remedy."""
+    """A user's mistake. It is printed without a traceback and names the culprit and the remedy."""
 
 def setting(default: Any, meaning: str, allowed: float | str = 0) -> Any:
-    """A dataclass field that explains itself in --help; allowed: the least number, or the words, as
-    in "pre/lns"."""
+    """A dataclass field with a text for --help. allowed: the minimum, or the words, "pre/lns"."""
     return field(default=default, metadata={"help": meaning, "allowed": allowed})
 
 @dataclass
@@ -64,7 +63,7 @@ class ModelConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.ffn_hidden = self.ffn_hidden or 4 * self.n_embd
         check(self.head_dim % 2 == 0,
-              f"n_embd / n_head = {self.head_dim} must be even for RoPE: change n_head={self.n_head}")
+              f"n_embd / n_head = {self.head_dim} must be even: change n_head={self.n_head}")
         check(self.n_head % self.n_kv_head == 0,
               f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if self.n_experts:
@@ -94,18 +93,18 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32 or better: no loss or statistic is taken in bfloat16."""
+    """x in float32 or better. Losses and statistics are never computed in bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with x: its own, or autocast's, where that does not see to it."""
+    """The dtype for matrix products with x: autocast's if that is on, else x's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 # ---- the blocks ------------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the precision of the stream: FSDP2 hands over the gain in bfloat16."""
+    """RMSNorm in the precision of the stream. FSDP2 passes the gain in bfloat16."""
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
@@ -119,7 +118,7 @@ class RoPE(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def reset(self) -> None:
-        """Fill the table of cosines and sines; __init__ may have run on the meta device."""
+        """Fill the table of cosines and sines. __init__ may have run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         position = torch.arange(len(self.table), dtype=torch.float64)
         angle = torch.outer(position, freq)[:, None]                      # (T, 1, head_dim / 2)
@@ -131,7 +130,7 @@ class RoPE(nn.Module):
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 class Attention(nn.Module):
-    """Causal self-attention; n_kv_head < n_head: grouped-query attention (arXiv 2305.13245)."""
+    """Causal self-attention, with grouped queries if n_kv_head < n_head (arXiv 2305.13245)."""
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
         self.n_head = config.n_head
@@ -151,16 +150,16 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What attention makes of x (B, T, n_embd), of the same shape."""
+        """x (B, T, n_embd) -> (B, T, n_embd)."""
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                            enable_gqa=self.n_kv_head < self.n_head)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def flops_per_token(self, T: int) -> float:
-        """FLOPs of q k^T and of the sum of values over T keys in a forward pass.
+        """FLOPs of q k^T and of the weighted sum of T values in a forward pass.
 
-        A fork that looks at fewer keys says so here: weights are counted by themselves, keys are not.
+        A fork that attends to fewer keys overrides this. FLOPs of weights are counted elsewhere.
         """
         return 4 * T * self.n_head * self.head_dim
 
@@ -175,12 +174,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
-# F.grouped_mm as two custom operations: torch.compile refuses it in float32, and it has no float64.
+# F.grouped_mm has no float64, and torch.compile rejects its float32: so these custom operations.
 @torch.library.custom_op("depth::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """The rows of each expert times its matrix: x (M, K), w (E, K, N) -> (M, N).
+    """Multiply each expert's rows by its matrix: x (M, K), w (E, K, N) -> (M, N).
 
-    Rows are sorted by expert; those of expert e end before ends[e], ends (E,) int32.
+    Rows are sorted by expert. The rows of expert e end before ends[e]; ends is (E,) int32.
     """
     if x.dtype == torch.float64:
         rows_of = x.tensor_split(ends[:-1].cpu().long())
@@ -189,7 +188,7 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("depth::grouped_mm_weight", mutates_args=())
 def grouped_mm_weight(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """The gradient of w in `grouped_mm`: x (M, K), the gradient of the product (M, N) -> (E, K, N)."""
+    """The gradient of w in `grouped_mm`: x (M, K), that of the product (M, N) -> (E, K, N)."""
     if x.dtype == torch.float64:
         inner = ends[:-1].cpu().long()
         pairs = zip(x.tensor_split(inner), grad.tensor_split(inner))
@@ -215,16 +214,16 @@ def grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 grouped_mm.register_autograd(grouped_mm_backward, setup_context=grouped_mm_setup)
 
 def expert_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm`; in bfloat16 torch's own, which costs less per call and which inductor sees."""
+    """`grouped_mm`. In bfloat16 torch's own costs less per call and inductor can fuse it."""
     if x.dtype == torch.bfloat16:
         return F.grouped_mm(x, w, offs=ends)
     return grouped_mm(x, w, ends)
 
 class Gather(torch.autograd.Function):
-    """x[source], where every row of x goes to the same number of places, row i // n to place[i].
+    """x[source], where every row of x is used n times: row i // n at place[i].
 
-    So the gradient is gathered too. That of indexing would be added up by atomics: slow on a GPU,
-    and in another order each time.
+    The gradient is a gather as well. Indexing would add it up with atomics, which is slow on a GPU
+    and not deterministic.
     """
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -240,13 +239,13 @@ class Gather(torch.autograd.Function):
         return grad.index_select(0, place).view(N, -1, d).sum(1), None, None
 
 class Router(NamedTuple):
-    """What the router of one MoE layer did with a micro-batch."""
+    """Statistics of the router of one MoE layer over a micro-batch."""
     lb_loss: Tensor     # (), 1 when perfectly balanced
     z_loss: Tensor      # ()
     load: Tensor        # (n_experts,), share of the token-to-expert assignments, sums to 1
 
 class MoE(nn.Module):
-    """Dropless mixture of SwiGLU experts: softmax router, then top-k (as Switch, ST-MoE, OLMoE)."""
+    """Mixture of SwiGLU experts without dropped tokens: softmax, then top-k (as Switch, OLMoE)."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, d, h = config.n_experts, config.n_embd, config.expert_hidden
@@ -269,34 +268,34 @@ class MoE(nn.Module):
         order = expert.flatten().argsort(stable=True)                     # (N k,), slots by expert
         count = F.one_hot(expert, E).sum((0, 1))                          # (E,)
         ends = count.cumsum(0).to(torch.int32)
-        place = order.argsort()                                           # (N k,), where a slot went
+        place = order.argsort()                                           # (N k,), inverse of order
         dtype = product_dtype(x)
         rows = Gather.apply(x.to(dtype), order // self.top_k, place)      # (N k, d)
         gate, up, down = (w.to(dtype) for w in (self.gate, self.up, self.down))
         hidden = F.silu(expert_mm(rows, gate, ends)) * expert_mm(rows, up, ends)    # (N k, h)
         rows = expert_mm(hidden, down, ends)                              # (N k, d)
-        y = Gather.apply(rows, place, order)                              # in the tokens' order
+        y = Gather.apply(rows, place, order)                              # back in token order
         y = y.view(-1, self.top_k, shape[-1])                             # (N, k, d)
         y = (y * weight.unsqueeze(-1).to(dtype)).sum(1)                   # (N, d)
         if self.shared is not None:
             y = y + self.shared(x)
 
-        load = count.to(probs.dtype) / expert.numel()        # of integers alone it would be float32
+        load = count.to(probs.dtype) / expert.numel()        # integer division would give float32
         lb_loss = E * (load * probs.mean(0)).sum()           # eq. 4 of Switch, arXiv 2101.03961
         z_loss = logits.logsumexp(-1).square().mean()        # eq. 5 of ST-MoE, arXiv 2202.08906
         return y.view(shape), Router(lb_loss, z_loss, load)
 
 class Detail(NamedTuple):
-    """What a block did on the way."""
-    attn: Tensor                # (B, T, d), what attention added to the stream
-    ffn: Tensor                 # (B, T, d), what the FFN added
-    router: Router | None       # of a MoE layer
+    """What a block added to the stream. None: a layer of transformers that has no such parts."""
+    attn: Tensor | None         # (B, T, d), from attention
+    ffn: Tensor | None          # (B, T, d), from the FFN
+    router: Router | None       # of a MoE layer of ours
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper.
 
-    A fork changes what attention or the FFN adds in attn_output or ffn_output, which probe.py calls
-    by themselves as well when it removes one of them.
+    A fork that changes what attention or the FFN adds overrides attn_output or ffn_output, so that
+    probe.py can also remove one of the two.
     """
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
@@ -306,11 +305,11 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.n_experts else SwiGLU(config.n_embd, config.ffn_hidden)
         self.scale = layer ** -0.5 if config.norm == "lns" else 1.0       # LayerNorm Scaling
         self.attn_out_norm, self.ffn_out_norm = nn.Identity(), nn.Identity()
-        if config.norm == "peri":                                         # and after each sublayer
+        if config.norm == "peri":                                         # norms after sublayers too
             self.attn_out_norm, self.ffn_out_norm = norm(), norm()
 
     def scaled(self, x: Tensor) -> Tensor:
-        """A norm's output as the sublayer gets it."""
+        """Apply LayerNorm Scaling to the output of a norm."""
         return x if self.scale == 1.0 else x * self.scale
 
     def attn_output(self, x: Tensor) -> Tensor:
@@ -318,7 +317,7 @@ class Block(nn.Module):
         return self.attn_out_norm(self.attn(self.scaled(self.attn_norm(x))))
 
     def ffn_output(self, x: Tensor) -> tuple[Tensor, Router | None]:
-        """What the FFN adds to the stream x (B, T, d), and what the router did if it is a MoE."""
+        """What the FFN adds to the stream x (B, T, d), and the router's statistics of a MoE."""
         x = self.scaled(self.ffn_norm(x))
         if isinstance(self.ffn, MoE):
             y, router = self.ffn(x)
@@ -335,7 +334,7 @@ class Block(nn.Module):
         return x + self.attn_output(x)
 
     def forward(self, x: Tensor, detail: bool = False) -> Tensor | tuple[Tensor, Detail]:
-        """The stream after the block, (B, T, d); with `detail` also what was added on the way."""
+        """The stream after the block, (B, T, d). With `detail` also what each part added."""
         attn = self.attn_output(x)
         x = x + attn
         ffn, router = self.ffn_output(x)
@@ -344,7 +343,7 @@ class Block(nn.Module):
 
 # ---- the model -------------------------------------------------------------------------------------
 class GPT(nn.Module):
-    """embed -> blocks -> norm -> head, all public: a probe recombines them without hooks.
+    """embed -> blocks -> norm -> head. All are public, so that probe.py can recombine them.
 
     stream = model.embed(idx)                      # (B, T, d), h_0 of the paper
     for block in model.blocks:
@@ -358,8 +357,8 @@ class GPT(nn.Module):
         self.d, self.vocab_size, self.context = config.n_embd, config.vocab_size, config.block_size
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.n_experts, self.init_std = config.n_experts, config.init_std
-        self.recompute = False          # activations of blocks in the backward pass
-        self.logits_at_once = 0         # in the loss; 0: what suits the device
+        self.recompute = False          # recompute activations in the backward pass
+        self.logits_at_once = 0         # logits held at a time in the loss; 0: see logits_at_once()
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         rope = RoPE(config)
         layers = range(1, config.n_layer + 1)
@@ -370,15 +369,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Every matrix ~ N(0, init_std), every norm 1: the paper's regime, unless embed_init_std
-        or scaled_init says otherwise.
+        """Draw every matrix from N(0, init_std) and set every norm to 1, as in the paper.
 
-        Drawn on the CPU one whole matrix at a time: the same on every device and however many ranks
-        hold its shards. put(parameter, values): how they get there, if the parameter is but a
-        shard. On the meta device this does nothing; call it again after `to_empty`.
+        embed_init_std and scaled_init change the standard deviation. Whole matrices are drawn on
+        the CPU, so that the values depend neither on the device nor on the number of ranks.
+        put(parameter, values) copies them; a sharded parameter needs its own. On the meta device
+        nothing happens: call this again after `to_empty`.
         """
         if self.config.tie_embeddings:
-            self.head.weight = self.embed.weight          # again, since `to_empty` makes two of one
+            self.head.weight = self.embed.weight          # `to_empty` had separated them
         for name, p in self.named_parameters():
             if p.is_meta:
                 continue
@@ -391,7 +390,7 @@ class GPT(nn.Module):
         self.blocks[0].attn.rope.reset()
 
     def init_std_of(self, name: str) -> float:
-        """The standard deviation with which a matrix begins."""
+        """The standard deviation of a matrix at initialisation."""
         c = self.config
         if name == "embed.weight" and c.embed_init_std:
             return c.embed_init_std
@@ -399,17 +398,16 @@ class GPT(nn.Module):
         return c.init_std / math.sqrt(2 * c.n_layer) if c.scaled_init and writes_to_stream else c.init_std
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the head reads off the stream x (B, T, d): (B, T, vocab_size)."""
+        """The logits (B, T, vocab_size) for the last stream x (B, T, d)."""
         return self.head(self.norm(x))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False,
                 return_logits: bool = True):
-        """Logits (B, T, vocab_size) and the mean cross-entropy in nats per target (None without
-        targets).
+        """Logits (B, T, vocab_size) and the mean cross-entropy in nats, or None without targets.
 
-        The loss's value is the cross-entropy alone; its gradient includes the MoE's auxiliary
-        losses. stats=True adds a dict of statistics. return_logits=False: they come back as None
-        and never exist as a whole.
+        The value of the loss is the cross-entropy alone. Its gradient includes the auxiliary
+        losses of the MoE. stats=True adds a dict of statistics. With return_logits=False the logits
+        are None and are never held as a whole.
         """
         c = self.config
         check(idx.size(1) <= c.block_size, f"{idx.size(1)} tokens exceed block_size={c.block_size}")
@@ -455,8 +453,8 @@ class GPT(nn.Module):
         return logits, loss, seen
 
     def count_parameters(self) -> dict[str, int]:
-        """total; active: without the experts that a token does not visit; non_embedding: active,
-        but for embedding and head."""
+        """total; active: without the experts that a token does not use; non_embedding: active
+        without embedding and head."""
         c = self.config
         total = sum(p.numel() for p in self.parameters())
         active = total
@@ -470,12 +468,11 @@ class GPT(nn.Module):
         return {"total": total, "active": active, "non_embedding": active - tables}
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
-        """FLOPs of a training step per token at context T (default block_size); a forward pass is a
-        third of it.
+        """FLOPs of a training step per token at context T (default block_size).
 
-        2 per active matrix parameter (the head counts, the embedding is a look-up) and what each
-        attention does over all T keys, the causal half not subtracted (appendix B of PaLM, arXiv
-        2204.02311).
+        A forward pass is a third: 2 per active matrix parameter (the head counts, the embedding is
+        a look-up), and attention over all T keys. The causal half is not subtracted (appendix B of
+        PaLM, arXiv 2204.02311).
         """
         T = T or self.config.block_size
         vectors = sum(p.numel() for p in self.parameters() if p.dim() == 1)
@@ -484,19 +481,19 @@ class GPT(nn.Module):
         return 3 * forward if backward else forward
 
 def logits_at_once(device: torch.device) -> int:
-    """How many logits a loss has at a time, unless it is told.
+    """How many logits the loss holds at a time by default.
 
-    On a CPU 32 MB of float32: what is larger, malloc takes from the system anew each time. On a GPU
-    0.5 GB, so that its products are large: of 16,384 tokens, 50,304 wide, an H200 takes 28, 25 and
-    24 ms for the loss of a model 2,048 wide with 2^26, 2^27 and 2^28, and 24 with all at once.
+    On a CPU 32 MB of float32: malloc requests larger blocks from the system each time. On a GPU
+    0.5 GB, so that products are large. For 16,384 tokens, a vocabulary of 50,304 and d = 2,048 an
+    H200 takes 28, 25 and 24 ms with 2^26, 2^27 and 2^28 logits, and 24 ms with all at once.
     """
     return 2**23 if device.type == "cpu" else 2**27
 
 class CrossEntropy(torch.autograd.Function):
-    """-log p summed over the targets (N,) in nats, of the logits x W^T, x (N, d), W (V, d).
+    """-log p summed over the targets (N,) in nats, for the logits x W^T; x (N, d), W (V, d).
 
-    `rows` logits at a time, and with them their gradient, softmax minus one-hot, and what it makes
-    of those of x and W: no logits are kept, or computed again in the backward pass.
+    The forward pass takes `rows` tokens at a time and computes the gradients of x and W with them,
+    from softmax minus one-hot. No logits are kept for the backward pass or computed again there.
     """
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -509,12 +506,12 @@ class CrossEntropy(torch.autograd.Function):
             log_p = (some_x @ w.T).log_softmax(-1, dtype=total.dtype)     # (rows, V)
             row = torch.arange(len(target), device=x.device)
             total = total - log_p[row, target].sum()
-            slope = log_p.exp_()                       # in its place: softmax, then minus one-hot
+            slope = log_p.exp_()                       # in place: softmax, then minus one-hot
             slope[row, target] -= 1
             slope = slope.to(dtype)
             grad.copy_(slope @ w)
             if dtype == grad_W.dtype:
-                grad_W.addmm_(slope.T, some_x)         # saves a pass over all of W
+                grad_W.addmm_(slope.T, some_x)         # saves a pass over W
             else:
                 grad_W += slope.T @ some_x
         ctx.save_for_backward(grad_x, grad_W)
@@ -529,11 +526,11 @@ class CrossEntropy(torch.autograd.Function):
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0) -> Tensor:
     """Mean cross-entropy of head(x) in nats, x (B, T, d), targets (B, T) from 0 to V - 1.
 
-    at_once: how many logits exist at a time, by default what suits the device. A fork whose head is
-    more than a matrix says in CrossEntropy what its gradient is.
+    at_once: how many logits are held at a time, see `logits_at_once`. A fork whose head is more
+    than a matrix adapts CrossEntropy.
     """
     check(type(head) is nn.Linear and head.bias is None,
-          "this loss is of a head that is one matrix: write that of another one into CrossEntropy")
+          "this loss assumes a head that is one matrix: adapt CrossEntropy in model.py to yours")
     rows = max(1, (at_once or logits_at_once(x.device)) // head.out_features)
     x = x.flatten(0, 1)
     targets = targets.flatten()
@@ -546,8 +543,7 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0)
 
 @torch.no_grad()
 def token_variance(x: Tensor) -> Tensor:
-    """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (paper, probe
-    1)"""
+    """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (probe 1)"""
     return wide(x).var(-1).mean()
 
 @torch.no_grad()
@@ -555,8 +551,9 @@ def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: i
              n_vocab: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Continue idx (B, T) by n tokens: (B, T + n).
 
-    Drawn among the top_k likeliest, at temperature 0 the likeliest; never an id from n_vocab on,
-    where the embedding is padded. There is no key/value cache: every token costs a whole pass.
+    Each token is drawn from the top_k most likely ones; temperature 0 takes the most likely one.
+    Ids from n_vocab on are padding and never drawn. There is no key/value cache: every token costs
+    a full pass.
     """
     for _ in range(n):
         x = model.embed(idx[:, -model.config.block_size:])
@@ -564,9 +561,9 @@ def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: i
             x = block(x)
         logits = model.head(model.norm(x[:, -1]))[:, :n_vocab].float()    # (B, n_vocab)
         check(bool(logits.isfinite().all()),
-              "the logits are nan or infinite, so nothing can be drawn: use another checkpoint")
+              "the logits are nan or infinite: use another checkpoint")
         kept, ids = logits.topk(min(top_k, logits.size(-1)))
         chance = ((kept - kept[:, :1]) / max(temperature, 1e-9)).softmax(-1)
-        drawn = torch.multinomial(chance, 1, generator=generator)         # (B, 1), places in ids
+        drawn = torch.multinomial(chance, 1, generator=generator)         # (B, 1), indices into ids
         idx = torch.cat((idx, ids.gather(-1, drawn)), dim=1)
     return idx
