@@ -818,7 +818,7 @@ def sparsity(model: Model, p: Pass) -> Sums:
         with torch.no_grad(), SeenAttention() as seen:
             model.blocks[l](p.h[l])
         p.progress.done += len(p.idx)
-        attention.append(attention_sums(seen.calls))
+        attention.append(attention_sums(seen.calls).to(p.idx.device))
     sums = {"attention": torch.stack(attention), "tokens": p.idx.numel(),
             "predictions": p.idx[:, 1:].numel()}
     if p.details[0].router is not None:
@@ -831,7 +831,7 @@ def sparsity_score(model: Model, totals: Sums) -> Result:
     out = {"weights": weight_sparsity(model), "below": BELOW,
            "attention": {"entropy": entropy, "keys_for_90_percent": mass90,
                          "effective_keys": effective},
-           "interaction_density": effective * (model.n_kv_head / model.n_head)}
+           "interaction_density": effective * model.n_kv_head / (model.n_head or math.nan)}
     if "load" in totals:
         load = totals["load"] / totals["tokens"]
         out["experts"] = {"load": load, "never_used": (load == 0).double().mean(-1),
@@ -881,10 +881,10 @@ def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
 
     Entropy / entropy of uniform attention to the visible keys; share of the visible keys that hold
     90% of the weight; perplexity of the attention / visible keys. The first position sees one key
-    and is left out.
+    and is left out. nan if there are no calls: the attention is computed in another way.
     """
-    check(len(calls) > 0, "sparsity: this model's attention does not call torch's "
-          "scaled_dot_product_attention and cannot be seen: leave sparsity out of --only")
+    if not calls:
+        return torch.full((3,), math.nan)
     sums = []
     for (query, *args), kwargs in calls:
         query, *args = (wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
@@ -1139,6 +1139,9 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
     if "block_influence" in r:
         idle = [l for l, x in enumerate(r["block_influence"]) if x < IDLE]
         said.append(f"Near the identity (influence below {IDLE}): {named(idle) or 'no block'}.")
+    if "sparsity" in r and math.isnan(mean(r["sparsity"]["attention"]["entropy"])):
+        said.append("The sparsity of attention is not measured: the model does not call torch's "
+                    "scaled_dot_product_attention.")
     if number(r.get("permutation_standard_error")) > 0:
         said.append(f"The permutation score {r['permutation_mean']:.4g} is the mean over "
                     f"{r['permutation_pairs']} sampled pairs, with a standard error of "

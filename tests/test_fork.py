@@ -129,7 +129,7 @@ def measured(fork: str, kind: str) -> tuple[dict[str, Any], Truth]:
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         m.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
         truth = Truth(model, tokens, FORKS[fork].by_hand, FORKS[fork].seen(T))
-        return probe.probe(model, tokens, remove=REMOVE), truth
+        return probe.probe(model, tokens, remove=REMOVE, sublayers=True), truth
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_every_experiment_is_of_the_forked_block(fork, kind, name):
 def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
     """What the comparison is worth: the changes matter to every score but those of the weights."""
     got, truth = measured(fork, kind)
-    plain = probe.probe(make_model(**MODELS[kind]), truth.tokens, remove=REMOVE)
+    plain = probe.probe(make_model(**MODELS[kind]), truth.tokens, remove=REMOVE, sublayers=True)
 
     def matters(want: Any, got: Any) -> None:
         for key in want:
@@ -158,7 +158,7 @@ def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
                 matters(want[key], got[key])
             elif key not in same:
                 assert want[key] != got[key], key
-    same = {"permutation_pairs", "loose_fit", "score", "top5_overlap", "3"}         # without all 3 blocks none is left
+    same = {"permutation_pairs", "permutation_standard_error", "loose_fit", "score", "top5_overlap", "3"}         # without all 3 blocks none is left
     matters({key: value for key, value in plain.items() if key not in ("sparsity", "seconds")}, got)
     if fork == "windowed":
         matters(plain["sparsity"]["attention"], got["sparsity"]["attention"])
@@ -168,9 +168,9 @@ def test_a_block_may_also_be_changed_after_the_model_was_built():
     model, (want, truth) = make_model(**MODELS["dense"]), measured("windowed", "dense")
     for block in model.blocks:
         block.attn.__class__ = Windowed
-    got = probe.probe(model, truth.tokens, remove=REMOVE)
+    got = probe.probe(model, truth.tokens, remove=REMOVE, sublayers=True)
     assert_close({key: want[key] for key in want if key != "seconds"}, got)
-    plain = probe.probe(make_model(**MODELS["dense"]), truth.tokens, remove=REMOVE)
+    plain = probe.probe(make_model(**MODELS["dense"]), truth.tokens, remove=REMOVE, sublayers=True)
     assert plain["variance"] != pytest.approx(got["variance"], rel=1e-3)
 
 
@@ -224,8 +224,9 @@ def test_of_an_attention_that_is_not_seen_all_but_the_sparsity_is_measured():
     want, got = probe.probe(make_model(**MODELS["dense"]), tokens, others), probe.probe(model, tokens, others)
     del want["seconds"]
     assert_close(want, got)
-    with pytest.raises(UserError, match="sparsity.*scaled_dot_product_attention.*--only"):
-        probe.probe(model, tokens, ["sparsity"])
+    r = probe.probe(model, tokens, ["sparsity"])
+    assert all(math.isnan(x) for row in r["sparsity"]["attention"].values() for x in row)
+    assert any("scaled_dot_product_attention" in line for line in probe.summary(r))
 
 
 def test_the_refusal_is_one_line_on_the_command_line(tmp_path, monkeypatch, run_main):
