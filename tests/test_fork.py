@@ -158,7 +158,8 @@ def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
                 matters(want[key], got[key])
             elif key not in same:
                 assert want[key] != got[key], key
-    same = {"permutation_pairs", "permutation_standard_error", "loose_fit", "score", "top5_overlap", "3"}         # without all 3 blocks none is left
+    same = {"permutation_pairs", "permutation_standard_error", "loose_fit", "score", "top5_overlap",
+            "3"}                                              # without all 3 blocks none is left
     matters({key: value for key, value in plain.items() if key not in ("sparsity", "seconds")}, got)
     if fork == "windowed":
         matters(plain["sparsity"]["attention"], got["sparsity"]["attention"])
@@ -227,17 +228,6 @@ def test_of_an_attention_that_is_not_seen_all_but_the_sparsity_is_measured():
     r = probe.probe(model, tokens, ["sparsity"])
     assert all(math.isnan(x) for row in r["sparsity"]["attention"].values() for x in row)
     assert any("scaled_dot_product_attention" in line for line in probe.summary(r))
-
-
-def test_the_refusal_is_one_line_on_the_command_line(tmp_path, monkeypatch, run_main):
-    monkeypatch.setattr(M, "Attention", WrittenOut)
-    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")
-    probe.np.save(tmp_path / "mine.npy", make_tokens(4, T).numpy())
-    arguments = (probe, tmp_path / "ckpt.pt", "--tokens", tmp_path / "mine.npy", "--only")
-    outcome = run_main(*arguments, "variance,sparsity")
-    assert_mistake(outcome, "scaled_dot_product_attention", "leave sparsity out of --only")
-    assert not (tmp_path / "probe.json").exists()
-    assert run_main(*arguments, "variance").status == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
