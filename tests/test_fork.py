@@ -129,7 +129,7 @@ def measured(fork: str, kind: str) -> tuple[dict[str, Any], Truth]:
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         m.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
         truth = Truth(model, tokens, FORKS[fork].by_hand, FORKS[fork].seen(T))
-        return probe.probe(model, tokens, remove=REMOVE), truth
+        return probe.probe(model, tokens, remove=REMOVE, sublayers=True), truth
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_every_experiment_is_of_the_forked_block(fork, kind, name):
 def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
     """What the comparison is worth: the changes matter to every score but those of the weights."""
     got, truth = measured(fork, kind)
-    plain = probe.probe(make_model(**MODELS[kind]), truth.tokens, remove=REMOVE)
+    plain = probe.probe(make_model(**MODELS[kind]), truth.tokens, remove=REMOVE, sublayers=True)
 
     def matters(want: Any, got: Any) -> None:
         for key in want:
@@ -158,7 +158,8 @@ def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
                 matters(want[key], got[key])
             elif key not in same:
                 assert want[key] != got[key], key
-    same = {"permutation_pairs", "loose_fit", "score", "top5_overlap", "3"}         # without all 3 blocks none is left
+    same = {"permutation_pairs", "permutation_standard_error", "loose_fit", "score", "top5_overlap",
+            "3"}                                              # without all 3 blocks none is left
     matters({key: value for key, value in plain.items() if key not in ("sparsity", "seconds")}, got)
     if fork == "windowed":
         matters(plain["sparsity"]["attention"], got["sparsity"]["attention"])
@@ -168,9 +169,9 @@ def test_a_block_may_also_be_changed_after_the_model_was_built():
     model, (want, truth) = make_model(**MODELS["dense"]), measured("windowed", "dense")
     for block in model.blocks:
         block.attn.__class__ = Windowed
-    got = probe.probe(model, truth.tokens, remove=REMOVE)
+    got = probe.probe(model, truth.tokens, remove=REMOVE, sublayers=True)
     assert_close({key: want[key] for key in want if key != "seconds"}, got)
-    plain = probe.probe(make_model(**MODELS["dense"]), truth.tokens, remove=REMOVE)
+    plain = probe.probe(make_model(**MODELS["dense"]), truth.tokens, remove=REMOVE, sublayers=True)
     assert plain["variance"] != pytest.approx(got["variance"], rel=1e-3)
 
 
@@ -224,19 +225,9 @@ def test_of_an_attention_that_is_not_seen_all_but_the_sparsity_is_measured():
     want, got = probe.probe(make_model(**MODELS["dense"]), tokens, others), probe.probe(model, tokens, others)
     del want["seconds"]
     assert_close(want, got)
-    with pytest.raises(UserError, match="sparsity.*scaled_dot_product_attention.*--only"):
-        probe.probe(model, tokens, ["sparsity"])
-
-
-def test_the_refusal_is_one_line_on_the_command_line(tmp_path, monkeypatch, run_main):
-    monkeypatch.setattr(M, "Attention", WrittenOut)
-    torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")
-    probe.np.save(tmp_path / "mine.npy", make_tokens(4, T).numpy())
-    arguments = (probe, tmp_path / "ckpt.pt", "--tokens", tmp_path / "mine.npy", "--only")
-    outcome = run_main(*arguments, "variance,sparsity")
-    assert_mistake(outcome, "scaled_dot_product_attention", "leave sparsity out of --only")
-    assert not (tmp_path / "probe.json").exists()
-    assert run_main(*arguments, "variance").status == 0
+    r = probe.probe(model, tokens, ["sparsity"])
+    assert all(math.isnan(x) for row in r["sparsity"]["attention"].values() for x in row)
+    assert any("scaled_dot_product_attention" in line for line in probe.summary(r))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

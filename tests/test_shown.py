@@ -105,13 +105,13 @@ def result_of(losses: np.ndarray, whole: np.ndarray) -> dict[str, Any]:
     return r | {"loss": whole.mean(), "run": {"samples": len(whole)}}
 
 
-def test_noise_alone_gets_no_verdict():
-    """Blocks that do nothing: in almost all draws nothing is said to go or to matter."""
+def test_noise_does_not_make_a_block_cheap():
+    """Every block costs 13% of the perplexity, with noise: "could go" comes as seldom as two standard errors promise."""
     verdicts = 0
     for seed in range(40):
         draw = np.random.default_rng(seed)
-        whole = draw.normal(3, 0.3, 8)
-        said = " ".join(probe.summary(result_of(whole + draw.normal(0, 0.3, (6, 8)), whole)))
+        whole = draw.normal(3, 0.3, 16)
+        said = " ".join(probe.summary(result_of(whole + 0.12 + draw.normal(0, 0.3, (6, 16)), whole)))
         verdicts += "Could go" in said
     assert verdicts <= 4
 
@@ -162,7 +162,7 @@ def test_every_panel_is_on_the_page_and_shows_the_measured_values(kinds):
     results = {kind: measured(kind) | {"log": log} for kind in kinds}
     names = [name for name, experiment in EXPERIMENTS.items() if experiment.figure]
     page = axes_of(results, *names)
-    drawn = [line.get_ydata().tolist() for ax in page for line in ax.lines]
+    drawn = [np.asarray(line.get_ydata()).tolist() for ax in page for line in ax.lines]
     for r in results.values():
         assert r["variance"][1:] in drawn and r["lens"]["kl"][1:] in drawn
         growth = [100 * (ratio - 1) for ratio in r["usefulness"]["ratio"]]
@@ -177,7 +177,7 @@ def test_blocks_are_sorted_by_the_price_of_their_removal():
     growth = [math.exp(loss - r["loss"]) - 1 for loss in r["removal"]["1"]]
     order = np.argsort(growth).tolist()
     assert [int(label.get_text()) for label in ax.get_xticklabels()] == order
-    assert ax.lines[0].get_ydata().tolist() == pytest.approx([100 * growth[l] for l in order])
+    assert np.asarray(ax.lines[0].get_ydata()).tolist() == pytest.approx([100 * growth[l] for l in order])
     segments = ax.collections[0].get_segments()                                     # bars of two standard errors
     lengths = [float(y1 - y0) for (_, y0), (_, y1) in segments]
     want = [4 * 100 * math.exp(r["removal"]["1"][l] - r["loss"]) * r["removal_stderr"]["1"][l] for l in order]
