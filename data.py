@@ -748,6 +748,12 @@ def known_as(name: str) -> str:
     """A name that two tokenizers share if they give the same ids, wherever their files are."""
     if name in encodings():
         return name
+    if Path(name).name.startswith("tokenizer_"):              # a copy: needs no transformers
+        return Path(name).name
+    return fingerprint(name)
+
+def fingerprint(name: str) -> str:
+    """A checksum of the ids that a tokenizer of transformers gives."""
     tokenizer = get_tokenizer(name)
     content = sorted(tokenizer.vocab.items()), tokenizer.eot_token, encode(name, SAMPLE)
     return f"tokenizer_{zlib.crc32(repr(content).encode()):08x}"
@@ -767,11 +773,15 @@ def copy_tokenizer(name: str, folder: Path) -> str:
         return own
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        get_tokenizer(name).inner.save_pretrained(Path(tmp, own))
-        check(known_as(str(Path(tmp, own))) == own,
-              f"the tokenizer {name} gives other ids when it is saved and loaded again: "
-              "name another with --tokenizer")
-        os.replace(Path(tmp, own), folder / own)
+        new = Path(tmp, own)
+        if Path(name).name == own:
+            shutil.copytree(name, new)
+        else:
+            get_tokenizer(name).inner.save_pretrained(new)
+            check(fingerprint(str(new)) == own,
+                  f"the tokenizer {name} gives other ids when it is saved and loaded again: "
+                  "name another with --tokenizer")
+        os.replace(new, folder / own)
     return own
 
 def tokenizer_beside(file: str | Path, name: str) -> str:
