@@ -637,6 +637,9 @@ def show(record: dict[str, Any], c: TrainConfig) -> None:
         print("\r" + line[:width].ljust(width), end="\n" if stays else "", flush=True)
     elif stays:
         print(line, flush=True)
+    if step == c.max_steps and "variance" in record:
+        print(f"variance of the streams h_0 .. h_{c.n_layer}:",
+              " ".join(f"{v:.2g}" for v in record["variance"]), flush=True)
 
 def wandb_run(c: TrainConfig, done: int) -> Any:
     """A run of Weights & Biases, as a context; None in a context if none is asked for.
