@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import data
 import model as M
 import probe
-from helpers import (assert_mistake, attention_by_hand, checkpoint_of, heads_by_hand, make_model, make_tokens, rms_norm,
+from helpers import (attention_by_hand, checkpoint_of, heads_by_hand, make_model, make_tokens, rms_norm,
                      rotate_by_hand, values)
 from model import Attention, UserError
 from probe import EXPERIMENTS, loglikelihoods
