@@ -748,6 +748,12 @@ def known_as(name: str) -> str:
     """A name that two tokenizers share if they give the same ids, wherever their files are."""
     if name in encodings():
         return name
+    if Path(name).name.startswith("tokenizer_"):              # a copy: needs no transformers
+        return Path(name).name
+    return fingerprint(name)
+
+def fingerprint(name: str) -> str:
+    """A checksum of the ids that a tokenizer of transformers gives."""
     tokenizer = get_tokenizer(name)
     content = sorted(tokenizer.vocab.items()), tokenizer.eot_token, encode(name, SAMPLE)
     return f"tokenizer_{zlib.crc32(repr(content).encode()):08x}"
@@ -767,11 +773,15 @@ def copy_tokenizer(name: str, folder: Path) -> str:
         return own
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        get_tokenizer(name).inner.save_pretrained(Path(tmp, own))
-        check(known_as(str(Path(tmp, own))) == own,
-              f"the tokenizer {name} gives other ids when it is saved and loaded again: "
-              "name another with --tokenizer")
-        os.replace(Path(tmp, own), folder / own)
+        new = Path(tmp, own)
+        if Path(name).name == own:
+            shutil.copytree(name, new)
+        else:
+            get_tokenizer(name).inner.save_pretrained(new)
+            check(fingerprint(str(new)) == own,
+                  f"the tokenizer {name} gives other ids when it is saved and loaded again: "
+                  "name another with --tokenizer")
+        os.replace(new, folder / own)
     return own
 
 def tokenizer_beside(file: str | Path, name: str) -> str:
@@ -872,7 +882,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     check_weights(model, saved, path)
-    model.load_state_dict(saved["model"], assign=True)                # takes the tensors themselves: no copy
+    model.load_state_dict(saved["model"], assign=True)        # no copy
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.blocks[0].attn.rope.to_empty(device="cpu").reset()
@@ -991,8 +1001,8 @@ class Embedded(Exception):
 class HFModel:
     """A decoder of transformers with the interface of GPT: embed, blocks, logits.
 
-    Nothing is converted. A block is the model's own layer, called with the arguments that the model
-    passed to it in one run; so `capture(T)` comes before any use, and again when T changes.
+    Nothing is converted. A block is the model's own layer, called with the arguments that the
+    model passed to it in one run. So call `capture(T)` first, and again when T changes.
     """
 
     def __init__(self, inner: Any, name: str):
@@ -1117,8 +1127,8 @@ class HFModel:
         """UserError where logits differ by more than rounding."""
         difference = relative_difference(ours, theirs)
         check(difference <= tolerance(self.dtype),
-              f"{self.name}: its layers cannot be run one by one: the logits of the chain of layers "
-              f"differ from the model's by {difference:.1e} of the largest logit")
+              f"{self.name}: its layers cannot be run one by one: the logits of the chain of "
+              f"layers differ from the model's by {difference:.1e} of the largest logit")
 
     def find_sublayers(self, idx: Tensor) -> None:
         """Find attention and FFN in each layer, and say in `notes` what is left out or unusual."""
@@ -1133,11 +1143,11 @@ class HFModel:
         given = [[a for a in tree_leaves((block.args, block.kwargs)) if isinstance(a, Tensor)]
                  for block in self.blocks]
         own = any(a is not b for tensors in given for a, b in zip(tensors, given[0]))
-        said = {"its layers have no two sublayers that are added to the stream: what attention and "
-                "FFN add, and removing one of them, is left out": not self.splits,
+        said = {"its layers have no two sublayers that are added to the stream: what attention "
+                "and FFN add, and removing one of them, is left out": not self.splits,
                 "what attention and FFN add is read by subtracting streams": scaled,
-                "its layers differ in masks or rotary tables: a block that changes places keeps its "
-                "own": own}
+                "its layers differ in masks or rotary tables: a block that changes places keeps "
+                "its own": own}
         self.notes = [f"{self.name}: {line}" for line, holds in said.items() if holds]
 
 def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
@@ -1232,12 +1242,12 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
     config = hf_config(transformers, model.config, tokenizer)
     with torch.device("meta"):
         inner = transformers.AutoModelForCausalLM.from_config(config)
-    weights = hf_weights(model, fused=any("gate_up_proj" in name for name in inner.state_dict()))
+    fused = any("gate_up_proj" in name for name in inner.state_dict())
     try:
-        inner.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as e:
-        raise UserError(f"{path}: {type(inner).__name__} of transformers has no such weights "
-                        f"({one_line(e)}): such a model stays in its own checkpoint") from e
+        inner.load_state_dict(hf_weights(model, fused), strict=True, assign=True)
+    except (RuntimeError, KeyError) as e:                     # a fork's weights, or Peri-LN's
+        raise UserError(f"{path}: {type(inner).__name__} of transformers has other weights "
+                        f"({one_line(e)}). The model stays in its own checkpoint") from e
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
         new = Path(tmp, out.name)
@@ -1272,9 +1282,9 @@ HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_hea
             **{f"ffn.shared.{w}": f"mlp.shared_expert.{w}_proj" for w in ("gate", "up", "down")}}
 
 def hf_weights(model: GPT, fused: bool) -> dict[str, Tensor]:
-    """A model's weights by their names in Llama and Qwen2-MoE; what has no name there keeps its own.
+    """The weights under their names in Llama and Qwen2-MoE. A weight without one keeps its own.
 
-    fused: the experts of a layer are two tensors, as in transformers 5.
+    fused: the experts of a layer are stored as two tensors, as in transformers 5.
     """
     c, out = model.config, {}
     for name, w in model.state_dict().items():
@@ -1302,8 +1312,8 @@ def hf_weights(model: GPT, fused: bool) -> dict[str, Tensor]:
 def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig, fused: bool) -> None:
     """Put the experts of a layer into the form of Qwen2-MoE.
 
-    That family weighs a shared expert by a sigmoid. A gate of zeros halves, so the shared expert is
-    doubled; where there is no shared expert, one of width 1 consists of zeros.
+    That family multiplies the shared expert by a sigmoid gate. A gate of zeros halves it, so the
+    shared expert is doubled. A model without a shared expert gets one of width 1 and zero weights.
     """
     shared, d = f"{mlp}shared_expert.", c.n_embd
     weights[f"{mlp}shared_expert_gate.weight"] = torch.zeros(1, d)
@@ -1323,14 +1333,14 @@ def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig, fused: b
 
 @torch.no_grad()
 def check_export(model: GPT, folder: Path, path: str | Path) -> None:
-    """UserError unless the folder computes what the model does, on as many tokens as it takes."""
+    """UserError unless the folder gives the model's logits for a full context of random tokens."""
     theirs, _ = load_hf(folder, "cpu", torch.float32)
     draw = torch.Generator().manual_seed(0)
     idx = torch.randint(model.vocab_size, (1, model.context), generator=draw)
     difference = relative_difference(theirs.inner(idx, use_cache=False).logits, model(idx)[0])
     check(difference <= tolerance(torch.float32),
           f"{path}: {type(theirs.inner).__name__} of transformers computes something else: the "
-          f"logits differ by {difference:.1e} of the largest. It stays in its own checkpoint")
+          f"logits differ by {difference:.1e} of the largest. The model stays in its checkpoint")
 
 def write_tokenizer(name: str, folder: Path) -> None:
     """Write a tokenizer into the folder of a model, so that AutoTokenizer gives the same ids."""

@@ -1477,10 +1477,10 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
 # ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
 def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder: str | None,
               progress: Callable[[str], None]) -> dict[str, Any]:
-    """What lm-evaluation-harness says of the model: {task: {"acc": .., "acc_stderr": .., "n": ..}}.
+    """Scores by lm-evaluation-harness: {task: {"acc": .., "acc_stderr": .., "n": questions}, ..}.
 
-    folder: more tasks, a YAML file each. "average" holds the mean over tasks of the accuracy that
-    is usually reported: acc_norm where a task has it, else acc.
+    folder: a folder with further tasks, one YAML file each. "average" is the mean over tasks of
+    acc_norm, or of acc where a task has no acc_norm.
     """
     need("lm_eval", "--tasks")
     from lm_eval import simple_evaluate
@@ -1510,7 +1510,7 @@ def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder
     return out
 
 def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], None]) -> Any:
-    """The model as lm-evaluation-harness takes one, whatever a fork computes."""
+    """A model of lm-evaluation-harness that scores our forward pass, and so also a fork's."""
     from lm_eval.api.model import TemplateLM
     enc = get_tokenizer(tokenizer)
     end = enc.eot_token
@@ -1537,11 +1537,11 @@ def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], 
 @torch.no_grad()
 def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[int]]],
                    progress: Callable[[str], None] = lambda line: None) -> list[tuple[float, bool]]:
-    """Of each pair of a context and a continuation, both tokens: log p(continuation | context) in
-    nats, and whether each of its tokens is the likeliest one.
+    """log p(continuation | context) in nats for each pair of token lists, and whether every token of
+    the continuation is the most likely one.
 
-    What exceeds the model's context is cut on the left. Sequences of about one length share a
-    batch, padded on the right: no token sees what comes after it, so no mask is needed. Ranks take
+    A pair that exceeds the model's context is cut on the left. Batches hold pairs of similar length,
+    padded on the right. No token sees the ones after it, so the padding needs no mask. Ranks take
     turns at the batches.
     """
     rows = [(context + continuation)[-model.context - 1:] for context, continuation in pairs]

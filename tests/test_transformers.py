@@ -285,7 +285,9 @@ def test_a_copy_beside_a_checkpoint_survives_a_move_and_is_known_as_the_same(fol
     shutil.rmtree(folder)
     copy = data.tokenizer_beside(tmp_path / "moved/ckpt.pt", name)
     assert data.encode(copy, TEXT) == list(TEXT.encode())
-    assert data.known_as(copy) == name and not data.same_tokenizer(copy, "bytes")
+    assert data.fingerprint(copy) == data.known_as(copy) == name and not data.same_tokenizer(copy, "bytes")
+    assert data.copy_tokenizer(copy, tmp_path / "second") == name
+    assert data.encode(str(tmp_path / "second" / name), TEXT) == list(TEXT.encode())
     assert data.copy_tokenizer("gpt2", tmp_path) == "gpt2"
 
 
