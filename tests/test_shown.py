@@ -106,7 +106,7 @@ def result_of(losses: np.ndarray, whole: np.ndarray) -> dict[str, Any]:
 
 
 def test_noise_does_not_make_a_block_cheap():
-    """Every block costs 13% of the perplexity, with noise: "could go" comes as seldom as two standard errors promise."""
+    """Every block costs 13% of the perplexity, with noise: "could go" is as rare as two standard errors promise."""
     verdicts = 0
     for seed in range(40):
         draw = np.random.default_rng(seed)
