@@ -1195,8 +1195,7 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     if growth > math.log(CHEAP):
         return f"Not cheap to remove: the least costly is {named(blocks)}, {said}."
     drop = ",".join(map(str, blocks))
-    return (f"Could go: {named(blocks)}, for {said}:  "
-            f"python probe.py {path} --drop {drop} --save pruned.pt")
+    return f"Could go: {named(blocks)}, for {said}:\npython probe.py {path} --drop {drop}"
 
 def variance_course(r: Result) -> str:
     """How the variance grows with depth, and its peak over training."""
@@ -1657,12 +1656,12 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
             out: Path) -> Result:
     """Measure one model, write probe.json and figures, print tables and summary. All ranks measure;
-    the first one writes and prints. Ctrl-C keeps the experiments that are complete."""
+    the first one writes and prints. The experiments that are complete survive Ctrl-C."""
     make_folder(out, "--out")
     result: Result = {"run": {
         "checkpoint": str(path), "weights": checksum(model), "dtype": args.dtype,
         "device": args.device, "settings": saved["settings"]}}
-    interrupted = False
+    failed = None
     try:
         if args.only != "tasks":
             measure_blocks(args, model, saved, result)
@@ -1670,13 +1669,13 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
             names, progress = args.tasks.split(","), Progress(args.first, "tasks")
             found = run_tasks(model, saved["tokenizer"], names, args.task_folder, progress.say)
             result["tasks"], result["run"]["tasks"] = found, names
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, RuntimeError) as e:       # such as out of memory
+        failed = e
     result["run"]["experiments"] = [name for name in EXPERIMENTS if name in result]
-    if args.first:
+    if args.first and ("loss" in result or "tasks" in result):
         show(path, model, label, result, write_result(out / "probe.json", result), out)
-    if interrupted:
-        raise KeyboardInterrupt
+    if failed:
+        raise failed
     return result
 
 def measure_blocks(args: Any, model: Model, saved: dict[str, Any], result: Result) -> None:
@@ -1704,8 +1703,8 @@ def show(path: Path, model: Model, label: str, result: Result, whole: Result, ou
     log = read_log(path)
     print("", f"{out / 'probe.json'} written", draw({label: whole | {"log": log}}, out), sep="\n")
     for line in summary(result | {"log": log}, str(path)):
-        print(textwrap.fill(line, TABLE_WIDTH, subsequent_indent="  ", break_long_words=False,
-                            break_on_hyphens=False))
+        sentence, *command = line.split("\n")
+        print(textwrap.fill(sentence, TABLE_WIDTH, subsequent_indent="  "), *command, sep="\n    ")
 
 def checksum(model: Model) -> int:
     """One number for the weights of a model."""

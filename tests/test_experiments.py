@@ -216,14 +216,6 @@ def test_the_variance_equals_its_naive_version(kind, dtype):
     assert_close(worked_out(naive_variance, kind), measured(kind, dtype), dtype)
 
 
-def test_where_there_was_no_variance_its_growth_is_not_a_number():
-    model = make_model(n_layer=2)
-    with torch.no_grad():
-        model.embed.weight.fill_(3.0)
-    growth = probe.probe(model, make_tokens(2, T), ["variance"])["variance_growth"]
-    assert math.isnan(growth[0]) and growth[1] > 0
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # causal score
 
@@ -276,17 +268,6 @@ def with_layers_swapped(layers: Sequence[Layer], i: int, j: int) -> list[Layer]:
 @every_model_in_both_precisions
 def test_the_permutation_score_equals_its_naive_version(kind, dtype):
     assert_close(worked_out(naive_permutation, kind), measured(kind, dtype), dtype)
-
-
-def test_a_swap_that_lowers_the_loss_counts_as_much_as_one_that_raises_it():
-    model, tokens = make_model(**MODELS["dense"]), make_tokens(B, T)          # random: some swaps lower the loss
-    P, blocks = probe.probe(model, tokens, ["permutation"])["permutation"], list(model.blocks)
-    with torch.no_grad():
-        loss = loss_by_hand(model, tokens, blocks)
-        change = {(i, j): loss_by_hand(model, tokens, with_layers_swapped(blocks, i, j)) / loss - 1
-                  for i in range(5) for j in range(i + 1, 5)}
-    assert min(change.values()) < 0 < max(change.values())
-    assert [P[i][j] for i, j in change] == pytest.approx([abs(x) for x in change.values()], rel=1e-8)
 
 
 def test_sampled_pairs_are_a_reproducible_part_of_all_pairs():
@@ -358,16 +339,11 @@ def test_a_fit_on_fewer_than_10_d_plus_10_tokens_is_called_loose(sequences, loos
 def regression_cases() -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     plain = draw.normal(size=(400, 6))
-    duplicated = np.concatenate((plain, plain[:, :2]), axis=1)
-    dependent = np.concatenate((plain, plain[:, :2] @ draw.normal(size=(2, 3))), axis=1)
-    constant = np.concatenate((plain, np.full((400, 1), 0.1), np.zeros((400, 1)), np.full((400, 1), -3e5)), axis=1)
-    close = np.concatenate((plain, plain[:, :1] + 1e-5 * draw.normal(size=(400, 1))), axis=1)
     scaled = plain * 10.0 ** np.array([-6, -3, 0, 2, 4, 6])
     far = plain + np.array([1e3, -1e3, 0, 500, 1e4, 1])
+    dependent = np.concatenate((plain, plain[:, :2] @ draw.normal(size=(2, 3))), axis=1)
     everything = np.concatenate((scaled, scaled[:, [0, 5]], np.full((400, 1), 7.7)), axis=1)
-    return {"plain": plain, "duplicate_columns": duplicated, "dependent_columns": dependent,
-            "nearly_dependent_columns": close, "constant_columns": constant, "badly_scaled": scaled, "far_from_0": far,
-            "far_from_0_and_duplicated": np.concatenate((far, far), axis=1), "all_at_once": everything,
+    return {"plain": plain, "dependent_columns": dependent, "far_from_0": far, "all_at_once": everything,
             "fewer_tokens_than_features": plain[:4]}
 
 
@@ -384,15 +360,7 @@ def test_the_affine_map_predicts_as_least_squares_on_all_tokens_does(name):
     W, b = affine_map(sum(moments(x[i:i + 1], y[i:i + 1]) for i in range(4)))
     got, want = (x @ W + b).flatten(0, 1).numpy(), Z1 @ solution
     assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
-    if name != "nearly_dependent_columns":                                  # there W itself is ill-conditioned
-        assert np.abs(scale[:, None] * W.numpy() - solution[:-1]).max() < 1e-6
-
-
-def test_the_affine_map_recovers_an_affine_map():
-    draw = torch.Generator().manual_seed(0)
-    x, W, b = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((3, 50, 7), (7, 7), (7,)))
-    got_W, got_b = affine_map(moments(x, x @ W + b))
-    assert torch.allclose(got_W, W, rtol=1e-9, atol=1e-9) and torch.allclose(got_b, b, rtol=1e-9, atol=1e-9)
+    assert np.abs(scale[:, None] * W.numpy() - solution[:-1]).max() < 1e-6
 
 
 def test_the_affine_map_of_constant_features_is_the_mean():
@@ -552,12 +520,6 @@ def naive_lens(t: Truth) -> dict[str, Any]:
 @every_model_in_both_precisions
 def test_the_lens_equals_its_naive_version(kind, dtype):
     assert_close(worked_out(naive_lens, kind), measured(kind, dtype), dtype)
-
-
-@pytest.mark.parametrize("V", [1, 3])
-def test_a_vocabulary_below_5_is_enough_for_the_lens(V):
-    got = probe.probe(make_model(**MODELS["dense"] | {"vocab_size": V}), make_tokens(B, T, V), ["lens"])["lens"]
-    assert got["top5_overlap"] == pytest.approx([1.0] * 6)                    # the top V of V are always the same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -755,7 +717,6 @@ def test_a_mean_over_no_pairs_is_not_a_number():
 
 @pytest.mark.parametrize("tokens, settings, word", [
     (make_tokens(1, T), {}, "1 sequences"),
-    (make_tokens(4, 1), {}, "of 1 tokens"),
     (make_tokens(4, T + 4), {}, "tokens"),
     (make_tokens(B, T) + V, {}, str(V)),
     (make_tokens(B, T) - V, {}, str(V)),
