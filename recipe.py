@@ -786,7 +786,7 @@ def report(args: Any) -> None:
     """Write every table and figure of results.jsonl into OUT/SCALE, and print the tables."""
     rows = read_rows(args.results)
     found = {family: runs_of(family, rows, args) for family in FAMILIES}
-    found = {family: runs for family, runs in found.items() if runs}
+    found = {family: runs for family, runs in found.items() if has_begun(family, runs)}
     check(found, f"no finished run in {args.results}: "
                  f"python recipe.py run depth --scale {args.scale}")
     used = {id(row): row for runs in found.values() for seeds in runs.values() for row in seeds}
@@ -800,6 +800,10 @@ def report(args: Any) -> None:
         (out / f"{name}.md").write_text(text + "\n", "utf-8")
         print(f"\n{out / name}.md\n\n{text}", flush=True)
     print(f"\n{draw_all(found, args.scale, out)}")
+
+def has_begun(family: str, runs: Runs) -> bool:
+    """Has a family runs to compare, beyond those that it shares with the depth family?"""
+    return len(runs) > 1 and (family == "depth" or not runs.keys() <= FAMILIES["depth"].keys())
 
 def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
     """Every table of the pages, by the name of its file."""
@@ -1051,6 +1055,8 @@ TITLES = {"weight_decay": "Weight decay", "context": "Context length T",
           "norms": "The cures under other norms", "init": "Initialisation",
           "width": "Width at the same rate / init_std", "long": "Four times the steps"}
 
+SHOWN_BY_PERPLEXITY = ("weight_decay", "context", "gqa", "moe")
+
 def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
     """Every figure that has its runs, as PNG and SVG; says where they are, or what is missing."""
     try:
@@ -1070,7 +1076,7 @@ def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
         figures["mechanism"] = lambda: draw_mechanism(configurations(found), found)
     if "rates" in found:
         figures["rates"] = lambda: draw_rates(found["rates"])
-    if found.keys() & {"weight_decay", "context", "gqa", "moe"}:
+    if found.keys() & set(SHOWN_BY_PERPLEXITY):
         figures["perplexity"] = lambda: draw_perplexity(found, scale)
     for name, make in figures.items():
         save_figure(make(), out / name)
@@ -1222,7 +1228,7 @@ def draw_rates(runs: Runs) -> Any:
 def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
     """ln(perplexity / the baseline's) of ours beside the paper's, a row per comparison."""
     compared = [c for c in comparisons(found) if c.score == "val loss" and not math.isnan(c.paper)
-                and c.family in ("weight_decay", "context", "gqa", "moe")]
+                and c.family in SHOWN_BY_PERPLEXITY]
     fig, (ax,) = panels(1, 0.6 + 0.24 * len(compared), "Perplexity: ours beside the paper's")
     for place, c in enumerate(compared):
         ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o", color=COLORS[0],

@@ -40,6 +40,7 @@ if __name__ == "__main__":
         report = write_report(Path(out))
         for page in WITH_TABLES:
             page.write_text(filled(page.read_text("utf-8"), report), "utf-8")
-        for figure in ROOT.glob("assets/*"):
-            if (report / figure.name).exists():
-                shutil.copy(report / figure.name, figure)
+        for page in WITH_TABLES:
+            for figure in re.findall(r"assets/(\w+\.png)", page.read_text("utf-8")):
+                if (report / figure).exists():
+                    shutil.copy(report / figure, ROOT / "assets" / figure)
