@@ -120,6 +120,7 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
     done = 0
     if resume:
         done = restore(c, raw, optimizer, corpus, here)
+    if resume and here.world > 1:
         steps = {"done": torch.tensor(float(done), device=here.device)}
         check(average_over_ranks(steps, here.world)["done"] == done,
               f"the ranks see different checkpoints: {c.out_dir} must be on a disk that all share")
