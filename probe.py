@@ -1266,6 +1266,8 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, xlabe
         in_percent(ax, threshold)
     if sort and len(results) == 1:
         ax.set_xticks(range(n), order, fontsize=min(8, 200 / n))
+    elif sort:
+        ax.set_xlabel("place of the block, cheapest first")
     finish(fig, ax, title)
 
 def in_percent(ax: Any, threshold: float | None) -> None:
