@@ -119,7 +119,7 @@ class Pass:
     def losses(self, x: Tensor, layers: Sequence[Layer] = (), rows: Tensor | None = None) -> Tensor:
         """-log p in nats, summed over the T - 1 predictions of each sequence, (B,), if the stream x
         (B, T, d) goes on through these layers. rows: which sequences x has; by default all."""
-        idx = self.idx if rows is None else self.idx[rows]
+        idx = self.idx if rows is None else pick(self.idx, rows)
         for layer in layers:
             x = layer(x)
         self.progress.done += (len(layers) + head_cost(self.model)) * len(idx)
@@ -161,7 +161,7 @@ class Pass:
 
     def jacobian_of(self, layer: Layer, l: int) -> Tensor:
         """`jacobian_sum` of a layer at h_l over the sequences in the Jacobian's sample, (d, d)."""
-        x = self.h[l][self.number < self.few]
+        x = pick(self.h[l], self.number < self.few)
         self.progress.done += 2 * x.size(-1) * len(x)
         return jacobian_sum(layer, x) if len(x) else torch.zeros(x.size(-1), x.size(-1)).double()
 
@@ -204,6 +204,12 @@ def streams_of(layers: Iterable[Layer], x: Tensor) -> list[Tensor]:
 def head_cost(model: Model) -> float:
     """The cost of the logits in blocks: d x vocab_size weights, where a block has about 12 d^2."""
     return model.vocab_size / (12 * model.d)
+
+def pick(x: Tensor, which: Tensor) -> Tensor:
+    """The sequences of x (B, ...) that `which` names: numbers or a mask (B,), on the CPU. So the CPU
+    does not wait for a GPU to count them."""
+    numbers = which.nonzero().flatten() if which.dtype == torch.bool else which
+    return x.index_select(0, numbers.to(x.device))
 
 def to_cpu_float64(x: Any) -> Tensor:
     """In float64 on the CPU: once per micro-batch, so that a GPU does not wait for each number."""
@@ -442,7 +448,7 @@ def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
     """The losses of the sequences `rows`, with each block in turn replaced by its affine map."""
     losses = []
     for l in p.watch(range(len(maps))):
-        (W, b), x = maps[l], p.h[l] if rows is None else p.h[l][rows]
+        (W, b), x = maps[l], p.h[l] if rows is None else pick(p.h[l], rows)
         losses.append(p.losses(x @ W + b, model.blocks[l + 1:], rows))
     return losses
 
@@ -470,7 +476,7 @@ def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
             later = p.number >= p.total // 2
             for half, rows in ((first_half, ~later), (second_half, later)):
                 if rows.any():
-                    half[l] += moments(p.h[l][rows], p.h[l + 1][rows])
+                    half[l] += moments(pick(p.h[l], rows), pick(p.h[l + 1], rows))
         if getattr(model, "norm", None) is not None:
             to_recorded += moments(p.h[-2], recorded(model, p.h)[-1])
         x = p.h[0]
@@ -980,7 +986,7 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress) -
         at_once *= max(2, 512 // model.d)
     parts = rank_sequences(tokens).split(max(1, at_once // tokens.size(1)))
     for k, part in enumerate(parts, 1):
-        p = forward(model, tokens[part], part, len(tokens), options, progress)
+        p = forward(model, pick(tokens, part), part, len(tokens), options, progress)
         p.micro_batch, p.is_last = f", micro-batch {k} of {len(parts)}", k == len(parts)
         yield p
 
