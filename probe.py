@@ -289,12 +289,12 @@ def variance(model: Model, p: Pass) -> Sums:
     The mean over tokens of the unbiased variance over the d features.
     """
     tokens = p.idx.numel()
-    sums = {"stream": torch.stack([token_variance(x) for x in p.h]).double() * tokens,
+    sums = {"stream": to_cpu_float64(torch.stack([token_variance(x) for x in p.h])) * tokens,
             "tokens": tokens}
     if p.details[0].attn is not None:
         for name in ("attn", "ffn"):
             added = [token_variance(getattr(did, name)) for did in p.details]
-            sums[name] = torch.stack(added).double() * tokens
+            sums[name] = to_cpu_float64(torch.stack(added)) * tokens
     return sums
 
 def variance_score(model: Model, totals: Sums) -> Result:
@@ -573,7 +573,7 @@ def released(model: Model, p: Pass) -> Sums:
     tokens = p.idx.numel()
     return {"changed": torch.stack(rows), "update": torch.stack(update_norms(h)),
             "mapped": p.place(torch.stack(losses)), "loss": p.place(p.loss),
-            "variance": torch.stack([token_variance(x) for x in h]).double() * tokens,
+            "variance": to_cpu_float64(torch.stack([token_variance(x) for x in h])) * tokens,
             "tokens": tokens, "jacobian": torch.stack(J), "positions": sampled_positions(p)}
 
 def released_score(model: Model, totals: Sums) -> Result:
@@ -829,7 +829,7 @@ def sparsity(model: Model, p: Pass) -> Sums:
             "predictions": p.idx[:, 1:].numel()}
     if p.details[0].router is not None:
         load = torch.stack([did.router.load for did in p.details])        # (n, n_experts)
-        sums["load"] = load.double() * p.idx.numel()
+        sums["load"] = to_cpu_float64(load) * p.idx.numel()
     return sums
 
 def sparsity_score(model: Model, totals: Sums) -> Result:
@@ -1573,7 +1573,7 @@ def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[i
         logits = wide(logits_at(model, idx.to(device), b.to(device), place.to(device)))   # (N, V)
         nats = -F.cross_entropy(logits, token.to(device), reduction="none")
         missed = logits.argmax(-1) != token.to(device)
-        out.index_add_(0, request, torch.stack((nats.double(), missed.double()), dim=1).cpu())
+        out.index_add_(0, request, to_cpu_float64(torch.stack((nats, missed.to(nats)), dim=1)))
     add_over_ranks(out)
     return [(value, wrong == 0) for value, wrong in out.tolist()]
 
