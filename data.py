@@ -446,14 +446,17 @@ class HFTokenizer:
         try:
             self.inner = transformers.AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError, KeyError, ImportError) as e:
-            raise UserError(f"AutoTokenizer cannot read {name} ({one_line(e)})") from e
+            raise UserError(f"AutoTokenizer cannot read {name} ({one_line(e)}): "
+                            "name another tokenizer with --tokenizer") from e
         self.name = name
         self.vocab = self.inner.get_vocab()
         self.n_vocab = max(self.vocab.values(), default=-1) + 1
         self.eot_token = self.inner.eos_token_id
         bare = self.encode_ordinary("a")
-        check(self.eot_token is not None and len(bare) > 0,
-              f"the tokenizer {name} is incomplete: it has no end-of-text token or no vocabulary")
+        # Without its files, AutoTokenizer makes some tokenizers of nothing but special tokens.
+        check(self.eot_token is not None and bare not in ([], [self.inner.unk_token_id]),
+              f"the tokenizer {name} is incomplete, it has no end-of-text token or no vocabulary: "
+              "name another tokenizer with --tokenizer")
         self.bos = self.inner.bos_token_id
         # What it puts in front of a text, such as Llama's BOS. Only tasks begin with that.
         whole = self.inner("a")["input_ids"]
@@ -573,8 +576,8 @@ def check_removed(settings: dict[str, Any], path: str | Path) -> None:
         implied["head_dim"] = settings["n_embd"] / settings["n_head"]
     for name, value in implied.items():
         had = settings.get(name) or value
-        check(had == value, f"{path}: {name}={had!r} is of a converted model, and model.py has no "
-                            "such setting any more: probe the original with transformers")
+        check(had == value, f"{path}: {name}={had!r} is a setting of converted models that model.py no "
+                            "longer has: give probe.py the original folder or hub id")
 
 def read_checkpoint(path: str | Path, file: BinaryIO) -> Any:
     """torch.load, mapped into memory where possible: what is not used is not read."""
@@ -630,14 +633,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 # ---- models of transformers ----------------------------------------------------------------------
 def first(output: Any) -> Any:
     """The tensor of what a module returns: some return it alone, some in front of others."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """The largest difference between two tensors, relative to the largest value of the second."""
     return float((a - b).abs_().max() / b.abs().max())
 
 def tolerance(dtype: torch.dtype) -> float:
-    """What rounding may come to in `relative_difference` of logits."""
+    """The largest `relative_difference` of logits that counts as rounding."""
     return 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
 
 class HFLayer:
@@ -651,11 +654,15 @@ class HFLayer:
         self.parameters, self.named_parameters = module.parameters, module.named_parameters
         self.args: tuple = ()                     # what the model passes beside the stream:
         self.kwargs: dict[str, Any] = {}          # masks and rotary tables, see HFModel.capture
-        self.returns_tuple = False
+        self.n_behind: int | None = None          # values returned behind the stream; None: no tuple
         # The submodules whose outputs are added to the stream; None where there are no such two.
         self.attn: nn.Module | None = None
         self.ffn: nn.Module | None = None
         self.scaled = False                       # is an output multiplied before it is added?
+
+    def returned(self, x: Tensor) -> Tensor | tuple:
+        """The stream x as the module returns it: alone, or in front of values that no one needs."""
+        return x if self.n_behind is None else (x, *[None] * self.n_behind)
 
     def run(self, x: Tensor, hooks: dict[nn.Module, Callable] | None = None) -> Tensor:
         """The layer with forward hooks on some of its submodules."""
@@ -729,10 +736,9 @@ class HFLayer:
         self.scaled = bool(error > 1e-3 * added.norm() + rounding)
 
 def zeros(module: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook that replaces what a module returns by zeros."""
-    if isinstance(output, tuple):
-        return torch.zeros_like(output[0]), *output[1:]
-    return torch.zeros_like(output)
+    """A forward hook that replaces the tensor that a module returns by zeros."""
+    nothing = torch.zeros_like(first(output))
+    return nothing if isinstance(output, Tensor) else (nothing, *output[1:])
 
 class Embedded(Exception):
     """Ends a forward pass where the first layer would begin; its argument is the stream h_0."""
@@ -792,7 +798,7 @@ class HFModel:
 
     def logits(self, x: Tensor) -> Tensor:
         """What the model makes of the last stream x, (B, T, d) -> (B, T, vocab_size)."""
-        out = (x,) if self.blocks[0].returns_tuple else x
+        out = self.blocks[-1].returned(x)
         idx = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         every = range(len(self.blocks))
         return self.with_layers(idx, dict.fromkeys(every, lambda *args, **kwargs: out))
@@ -812,8 +818,8 @@ class HFModel:
 
     @torch.no_grad()
     def capture(self, T: int) -> None:
-        """Keep what the model passes to its layers for T tokens, and compare the chain of the
-        blocks with the model.
+        """Keep what the model passes to its layers for T tokens, compare the chain of the blocks
+        with the model, and find attention and FFN in each layer.
 
         The run has one sequence, so that masks and tables broadcast over any batch.
         """
@@ -822,7 +828,8 @@ class HFModel:
             block = next(block for block in self.blocks if block.module is layer)
             block.args = args[1:]
             block.kwargs = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
-            block.returns_tuple = isinstance(output, tuple)
+            alone = isinstance(output, Tensor)
+            block.n_behind = None if alone else len(output) - 1
             last = first(output)
 
         def find_norm(module: nn.Module, args: Any) -> None:
@@ -842,6 +849,7 @@ class HFModel:
                 handle.remove()
         try:
             self.compare(idx[1:])
+            self.check_causal(idx[1:])
             self.find_sublayers(idx[1:2])
         except torch.OutOfMemoryError:
             raise
@@ -853,21 +861,28 @@ class HFModel:
         """UserError unless the chain of blocks gives the model's logits, and the chain without one
         block those of the model in which that layer does nothing."""
         def nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden_states,) if self.blocks[skipped].returns_tuple else hidden_states
+            return self.blocks[skipped].returned(hidden_states)
         skipped = len(self.blocks) // 2
         others = [block for l, block in enumerate(self.blocks) if l != skipped]
         for blocks, changed in ((self.blocks, {}), (others, {skipped: nothing})):
             x = self.embed(idx)
             for block in blocks:
                 x = block(x)
-            self.check_equal(self.logits(x), self.with_layers(idx, changed))
+            difference = relative_difference(self.logits(x), self.with_layers(idx, changed))
+            check(difference <= tolerance(self.dtype),
+                  f"{self.name}: its layers cannot be run one by one: the logits of the chain of "
+                  f"layers differ from the model's by {difference:.1e} of the largest logit")
 
-    def check_equal(self, ours: Tensor, theirs: Tensor) -> None:
-        """UserError where logits differ by more than rounding."""
-        difference = relative_difference(ours, theirs)
+    def check_causal(self, idx: Tensor) -> None:
+        """UserError if the logits depend on later tokens, as in an encoder. idx: two sequences."""
+        half = idx.size(1) // 2
+        other = torch.cat((idx[:, :half], idx.flip(0)[:, half:]), dim=1)      # other later tokens
+        a, b = (self.with_layers(ids, {})[:, :half] for ids in (other, idx))
+        # the median over tokens: rounding may send a few of them to another expert
+        difference = float((a - b).abs_().amax(-1).median() / b.abs().max())
         check(difference <= tolerance(self.dtype),
-              f"{self.name}: its layers cannot be run one by one: the logits of the chain of "
-              f"layers differ from the model's by {difference:.1e} of the largest logit")
+              f"{self.name} is not a decoder: if later tokens change, its logits differ by "
+              f"{difference:.1e} of the largest logit")
 
     def find_sublayers(self, idx: Tensor) -> None:
         """Find attention and FFN in each layer, and say in `notes` what is left out or unusual."""
@@ -886,14 +901,15 @@ class HFModel:
                 "and FFN add, and removing one of them, is left out": not self.splits,
                 "what attention and FFN add is read by subtracting streams": scaled,
                 "its layers differ in masks or rotary tables: a block that changes places keeps "
-                "its own": own}
+                "its own": own,
+                "how often each expert is chosen is left out": not self.dense}
         self.notes = [f"{self.name}: {line}" for line, holds in said.items() if holds]
 
 def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
             device_map: str | None = None) -> tuple[HFModel, dict[str, Any]]:
     """A model of transformers from a folder or from the Hugging Face hub, OWNER/NAME[@REVISION].
 
-    device_map: "auto" shares out the layers among all GPUs (accelerate).
+    device_map: "auto" spreads the layers over all GPUs (accelerate).
     """
     transformers = need("transformers", f"{name}, which is no checkpoint of train.py,")
     if Path(name).is_dir():                                   # nothing is downloaded
@@ -923,7 +939,7 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
     """Write a model of transformers without some layers as a folder, tokenizer included.
 
     The folder is loaded again and its logits are compared with those of the chain of the kept
-    layers before it appears under its name. The model itself is of no use afterwards.
+    layers before it appears under its name. The model object loses the layers too.
     """
     config, n, out = model.inner.config.get_text_config(), len(model.blocks), Path(folder)
     check(not out.exists() or out.is_dir() and not any(out.iterdir()),

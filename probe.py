@@ -1145,9 +1145,12 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
     if "block_influence" in r:
         idle = [l for l, x in enumerate(r["block_influence"]) if x < IDLE]
         said.append(f"Near the identity (influence below {IDLE}): {named(idle) or 'no block'}.")
-    if "sparsity" in r and math.isnan(mean(r["sparsity"]["attention"]["entropy"])):
-        said.append("The sparsity of attention is not measured: the model does not call torch's "
-                    "scaled_dot_product_attention.")
+    if "sparsity" in r:
+        entropy = r["sparsity"]["attention"]["entropy"]
+        unseen = [l for l, x in enumerate(entropy) if math.isnan(number(x))]
+        if unseen:
+            said.append(f"The sparsity of attention is not measured in {named(unseen)}: no call of "
+                        "torch's scaled_dot_product_attention.")
     if number(r.get("permutation_standard_error")) > 0:
         said.append(f"The permutation score {r['permutation_mean']:.4g} is the mean over "
                     f"{r['permutation_pairs']} sampled pairs, with a standard error of "
@@ -1497,8 +1500,8 @@ def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)            # reads thousands of files: 10 s
     unknown = sorted(set(names) - set(manager.all_tasks))
-    check(not unknown, f"--tasks: there is no {', '.join(unknown)}: `lm_eval ls tasks` lists those "
-                       "that there are, --task_folder DIR adds others")
+    check(not unknown, f"--tasks: no task {', '.join(unknown)}: `lm_eval ls tasks` lists all tasks, "
+                       "--task_folder DIR adds others")
     found = simple_evaluate(make_scorer(model, tokenizer, progress), tasks=list(names),
                             task_manager=manager, log_samples=False)
     if found is None:                                         # it tells the first rank alone
@@ -1518,14 +1521,15 @@ def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder
     return out
 
 def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], None]) -> Any:
-    """A model of lm-evaluation-harness that scores our forward pass, and so also a fork's."""
+    """A model for lm-evaluation-harness. It calls our forward pass, and therefore a fork's too."""
     from lm_eval.api.model import TemplateLM
     enc = get_tokenizer(tokenizer)
     end = enc.eot_token
 
     class Scorer(TemplateLM):
         eot_token_id = end
-        prefix_token_id = getattr(enc, "bos", None) or end     # what an empty context consists of
+        bos = getattr(enc, "bos", None)
+        prefix_token_id = end if bos is None else bos          # what an empty context consists of
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                        **kwargs: Any) -> list[int]:
@@ -1536,8 +1540,8 @@ def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], 
             return loglikelihoods(model, [tuple(pair) for _, *pair in requests], progress)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            raise UserError("--tasks: one of them lets the model write, or scores whole documents; "
-                            "here are only tasks that compare given answers")
+            raise UserError("--tasks: one task generates text or scores whole documents: give only "
+                            "tasks that compare given answers")
 
         loglikelihood_rolling = generate_until
     return Scorer()
@@ -1608,7 +1612,7 @@ def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor,
               f"--tokens {args.tokens}: an array of integers of shape (B, T) is needed")
         return torch.from_numpy(array.astype(np.int64)).to(device), args.tokens
     T = args.length or min(512, model.context)
-    check(2 <= T <= model.context, f"--length {T}: must be 2 to the model's {model.context}")
+    check(2 <= T <= model.context, f"--length {T}: must be from 2 to {model.context}, the model's context")
     source, tokenizer = args.data or saved["settings"].get("data"), saved["tokenizer"]
     if source is None:
         n, read = text_windows(PYTHON_TOPICS.values(), tokenizer, T)
@@ -1800,7 +1804,8 @@ def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[s
 def read_arguments() -> Any:
     parser = Parser(prog="probe.py", description=__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt")
+    add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt",
+        help="a checkpoint of train.py, a Hugging Face folder, or a hub id OWNER/NAME[@REVISION]")
     add("--only", default="", help=f"some of {','.join(EXPERIMENTS)}; or tasks, for --tasks "
                                    "alone (default: all that the model allows)")
     add("--data", help="prepared corpus, of which the validation split is used, or a text file "
@@ -1816,11 +1821,12 @@ def read_arguments() -> Any:
     add("--jacobian_samples", type=int, default=0, help="for the Jacobian (default: half of them)")
     add("--tasks", help="tasks of lm-evaluation-harness (pip install lm_eval): arc_easy,hellaswag")
     add("--task_folder", metavar="DIR", help="more tasks, as YAML files; these may run Python code")
-    add("--tokenizer", help="if the checkpoint brings none: gpt2, ..., a folder, a hub id")
+    add("--tokenizer", help="instead of the model's own: bytes, gpt2, ..., a folder, a hub id")
     add("--out", help="folder for results (default: that of ckpt.pt, X/ for X.pt, out/NAME for "
                       "Hugging Face); of several models a folder in it for each")
     add("--drop", help="blocks such as 3,7, or auto:N, the N cheapest: save the rest")
-    add("--save", help="target of --drop (default: pruned.pt beside ckpt.pt)")
+    add("--save", help="target of --drop (default: pruned.pt beside ckpt.pt, out/NAME_pruned for "
+                       "Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues the text")
     add("--new_tokens", type=int, default=200, help="length of --sample in tokens (default 200)")
     add("--temperature", type=float, default=0.8, help="of --sample; 0: likeliest (default 0.8)")
@@ -1830,7 +1836,7 @@ def read_arguments() -> Any:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
         help="of weights and streams (default: %(default)s, not TF32)")
-    add("--device_map", choices=["auto"], help="share out a Hugging Face model among all GPUs")
+    add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
     check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
           "--new_tokens and --temperature must not be negative, --top_k must be positive")

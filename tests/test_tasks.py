@@ -90,6 +90,17 @@ def test_log_likelihoods_are_those_of_one_pass_per_choice_and_of_the_harness_its
         assert ours[i] == pytest.approx(wrapped[i], abs=1e-4)
 
 
+def test_an_empty_context_is_the_bos_token_even_if_its_id_is_0(tmp_path):
+    (tmp_path / "bytes").mkdir()
+    data.write_tokenizer("bytes", tmp_path / "bytes")
+    folder = (tmp_path / "bytes").rename(tmp_path / "bos")            # the first name is cached
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"bos_token": chr(256)}       # the byte 0
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert probe.make_scorer(None, str(folder), print).prefix_token_id == 0
+    assert probe.make_scorer(None, "bytes", print).prefix_token_id == 256
+
+
 def test_two_ranks_find_what_one_process_finds(folder, tmp_path):
     script = [str(ROOT / "probe.py"), str(folder / "ckpt.pt"), "--only=tasks", "--tasks=tiny_choice",
               f"--task_folder={folder}", "--device=cpu"]

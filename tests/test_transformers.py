@@ -128,6 +128,7 @@ def test_a_layer_without_attention_or_ffn_is_the_layer_with_their_weights_at_zer
     model = data.HFModel(inner, family)
     model.capture(T)
     assert model.splits == (names[0] is not None)
+    assert any("each expert" in note for note in model.notes) == (family == "qwen2_moe")
     if not model.splits:
         assert "left out" in model.notes[0]
         return
@@ -170,6 +171,19 @@ def test_a_model_whose_layers_know_more_than_the_stream_is_refused_with_the_diff
         lambda module, args, output: output * (1 + (inner.seen[0, 0] % 7)) if torch.is_tensor(output) else
         (output[0] * (1 + (inner.seen[0, 0] % 7)),))
     with pytest.raises(UserError, match="mine: its layers cannot be run one by one: .* differ .* by [0-9.e+-]+ of"):
+        data.HFModel(inner, "mine").capture(T)
+
+
+def test_a_layer_may_return_more_than_the_stream():
+    inner, idx = build("rwkv", attention_hidden_size=32, context_length=64)             # also a state and the attention
+    model = data.HFModel(inner, "rwkv")
+    model.capture(T)
+    torch.testing.assert_close(chain(model, idx)[1], streams_and_logits(inner, idx)[1])
+
+
+def test_a_model_that_sees_later_tokens_is_refused_with_the_difference():
+    inner, _ = build("bert")
+    with pytest.raises(UserError, match="mine is not a decoder: .* differ by [0-9.e+-]+ of"):
         data.HFModel(inner, "mine").capture(T)
 
 
@@ -289,6 +303,13 @@ def test_a_copy_beside_a_checkpoint_survives_a_move_and_is_known_as_the_same(fol
     assert data.copy_tokenizer(copy, tmp_path / "second") == name
     assert data.encode(str(tmp_path / "second" / name), TEXT) == list(TEXT.encode())
     assert data.copy_tokenizer("gpt2", tmp_path) == "gpt2"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
+def test_a_folder_without_a_tokenizer_is_refused(family, tmp_path):
+    build(family)[0].config.save_pretrained(tmp_path)                 # AutoTokenizer makes an empty one for Gemma
+    with pytest.raises(UserError, match="--tokenizer"):
+        data.get_tokenizer(str(tmp_path))
 
 
 def test_no_such_tokenizer_is_one_line():
