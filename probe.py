@@ -1128,6 +1128,15 @@ ENOUGH = 16                 # sequences; with fewer, a standard error is itself 
 LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline, then 0.59 with "
           "context 4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
 
+class Recipe(NamedTuple):
+    """The top of the ladder at one scale. Weight decay acts with learning rate x decay x steps."""
+    n_embd: int
+    block_size: int
+    decay: float                # learning_rate x weight_decay x max_steps
+
+RECIPES = (Recipe(64, 256, 3e-3 * 0.192 * 2000),         # configs/laptop/ladder_moe.py
+           Recipe(1120, 4096, 4e-4 * 0.3 * 4768))        # configs/paper/ladder_moe.py
+
 def summary(r: Result, path: str = "CKPT") -> list[str]:
     """What the measurement says about the model. A difference counts if it exceeds two standard
     errors."""
@@ -1135,6 +1144,9 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
     enough = r.get("run", {}).get("samples", ENOUGH) >= ENOUGH
     if "usefulness" in r:
         said += useful_blocks(r["usefulness"], enough)
+        settings = r.get("run", {}).get("settings", {})
+        if "weight_decay" in settings:                   # not known of a Hugging Face model
+            said.append(steps_of_recipe(settings))
     if len(r.get("removal", {}).get("1", [])) > 1:
         said.append(important_blocks(r, enough))
     for what, losses in r.get("removal", {}).items():
@@ -1174,6 +1186,25 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
                     "well: give more --samples.")
     return said
+
+def steps_of_recipe(c: dict[str, Any]) -> str:
+    """Which steps of the paper's recipe a run with the settings c has not taken. Its context and
+    weight decay are compared with the recipe of the nearest width."""
+    recipe = min(RECIPES, key=lambda recipe: abs(math.log(recipe.n_embd / c["n_embd"])))
+    left = []
+    if c["block_size"] < recipe.block_size:
+        left.append(f"longer context ({recipe.block_size}; here {c['block_size']})")
+    decay = recipe.decay / (c["learning_rate"] * c["max_steps"])
+    decay = min(1.0, decay)                              # in the paper, 1.0 is already too much
+    if c["weight_decay"] < 0.95 * decay:
+        left.append(f"more weight decay ({decay:.2g}; here {c['weight_decay']:.2g})")
+    if c["n_kv_head"] == c["n_head"]:
+        left.append("GQA (2 query heads per key/value head)")
+    if not c["n_experts"]:
+        left.append("MoE (64 experts, 8 per token)")
+    if not left:
+        return "This model has taken every step of the paper's recipe."
+    return f"Steps of the paper's recipe that this model has not taken: {listed(left)}."
 
 def important_blocks(r: Result, enough: bool) -> str:
     """The blocks whose removal costs most."""

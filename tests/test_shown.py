@@ -5,6 +5,7 @@ The numbers shown are compared with the naive versions of tests/test_experiments
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import probe
-from helpers import make_model, make_tokens
+from helpers import ROOT, make_model, make_tokens
 from probe import EXPERIMENTS
 from test_experiments import MODELS, measured, naive_scores
+from train import load_settings
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
@@ -140,6 +142,18 @@ def test_useful_blocks_are_named_and_doubtful_ones_apart():
     said = " ".join(probe.useful_blocks(u, True))
     assert "more than 1.1: block 0." in said and "Not certain for block 1:" in said
     assert "Not certain for blocks 0, 1 and 2" in " ".join(probe.useful_blocks(u, False))
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_a_run_has_one_step_of_the_recipe_left_less_at_each_rung_of_the_ladder(scale):
+    steps = ["longer context", "more weight decay", "GQA", "MoE"]
+    for taken, rung in enumerate(["ladder_32", "ladder_t4096", "ladder_decay_0_3", "ladder_g2", "ladder_moe"]):
+        c = load_settings([str(ROOT / f"configs/{scale}/{rung}.py")])[0]
+        said = probe.steps_of_recipe(asdict(c))
+        assert [step in said for step in steps] == [k >= taken for k in range(4)], said
+    assert "every step" in said
+    decay = c.learning_rate * c.weight_decay * c.max_steps
+    assert (c.n_embd, c.block_size, pytest.approx(decay)) in probe.RECIPES
 
 
 def test_the_summary_knows_the_course_of_training():
