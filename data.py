@@ -254,7 +254,7 @@ def texts(rows: Iterable[Any], source: Source, where: str | Path) -> Iterator[st
         names = (source.field,) if source.field else TEXT_FIELDS
         name = next((name for name in names if name in there), None)
         check(name is not None,
-              f"{where} has no field {' or '.join(names)} in a row, but "
+              f"{where}: a row has no field {' or '.join(names)}; its fields are "
               f"{', '.join(there) or 'none'}: name one in `python data.py NAME --field FIELD`")
         text = there[name]
         if text is None:
@@ -274,11 +274,11 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     what the shards cover so far. At the end it is renamed to meta.json: a folder with meta.json is
     complete.
     """
-    check(0 < val_fraction <= 0.5 and max_tokens > 0,
-          f"val_fraction={val_fraction} must be above 0 and at most 0.5, "
-          f"max_tokens={max_tokens} above 0")
-    out, enc = Path(os.path.expanduser(out)), get_tokenizer(tokenizer)
-    found = find_source(source, field)
+    check(0 < val_fraction <= 0.5,
+          f"val_fraction={val_fraction} must be above 0 and at most 0.5")
+    check(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
+    out, found = Path(os.path.expanduser(out)), find_source(source, field)
+    enc = get_tokenizer(tokenizer)
     request = {"source": found.name, "files": len(found.files), "bytes": found.size,
                "tokenizer": tokenizer, "val_fraction": val_fraction, "max_tokens": str(max_tokens),
                "field": field}
@@ -359,9 +359,10 @@ def check_splits(meta: dict[str, Any], full: bool) -> None:
     check(train > 0 or not full,
           f"--max_tokens={request['max_tokens']} ends with the first document, which is for "
           "validation: raise it")
-    check(train + val > n or n == 0, f"{request['source']}: its {n} documents are all empty")
+    check(train + val > n, f"{request['source']}: all its documents are empty")
     check(train > 1 and val > 1,
-          f"{request['source']}: {n} documents are too few, both splits need some text")
+          f"{request['source']}: too few documents ({n}): training and validation need one each, "
+          "with some text")
 
 def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
     """Empty the buffers into a new file for each split, then record the files in progress.json."""
@@ -561,7 +562,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         try:
             saved = read_checkpoint(path, file)
         except Exception as e:                   # damaged bytes make torch raise almost anything
-            raise UserError(f"{path} is damaged or no checkpoint ({e!r:.90}): use another copy") from e
+            before = Path(path).with_suffix(".1.pt")     # the last but one, see save_checkpoint
+            copy = f"another copy, such as {before}" if before.is_file() else "another copy"
+            raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}): "
+                            f"use {copy}") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     sound = isinstance(saved, dict) and all(isinstance(saved.get(key), kinds[key]) for key in kinds)
     check(sound, f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")

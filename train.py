@@ -58,8 +58,8 @@ from model import GPT, ModelConfig, UserError, check, setting
 @dataclass
 class TrainConfig(ModelConfig):
     """Every setting of a run: the model's and these. The optimizer's defaults are the paper's."""
-    data: str = setting("data/python", "prepared corpus, see data.py; data/python prepares itself")
-    tokens_per_step: int = setting(2048, "tokens in the global batch, for any block_size", 1)
+    data: str = setting("data/python", "corpus made by data.py; data/python: prepared on first use")
+    tokens_per_step: int = setting(2048, "tokens in an optimizer step, over all ranks", 1)
     batch_size: int = setting(0, "sequences per forward pass and rank; 0: a rank's whole share")
     eval_tokens: int = setting(65536, "validation tokens, the same ones every time")
 
@@ -81,11 +81,11 @@ class TrainConfig(ModelConfig):
     wandb: str = setting("", "project of Weights & Biases that also receives the log; empty: none")
     parallel: str = setting("ddp", "fsdp: FSDP2 shards what ddp copies to every rank", "ddp/fsdp")
     recompute: bool = setting(False, "recompute activations in the backward pass: saves memory")
-    seed: int = setting(0, "of the weights and of the order of the data")
+    seed: int = setting(0, "for the initial weights and the order of the data")
     device: str = setting("auto", "auto: a GPU if there is one; mps: Apple's", "auto/cpu/cuda/mps")
-    dtype: str = setting("auto", "auto: bfloat16 (autocast) on cuda; float32 is TF32 on cuda",
+    dtype: str = setting("auto", "auto: bfloat16 autocast on cuda, else float32 (TF32 on cuda)",
                          "auto/float32/bfloat16")
-    compile: bool | None = setting(None, "torch.compile: true | false | auto: on cuda only")
+    compile: bool | None = setting(None, "torch.compile; auto: on cuda only [auto/true/false]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +124,8 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
         steps = {"done": torch.tensor(float(done), device=here.device)}
         check(average_over_ranks(steps, here.world)["done"] == done,
               f"the ranks see different checkpoints: {c.out_dir} must be on a disk that all share")
+        check(done <= c.max_steps, f"{c.out_dir} is at step {done} already, beyond "
+                                   f"max_steps={c.max_steps}: raise it, or give another --out_dir")
     if c.init_from and done == 0:
         start_from_checkpoint(c, raw, corpus.tokenizer)
     if here.rank == 0:
@@ -139,9 +141,10 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
 
 def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: torch.nn.Module,
                optimizer: torch.optim.Optimizer, done: int) -> str:
-    """The training loop, from step done + 1 to max_steps. `model` is `raw` as a step calls it.
+    """The training loop, from step done + 1 to max_steps.
 
-    Returns what stopped it before max_steps, or "".
+    `raw` holds the weights. `model` is the same network as a step calls it: compiled, in DDP.
+    Returns what stopped the loop before max_steps, or "".
     """
     with catch_signals() as caught, open_log(c, here, raw, done, caught) as log:
         batches = read_batches(corpus, c, here, done)
@@ -153,7 +156,7 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: t
             means = gradients(model, batches, here.dtype, due(step, c.stats_interval, c))
             means["grad_norm"] = clip_gradients(raw, c.grad_clip)
             means["stop"] = torch.tensor(float(len(caught) > 0), device=here.device)
-            batches = read_batches(corpus, c, here, step)        # while a GPU computes
+            batches = read_batches(corpus, c, here, step)        # next step's, while a GPU computes
             means = average_over_ranks(means, here.world)        # waits for the GPU
             stop = means.pop("stop") > 0                         # a signal to one rank stops all
             check_finite(step, means, c)
@@ -259,9 +262,10 @@ def check_finite(step: int, means: dict[str, Any], c: TrainConfig) -> None:
     loss, norm = means["loss"], means["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         good = newest_checkpoint(Path(c.out_dir))
-        remedy = f"and --resume from {good}" if good else "no checkpoint is saved yet"
+        remedy = f"and --resume; {good} is the last checkpoint" if good else \
+                 "and start over; no checkpoint is saved yet"
         raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: "
-                        f"lower learning_rate={c.learning_rate}; {remedy}")
+                        f"lower learning_rate={c.learning_rate} {remedy}")
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, here: Process) -> float:
@@ -360,9 +364,9 @@ def open_corpus(c: TrainConfig, here: Process) -> Corpus:
     return corpus
 
 def vocabulary(c: TrainConfig, corpus: Corpus | None = None) -> int:
-    """vocab_size, or where that is 0 the tokens of the corpus, rounded up to a multiple of 64.
+    """vocab_size. If it is 0: the corpus's vocabulary, rounded up to a multiple of 64.
 
-    Without a corpus they are guessed from its name: bytes for PYTHON_CORPUS, otherwise GPT-2's.
+    Without a corpus its size is guessed from its name: bytes for PYTHON_CORPUS, else GPT-2's.
     """
     if c.vocab_size:
         return c.vocab_size
@@ -397,7 +401,7 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
     return raw, model
 
 def bare(c: ModelConfig) -> GPT:
-    """The model without storage."""
+    """The model on the meta device: shapes without storage."""
     with torch.device("meta"):
         return GPT(c)
 
@@ -566,7 +570,7 @@ def cut_log(path: Path, done: int) -> None:
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
-        os.truncate(path, sum(len(line) for line in kept))       # no moment at which lines are lost
+        os.truncate(path, sum(len(line) for line in kept))       # never loses a line it keeps
 
 def commit() -> str | None:
     """The git commit of this file, with -dirty if files differ from it. None without git."""
@@ -740,8 +744,9 @@ def make_parser() -> Parser:
     add("--resume", action="store_true", help="go on from out_dir's newest checkpoint, if any")
     add("--overwrite", action="store_true", help="start over; an earlier run's files become *.old")
     add("--plan", action="store_true", help="print parameters, FLOPs, hours and memory, and stop")
-    add("--gpus", type=int, default=8, help="of --plan (default 8)")
-    add("--mfu", type=float, default=0.4, help="of --plan: share of the peak FLOP/s (default 0.4)")
+    add("--gpus", type=int, default=8, help="how many --plan assumes (default 8)")
+    add("--mfu", type=float, default=0.4,
+        help="share of the peak FLOP/s that --plan assumes (default 0.4)")
     group = parser.add_argument_group("model")
     starts = {"data": "data", "max_steps": "optimizer", "out_dir": "run"}     # first settings
     for f in fields(TrainConfig):
@@ -799,7 +804,8 @@ def typed(name: str, value: Any, where: str) -> Any:
             number = float(value)
             if math.isfinite(number) and (kind == "float" or number.is_integer()):
                 return number if kind == "float" else int(number)
-    raise UserError(f"{where}: {name}={value!r} is no {kind.split()[0]}")
+    wanted = {"int": "a whole number", "float": "a number", "str": "a text"}
+    raise UserError(f"{where}: {name}={value!r} must be {wanted.get(kind, 'true or false')}")
 
 def add_architecture(values: dict[str, Any], path: str) -> None:
     """Complete the settings by a checkpoint's architecture. UserError where they contradict it."""

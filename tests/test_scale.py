@@ -450,6 +450,22 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(short, here):
     assert files(short) == before
 
 
+def test_a_damaged_checkpoint_points_to_the_one_before_if_there_is_one(short, here):
+    shutil.copy(short / "ckpt.pt", short / "ckpt.1.pt")
+    (short / "ckpt.pt").write_bytes(b"no checkpoint")
+    said, err = here(short, "--resume", status=2)
+    assert_mistake((2, said, err), f"{short / 'ckpt.pt'} is damaged", str(short / "ckpt.1.pt"))
+    (short / "ckpt.1.pt").unlink()
+    assert "ckpt.1.pt" not in here(short, "--resume", status=2)[1]
+
+
+def test_a_run_beyond_max_steps_is_refused_and_touches_nothing(short, here):
+    before = files(short)
+    said, err = here(short, "--resume", max_steps=4, status=2)
+    assert_mistake((2, said, err), "step 6", "max_steps=4")
+    assert files(short) == before
+
+
 @pytest.mark.parametrize("name, value", [("n_head", 4), ("seed", 1), ("tokens_per_step", 512), ("norm", "lns")])
 def test_resuming_with_another_model_or_other_data_is_refused_by_name(short, corpus, name, value):
     with pytest.raises(UserError, match=f"{name}={value}, but .* {name}="):
