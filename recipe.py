@@ -1099,25 +1099,27 @@ def mean_lines(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.exp(np.log(of_seeds).mean(0)) if "variance" in name else of_seeds.mean(0)
 
 def draw_depth(runs: Runs, scale: str) -> Any:
-    """The curse in three panels: variance and |J - I| over relative depth; use by depth."""
+    """The curse in three panels: variance and |J - I| over relative depth; use by depth, a ring per
+    seed."""
     fig, axes = panels(3, 2.9, "The curse of depth, measured here")
     for color, (member, rows) in zip(COLORS, runs.items()):
         n = rows[0]["settings"]["n_layer"]
         place = np.arange(1, n + 1) / n
         axes[0].plot(place, mean_lines(rows, "variance")[1:], color=color, label=f"{n} layers")
-        axes[1].plot(place, mean_lines(rows, "deviation"), color=color)
+        axes[1].plot(place[1:], mean_lines(rows, "deviation")[1:], color=color)
     axes[0].set(yscale="log", title="The stream's variance grows", xlabel="depth (share of blocks)",
                 ylabel="variance after the block")
-    axes[1].set(yscale="log", title="Distance from the identity", xlabel="depth (share of blocks)",
-                ylabel=r"$\|J-I\|_F\,/\,d$")
+    axes[1].set(title="Later blocks are closer to the identity", ylabel=r"$\|J-I\|_F\,/\,d$",
+                xlabel="depth (share of blocks), block 0 left out", ylim=(0, None))
     axes[0].legend(fontsize=8, frameon=False)
     layers = [rows[0]["settings"]["n_layer"] for rows in runs.values()]
     twin = axes[2].twinx()
     twin.spines["top"].set_visible(False)
     for ax, score, color in ((axes[2], "log ratio", COLORS[0]), (twin, "useful", COLORS[1])):
-        found = [estimate(list(by_seed(rows, score).values())) for rows in runs.values()]
-        ax.errorbar(layers, [e.mean for e in found], [np.nan_to_num(e.half) for e in found],
-                    color=color, marker="o", markersize=4, capsize=3)
+        values = [list(by_seed(rows, score).values()) for rows in runs.values()]
+        ax.plot(layers, [statistics.mean(x) for x in values], color=color)
+        for n, of_seeds in zip(layers, values):
+            ax.plot([n] * len(of_seeds), of_seeds, "o", color=color, fillstyle="none", markersize=4)
         ax.set_ylabel(NAMES[score], color=color, fontsize=9)
         ax.tick_params(axis="y", colors=color, labelsize=8)
         ax.set_ylim(bottom=0)
@@ -1138,6 +1140,8 @@ def draw_blocks(runs: Runs, scale: str) -> Any:
                     label=f"{rows[0]['settings']['n_layer']} layers")
         ax.set_title(title, fontsize=9)
         ax.set(xlabel="block", yscale="linear" if name == "affine" else "log")
+        if name != "affine":
+            ax.yaxis.set_minor_formatter("")
     axes[0].legend(fontsize=8, frameon=False)
     return fig
 
