@@ -373,8 +373,9 @@ def permutation(model: Model, p: Pass) -> Sums:
     losses = torch.zeros(n, n, p.total, dtype=torch.float64)      # stays 0 if a pair is not sampled
     found = {(i, j): p.losses(p.h[i], swapped(blocks, i, j)[i:])
              for i, j in p.watch([pairs[k] for k in drawn], "pair")}
-    for (i, j), loss in found.items():
-        losses[i, j] = losses[j, i] = p.place(loss)
+    if found:
+        i, j = torch.tensor(list(found)).T
+        losses[i, j] = losses[j, i] = p.place(torch.stack(list(found.values())))
     return {"swapped": losses, "loss": p.place(p.loss)}
 
 def permutation_score(model: Model, totals: Sums) -> Result:

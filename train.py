@@ -120,12 +120,12 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
     done = 0
     if resume:
         done = restore(c, raw, optimizer, corpus, here)
+        check(done <= c.max_steps, f"{c.out_dir} is at step {done} already, beyond "
+                                   f"max_steps={c.max_steps}: raise it, or give another --out_dir")
     if resume and here.world > 1:
         steps = {"done": torch.tensor(float(done), device=here.device)}
         check(average_over_ranks(steps, here.world)["done"] == done,
               f"the ranks see different checkpoints: {c.out_dir} must be on a disk that all share")
-        check(done <= c.max_steps, f"{c.out_dir} is at step {done} already, beyond "
-                                   f"max_steps={c.max_steps}: raise it, or give another --out_dir")
     if c.init_from and done == 0:
         start_from_checkpoint(c, raw, corpus.tokenizer)
     if here.rank == 0:

@@ -87,7 +87,7 @@ def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and
     in_fork(fork, "probe.py", "out/ffn_post/ckpt.pt", "--drop", 1, "--samples", 4, env=no_figures)
     dropped = torch.load(fork / "out/ffn_post/pruned.pt", weights_only=True)
     assert torch.equal(dropped["model"]["blocks.1.ffn_out_norm.weight"], saved["model"][gains[2]])
-    assert_mistake(run_python("probe.py", "out/ffn_post/ckpt.pt", "--export", "hf", cwd=fork), "norm='ffn_post'")
+    assert_mistake(run_python("probe.py", "out/ffn_post/ckpt.pt", "--export", "hf", cwd=fork), "ffn_out_norm")
     assert not (fork / "hf").exists()
 
 
@@ -160,7 +160,6 @@ def test_every_link_of_a_page_leads_somewhere(page):
     text = without_code(page.read_text())
     targets = re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
     targets = [inline or reference for inline, reference in targets]
-    assert targets or page.parent.name == "bench"
     for target in targets:
         if target.startswith("https://"):
             continue
