@@ -1207,7 +1207,8 @@ def important_blocks(r: Result, enough: bool) -> str:
         return "No removal raises the perplexity beyond doubt: more --samples would tell."
     prices = [price(growth[l], errors[l]) for l in most]
     alone = ", one at a time" if len(most) > 1 else ""
-    return f"Most costly to remove{alone}: {named(most)}, for {listed(prices)} times the perplexity."
+    return (f"Most costly to remove{alone}: {named(most)}, for {listed(prices)} times the "
+            "perplexity.")
 
 def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     """Which block or run of blocks could go, and at what price.
@@ -1513,7 +1514,7 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
                 f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
     smaller, _ = load_model(target, tokens.device, getattr(torch, args.dtype), args.device_map)
     pruned = probe(smaller, tokens, [])["loss"]
-    print(f"{target}: {path} without blocks {','.join(map(str, sorted(set(drop))))}; loss "
+    print(f"{target}: {path} without {named(sorted(set(drop)))}; loss "
           f"{whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n{heal}")
 
 # ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
