@@ -686,7 +686,7 @@ EXPERIMENTS["removal"] = Experiment(
             "trend infl": lambda r: trend(r["block_influence"])},
     figure=lambda fig, results: lines(
         fig, results, lambda r: removed_runs(r, perplexity_ratios),
-        "Removal of a block, cheapest first", "block (of a run the first)",
+        "Removal of a block, cheapest first", "block (or first block of a run)",
         "growth of the perplexity", scale="percent", sort=True,
         errors=lambda r: removed_runs(r, perplexity_errors)),
     work=removal_work)
@@ -1178,14 +1178,14 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
             uncertain.append(l)
         elif ratio > USEFUL:
             useful.append(l)
-    said = [f"Useful, so that an affine map instead multiplies the loss by more than {USEFUL}: "
-            f"{named(useful) or 'no block'}."]
+    said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
+            f"{USEFUL}: {named(useful) or 'no block'}."]
     if uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
-    said.append(f"The measured share of useful blocks among {n} is {u['score']:.3g}; {LADDER}.")
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
                     "well: give more --samples.")
+    said.append(f"The measured share of useful blocks among {n} is {u['score']:.3g}; {LADDER}.")
     return said
 
 def steps_of_recipe(c: dict[str, Any]) -> str:
@@ -1194,7 +1194,7 @@ def steps_of_recipe(c: dict[str, Any]) -> str:
     recipe = min(RECIPES, key=lambda recipe: abs(math.log(recipe.n_embd / c["n_embd"])))
     left = []
     if c["block_size"] < recipe.block_size:
-        left.append(f"longer context ({recipe.block_size}; here {c['block_size']})")
+        left.append(f"longer context ({recipe.block_size} tokens; here {c['block_size']})")
     decay = recipe.decay / (c["learning_rate"] * c["max_steps"])
     decay = min(1.0, decay)                              # in the paper, 1.0 is already too much
     if c["weight_decay"] < 0.95 * decay:
@@ -1216,8 +1216,9 @@ def important_blocks(r: Result, enough: bool) -> str:
     if not most:
         return "No removal raises the perplexity beyond doubt: more --samples would tell."
     prices = [price(growth[l], errors[l]) for l in most]
-    return (f"Most is done by {named(most)}: without {'it' if len(most) == 1 else 'each alone'}, "
-            f"the perplexity is {listed(prices)} times as large.")
+    alone = ", one at a time" if len(most) > 1 else ""
+    return (f"Most costly to remove{alone}: {named(most)}, for {listed(prices)} times the "
+            "perplexity.")
 
 def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     """Which block or run of blocks could go, and at what price.
@@ -1251,8 +1252,10 @@ def variance_course(r: Result) -> str:
     return said + "."
 
 def price(growth: float, error: float) -> str:
-    """The factor on the perplexity, with its standard error, of a growth of the loss in nats."""
-    return f"{shown(ratio_of(growth))} +- {ratio_of(growth) * error:.1g}"
+    """The factor on the perplexity if the loss grows by this many nats; its standard error, unless
+    that is nan."""
+    text = shown(ratio_of(growth))
+    return text if math.isnan(error) else f"{text} +- {ratio_of(growth) * error:.1g}"
 
 def named(blocks: Sequence[int]) -> str:
     """As "blocks 0, 1 and 10"; empty if there are none."""
@@ -1281,7 +1284,8 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, xlabe
     tell the name.
 
     scale: linear, log, or percent, where ratios are drawn as growth. errors: standard errors; the
-    bars are two of them. sort: blocks are in the order of the values that come first.
+    bars are two of them. threshold: points instead of lines, beside each other, and a line at the
+    threshold. sort: blocks are in the order of the values that come first.
     """
     ax = fig.subplots()
     for k, r in enumerate(results.values()):
@@ -1294,7 +1298,10 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, xlabe
             error[:len(its_values)] = 2 * np.array(errors(r).get(name, math.nan), dtype=float)
             if scale == "percent":
                 y, error = np.minimum(100 * (y - 1), 1e9), 100 * error
-            ax.errorbar(np.arange(n), y[order], error[order], marker="o", elinewidth=0.8,
+            place = (k * len(of_result) + i + 0.5) / (len(results) * len(of_result))    # 0 to 1
+            x = np.arange(n) + (0.5 * (place - 0.5) if threshold else 0)
+            bars = None if np.isnan(error).all() else error[order]
+            ax.errorbar(x, y[order], bars, marker="o", elinewidth=0.8,
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
                         linestyle="" if threshold else STYLES[i % len(STYLES)],
                         fillstyle="none" if threshold and i else "full",
@@ -1365,7 +1372,8 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
                        extend="min" if lowest < low else "neither")
     bar.minorticks_off()
 
-def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str) -> None:
+def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str,
+             ylabel: str) -> None:
     """Values of log.jsonl over training. keys: their names in the figure."""
     ax = fig.subplots()
     for k, r in enumerate(results.values()):
@@ -1375,14 +1383,16 @@ def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: 
             ax.plot(*np.array(found).reshape(-1, 2).T, label=name if k == 0 else "",
                     color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
                     marker="o" if few else "", linewidth=1.2 if few else 0.5)
-    ax.set(xlabel="step")
+    ax.set(xlabel="step", ylabel=ylabel)
     finish(fig, ax, title)
 
 def loss_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"loss": "training", "val_loss": "validation"}, "Loss over training")
+    training(fig, results, {"loss": "training", "val_loss": "validation"},
+             "Loss over training", "loss (nats per token)")
 
 def variance_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"variance": "last block"}, "Variance after the last block")
+    training(fig, results, {"variance": "last block"}, "Variance over training",
+             "variance after the last block")
 
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     """A figure with the panels of these experiments, two in a row, under a heading."""
@@ -1514,7 +1524,7 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
                 f"--data={saved['settings'].get('data', 'CORPUS')} {HEALING}")
     smaller, _ = load_model(target, tokens.device, getattr(torch, args.dtype), args.device_map)
     pruned = probe(smaller, tokens, [])["loss"]
-    print(f"{target}: {path} without blocks {','.join(map(str, sorted(set(drop))))}; loss "
+    print(f"{target}: {path} without {named(sorted(set(drop)))}; loss "
           f"{whole:.4f} -> {pruned:.4f}, perplexity x{math.exp(pruned - whole):.3f}\n{heal}")
 
 # ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
@@ -1718,6 +1728,8 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
     result["run"]["experiments"] = [name for name in EXPERIMENTS if name in result]
     if args.first and ("loss" in result or "tasks" in result):
         show(path, model, label, result, write_result(out / "probe.json", result), out)
+    elif args.first:
+        print("no experiment is complete yet: nothing is written")
     if failed:
         raise failed
     return result
