@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -811,7 +812,7 @@ def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
     written = {"headlines": headlines(found), "verdicts": verdict_counts(compared),
                "progress": progress(found)}
     for score in PREMISES:
-        written[f"premise_{score.replace(' ', '_').replace('/', '')}"] = premises(found, scale, score)
+        written[f"premise_{re.sub(r'\W', '', score.replace(' ', '_'))}"] = premises(found, scale, score)
     for family, runs in found.items():
         if family == "rates":
             written["rates"] = rates(runs)
