@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import statistics
 import subprocess
@@ -812,7 +811,8 @@ def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
     written = {"headlines": headlines(found), "verdicts": verdict_counts(compared),
                "progress": progress(found)}
     for score in PREMISES:
-        written[f"premise_{re.sub(r'\W', '', score.replace(' ', '_'))}"] = premises(found, scale, score)
+        name = score.replace(" ", "_").replace("/", "").replace("-", "")
+        written[f"premise_{name}"] = premises(found, scale, score)
     for family, runs in found.items():
         if family == "rates":
             written["rates"] = rates(runs)
