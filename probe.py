@@ -347,7 +347,8 @@ def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> Tensor:
     """The numerators of C[s, l] for all blocks l, (n,); 0 for l <= s. g: the streams without s."""
-    missing = [x - y for x, y in zip(h[s + 1:], g[s + 1:])]    # its steps are the updates' changes
+    # h - g: its step from l to l + 1 is the change of block l's update.
+    missing = [x - y for x, y in zip(h[s + 1:], g[s + 1:])]
     row = wide(h[0].new_zeros(len(h) - 1))
     for l, norm in enumerate(update_norms(missing), s + 1):
         row[l] = norm

@@ -69,7 +69,8 @@ FAMILIES = {
                "ladder_g2": "+ G {G}", "ladder_moe": "+ experts {experts}"},
     "context": {"context_256": "T {T}", "context_512": "T {T}", "context_1024": "T {T}",
                 "context_2048": "T {T}", "context_4096": "T {T}", "context_8192": "T {T}"},
-    "norms": {"dense_1b": "norm pre", "dense_1b,norm=lns": "norm lns", "dense_1b,norm=peri": "norm peri",
+    "norms": {"dense_1b": "norm pre", "dense_1b,norm=lns": "norm lns",
+              "dense_1b,norm=peri": "norm peri",
               "gqa_16": "norm pre, GQA", "gqa_16,norm=lns": "norm lns, GQA",
               "gqa_16,norm=peri": "norm peri, GQA",
               "moe_1b": "norm pre, MoE", "moe_1b,norm=lns": "norm lns, MoE",
@@ -277,8 +278,8 @@ def save_start(job: Job, args: Any) -> None:
         model.init_weights()
     tokenizer = load_checkpoint(job.out / "ckpt.pt")["tokenizer"]
     (job.out / "start").mkdir(exist_ok=True)
-    save_checkpoint(job.out / "start/ckpt.pt", {"settings": asdict(c), "step": 0,
-                                                "tokenizer": tokenizer, "model": model.state_dict()})
+    start = {"settings": asdict(c), "step": 0, "tokenizer": tokenizer, "model": model.state_dict()}
+    save_checkpoint(job.out / "start/ckpt.pt", start)
 
 def run_all(jobs: Sequence[Job], args: Any) -> list[Job]:
     """Run the jobs, args.jobs at a time; returns those that failed."""
@@ -708,7 +709,7 @@ def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> 
 
     without_one = [ratio([s for s in seeds if s != left_out]) for left_out in seeds]
     n = len(seeds)
-    error = math.sqrt((n - 1) / n * sum((x - statistics.mean(without_one)) ** 2 for x in without_one))
+    error = (n - 1) / math.sqrt(n) * statistics.stdev(without_one)
     return Estimate(ratio(seeds), T_975[min(n, 10) - 2] * error, n)
 
 def comparisons(found: dict[str, Runs]) -> list[Comparison]:
@@ -1002,7 +1003,7 @@ def rates(runs: Runs) -> str:
                      f"{c['learning_rate'] / c['init_std']:.3g} ({c['learning_rate']:g})",
                      f"{s['val loss']:.3f}", f"{short(variance[1])}, {short(variance[-1])}",
                      f"{s['ln Vn/V1']:.2f}", f"{s['useful']:.2f}",
-                     ", ".join(f"{s[name]:+.2f}" for name in ("trend use", "trend infl", "trend J-I"))])
+                     ", ".join(f"{s[name]:+.2f}" for name in list(PREMISES)[:3])])
     return markdown(["model", "rate / init_std (rate)", "val loss", "Var h_1, Var h_n", "ln Vn/V1",
                      "useful", "trends: use, influence, J - I"], rows)
 
@@ -1068,12 +1069,12 @@ def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
                for family in TITLES if family in found}
     if "depth" in found:
         depth = found["depth"]
-        figures |= {"depth": lambda: draw_depth(depth, scale),
-                    "depth_blocks": lambda: draw_blocks(depth, scale),
-                    "depth_causal": lambda: draw_maps(depth, "causal", "Causal score C[s, l]", scale),
+        figures |= {"depth": lambda: draw_depth(depth),
+                    "depth_blocks": lambda: draw_blocks(depth),
+                    "depth_causal": lambda: draw_maps(depth, "causal", "Causal score C[s, l]"),
                     "depth_permutation": lambda: draw_maps(depth, "permutation",
-                                                           "Permutation score P[i, j]", scale),
-                    "depth_course": lambda: draw_course(depth, scale)}
+                                                           "Permutation score P[i, j]"),
+                    "depth_course": lambda: draw_course(depth)}
         figures["mechanism"] = lambda: draw_mechanism(configurations(found), found)
     if "rates" in found:
         figures["rates"] = lambda: draw_rates(found["rates"])
@@ -1099,7 +1100,7 @@ def mean_lines(rows: Sequence[Row], name: str) -> np.ndarray:
     of_seeds = np.array([row["probe"][name] for row in rows], dtype=float)
     return np.exp(np.log(of_seeds).mean(0)) if "variance" in name else of_seeds.mean(0)
 
-def draw_depth(runs: Runs, scale: str) -> Any:
+def draw_depth(runs: Runs) -> Any:
     """The curse in three panels: variance and |J - I| over relative depth; use by depth, a ring per
     seed."""
     fig, axes = panels(3, 2.9, "The curse of depth, measured here")
@@ -1129,7 +1130,7 @@ def draw_depth(runs: Runs, scale: str) -> Any:
         ax.title.set_fontsize(9)
     return fig
 
-def draw_blocks(runs: Runs, scale: str) -> Any:
+def draw_blocks(runs: Runs) -> Any:
     """Values of each block by depth: what attention and FFN add, |J - I| and the affine map."""
     shown = {"attn_variance": "Variance that attention adds",
              "ffn_variance": "Variance that the FFN adds", "deviation": r"$\|J-I\|_F\,/\,d$",
@@ -1146,7 +1147,7 @@ def draw_blocks(runs: Runs, scale: str) -> Any:
     axes[0].legend(fontsize=8, frameon=False)
     return fig
 
-def draw_maps(runs: Runs, name: str, title: str, scale: str) -> Any:
+def draw_maps(runs: Runs, name: str, title: str) -> Any:
     """One heat map per depth, the mean over seeds."""
     from matplotlib.colors import LogNorm
     maps = [np.mean([np.array(row["probe"][name], dtype=float) for row in rows], axis=0)
@@ -1162,7 +1163,7 @@ def draw_maps(runs: Runs, name: str, title: str, scale: str) -> Any:
     fig.colorbar(image, ax=axes, format="%g", shrink=0.8)
     return fig
 
-def draw_course(runs: Runs, scale: str) -> Any:
+def draw_course(runs: Runs) -> Any:
     """The last layer's variance over training: the geometric mean over seeds, and each seed."""
     fig, (ax,) = panels(1, 3.2, "The last layer's variance over training")
     for color, rows in zip(COLORS, runs.values()):
