@@ -28,6 +28,7 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics as PYTHON_TOPICS     # English text that every Python brings
@@ -866,8 +867,8 @@ def weight_sparsity(model: Model) -> dict[str, dict[str, list[float]]]:
     return kinds
 
 class SeenAttention(TorchFunctionMode):
-    """Records the arguments of each call of scaled_dot_product_attention inside this context. So the
-    statistics describe the attention that the block really computes."""
+    """Inside this context, records the arguments of each call of scaled_dot_product_attention, so
+    that the statistics describe the attention that the block really computes."""
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[tuple, dict]] = []
@@ -1192,7 +1193,7 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
         return (f"Cheapest to remove: {named(blocks)}, for {price} times the perplexity. Too "
                 "uncertain to act on: more --samples would tell.")
     if growth > math.log(CHEAP):
-        return (f"Not cheap to remove: even {named(blocks)}, the cheapest, costs {price} times the "
+        return (f"Cheapest to remove, but not cheap: {named(blocks)}, for {price} times the "
                 "perplexity.")
     drop = ",".join(map(str, blocks))
     return (f"Could go: {named(blocks)}, for {price} times the perplexity:"
@@ -1226,7 +1227,14 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabe
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
     the order of the first name's values.
     """
+    from matplotlib.ticker import SymmetricalLogLocator
     ax = fig.subplots()
+    if scale == "log":
+        ax.set_yscale("log")
+    elif scale == "growth":                                  # linear up to 1%, then logarithmic
+        ax.set_yscale("symlog", linthresh=1, linscale=0.5)
+        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 3)))
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
     for k, r in enumerate(results.values()):
         n = max(map(len, values(r).values()))
         order = np.arange(n)
@@ -1248,12 +1256,8 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabe
         ax.set_xticks(range(n), order, fontsize=min(8, 200 / n))
     elif sort:
         ax.set_xlabel("rank of the block, cheapest first")
-    if scale == "log":
-        ax.set_yscale("log")
-    elif scale == "growth":                                  # linear up to 1%, then logarithmic
-        ax.set_yscale("symlog", linthresh=1)
-        ax.set_ylim(top=max(2, ax.get_ylim()[1]))
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
+    if scale == "growth":
+        ax.axhline(0, color="black", linewidth=0.5)
     if threshold:
         ax.axhline(100 * (threshold - 1), color="black", linestyle="--", linewidth=0.8,
                    label=f"useful above {100 * (threshold - 1):.0f}%")
@@ -1309,14 +1313,6 @@ def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: 
     ax.set(xlabel="step", ylabel=ylabel)
     finish(fig, ax, title)
 
-def loss_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"loss": "training", "val_loss": "validation"}, "Loss over training",
-             "loss (nats per token)")
-
-def variance_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"variance": "last block"}, "Variance over training",
-             "variance after the last block")
-
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     """A figure with the panels of these experiments under a heading, up to three in a row. With
     several models, each panel of matrices takes a row."""
@@ -1325,7 +1321,11 @@ def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     wide = [name for name in names if name in OF_PAIRS and len(results) > 1]
     panels = [EXPERIMENTS[name].figure for name in names if name not in wide]
     if len(names) > 1 and all(r.get("log") for r in results.values()):
-        panels += [loss_curve, variance_curve]
+        panels += [
+            partial(training, keys={"loss": "training", "val_loss": "validation"},
+                    title="Loss over training", ylabel="loss (nats per token)"),
+            partial(training, keys={"variance": "last block"},
+                    title="Variance over training", ylabel="variance after the last block")]
     across = min(3, max(len(panels), 1 + len(wide)))
     rows = [panels[i:i + across] for i in range(0, len(panels), across)]
     rows += [[EXPERIMENTS[name].figure] for name in wide]
@@ -1596,9 +1596,6 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
     """--sample: print a prompt and how the model continues it."""
     enc, device = get_tokenizer(saved["tokenizer"]), next(iter(model.parameters())).device
     prompt = torch.tensor([encode(saved["tokenizer"], args.sample) or [enc.eot_token]])   # (1, T)
-    check(prompt.max() < model.vocab_size,
-          f"--sample has tokens beyond vocab_size={model.vocab_size}: "
-          f"{saved['tokenizer']!r} is not the tokenizer of this model")
     if isinstance(model, HFModel):
         torch.manual_seed(args.seed)
         padding = list(range(enc.n_vocab, model.vocab_size)) or None
@@ -1612,27 +1609,28 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
 
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
             out: Path) -> Result:
-    """Measure one model, write probe.json and figures, print tables and summary. All ranks measure;
-    the first one writes and prints. The experiments that are complete survive Ctrl-C."""
+    """Measure one model, write probe.json and figures, print tables and summary.
+
+    All ranks measure; the first one writes and prints. After Ctrl-C or an error such as a lack of
+    memory, the experiments that are complete are written all the same.
+    """
     make_folder(out, "--out")
     before = read_result(out)                            # fails now, not after the measurement
     result: Result = {"run": {
         "checkpoint": str(path), "weights": checksum(model), "dtype": args.dtype,
         "device": args.device, "settings": saved["settings"]}}
-    shown, failed = place_among_ranks()[0] == 0, None
+    is_first, failed = place_among_ranks()[0] == 0, None
     try:
         if args.only != "tasks":
-            measure_blocks(args, model, saved, result, Progress(shown))
+            measure_blocks(args, model, saved, result, Progress(is_first))
         if args.tasks:
-            names, progress = args.tasks.split(","), Progress(shown, "tasks")
-            found = run_tasks(model, saved["tokenizer"], names, args.task_folder, progress.say)
-            result["tasks"], result["run"]["tasks"] = found, names
-    except (KeyboardInterrupt, RuntimeError) as e:       # such as out of memory
+            names, progress = args.tasks.split(","), Progress(is_first, "tasks")
+            result["tasks"] = run_tasks(model, saved["tokenizer"], names, args.task_folder,
+                                        progress.say)
+    except (KeyboardInterrupt, Exception) as e:
         failed = e
-    if shown and ("loss" in result or "tasks" in result):
+    if is_first and ("loss" in result or "tasks" in result):
         show(path, model, label, result, write_result(out, result, before), out)
-    elif shown:
-        print("no experiment is complete yet: nothing is written")
     if failed:
         raise failed
     return result
@@ -1655,9 +1653,7 @@ def show(path: Path, model: Model, label: str, result: Result, whole: Result, ou
         ran = result["run"]
         print(f"\n{path} on {ran['samples']} x {ran['length']} tokens of {ran['tokens']}")
         print(block_table(result), end="\n\n")
-    print(score_table({label: result}))
-    for line in getattr(model, "notes", []):
-        print(line)
+    print(score_table({label: result}), *getattr(model, "notes", []), sep="\n")
     figures = draw({label: whole | {"log": read_log(path)}}, out)
     print("", f"{out / 'probe.json'} written", figures, sep="\n")
     for line in summary(result, str(path)):
@@ -1761,7 +1757,8 @@ def read_arguments() -> Any:
         help="number of sequences (default 100, as in the paper)")
     add("--length", type=int, default=0, metavar="T",
         help="tokens per sequence (default: the model's context, at most 512)")
-    add("--tokens", metavar="FILE.npy", help="token ids, an integer array (B, T), instead of --data")
+    add("--tokens", metavar="FILE.npy",
+        help="token ids, an integer array (B, T), instead of --data")
     add("--seed", type=int, default=0,
         help="seed for choosing sequences and pairs, and for --sample (default 0)")
     add("--remove", default="1", metavar="LENGTHS",
@@ -1776,11 +1773,12 @@ def read_arguments() -> Any:
         help="tasks of lm-evaluation-harness, such as arc_easy,hellaswag (pip install lm_eval)")
     add("--task_folder", metavar="DIR",
         help="folder with more tasks as YAML files, which may run Python code")
-    add("--tokenizer", help="tokenizer to use instead of the model's own: bytes, a name of tiktoken "
-                            "such as gpt2, a Hugging Face folder or hub id")
-    add("--out", metavar="DIR", help="folder for the results (default: the folder of ckpt.pt, X/ for "
-                                     "X.pt, out/NAME for Hugging Face); several models get a folder "
-                                     "each inside it")
+    add("--tokenizer", metavar="NAME",
+        help="tokenizer to use instead of the model's own: bytes, a name of tiktoken such as gpt2, "
+             "a Hugging Face folder or hub id")
+    add("--out", metavar="DIR",
+        help="folder for the results (default: the folder of ckpt.pt, X/ for X.pt, out/NAME for "
+             "Hugging Face); several models get a folder each inside it")
     add("--drop", metavar="BLOCKS",
         help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
     add("--save", metavar="PATH",
@@ -1800,9 +1798,6 @@ def read_arguments() -> Any:
         help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
-    check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
-          "--new_tokens and --temperature must not be negative, --top_k must be positive")
-    check(args.seed >= 0, "--seed must not be negative")
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks")
     return args
 

@@ -724,7 +724,6 @@ def test_a_mean_over_no_pairs_is_not_a_number():
     (make_tokens(B, T), {"remove": (0,)}, "--remove 0"),
     (make_tokens(B, T), {"remove": (1, 6)}, "5 blocks"),
     (make_tokens(B, T), {"pairs": -1}, "--pairs"),
-    (make_tokens(B, T), {"seed": -1}, "--seed"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_a_wrong_argument_is_a_user_error(tokens, settings, word):
     with pytest.raises(UserError, match=word):
