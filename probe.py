@@ -1253,11 +1253,12 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabe
     ax.set(xlabel="block", ylabel=ylabel)
     ax.locator_params("x", integer=True)
     if sort and len(results) == 1:
-        ax.set_xticks(range(n), order, fontsize=min(8, 200 / n))
+        ax.set_xticks(range(n), order, fontsize=min(8, 150 / n))
     elif sort:
         ax.set_xlabel("rank of the block, cheapest first")
     if scale == "growth":
         ax.axhline(0, color="black", linewidth=0.5)
+        ax.set_ylim(bottom=max(-100, ax.get_ylim()[0]))      # long error bars go below -100%
     if threshold:
         ax.axhline(100 * (threshold - 1), color="black", linestyle="--", linewidth=0.8,
                    label=f"useful above {100 * (threshold - 1):.0f}%")

@@ -56,7 +56,7 @@ def test_removing_a_run_or_a_sublayer_evaluates_only_the_blocks_behind_it(evalua
     assert evaluations(6, ["removal"], remove=(), sublayers=True) == 6 + 2 * 15
 
 
-def test_a_sample_that_does_not_fit_into_memory_costs_a_pass_per_stage_and_gives_the_same_numbers(evaluations, monkeypatch):
+def test_a_sample_beyond_memory_costs_a_pass_per_stage_and_gives_the_same_numbers(evaluations, monkeypatch):
     small = evaluations(12)
     monkeypatch.setattr(probe, "KEPT_IN_MEMORY", 0)
     assert evaluations(12) <= 1.16 * small                 # for 12 blocks; with more blocks, the share is smaller

@@ -33,9 +33,8 @@ CLI = dict(vocab_size=264, block_size=16, n_layer=4, n_head=2, n_kv_head=1)
 # ---- dropping blocks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("norm", ["pre", "lns", "peri"])
-@pytest.mark.parametrize("drop", [[0], [1, 3], [0, 1, 2, 4]], ids=str)
+@pytest.mark.parametrize("kind, norm, drop", [
+    ("dense", "pre", [0]), ("dense", "lns", [1, 3]), ("dense", "peri", [0, 1, 2, 4]), ("moe", "lns", [0, 2])], ids=str)
 def test_a_checkpoint_without_blocks_computes_what_the_model_without_them_does(kind, norm, drop, tmp_path):
     model = make_model(torch.float32, n_layer=5, norm=norm, **(EXPERTS if kind == "moe" else {}))
     save_checkpoint(tmp_path / "pruned.pt", without_blocks(checkpoint_of(model), drop))

@@ -9,7 +9,7 @@ from data import get_tokenizer, load_model
 from helpers import ROOT, checkpoint_of, make_model, run_python, run_script
 from model import generate
 
-BYTES = dict(vocab_size=320, n_layer=2)                          # the tokenizer "bytes" has 257 ids; the rest is padding
+BYTES = dict(vocab_size=320, n_layer=2)                          # more than the 257 ids of the tokenizer "bytes"
 
 
 @pytest.fixture
