@@ -1303,25 +1303,26 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
 
 def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str,
              ylabel: str) -> None:
-    """Values of log.jsonl over training. keys: their names in the legend."""
-    ax = fig.subplots()
-    for k, r in enumerate(results.values()):
-        for i, (key, name) in enumerate(keys.items()):
-            found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
-            ax.plot(*np.array(found).reshape(-1, 2).T, marker="o" if len(found) < 100 else "",
-                    color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                    linewidth=0.8, label=name if k == 0 else "")
+    """Values of one run's log.jsonl over training. keys: their names in the legend."""
+    ax, (r,) = fig.subplots(), results.values()
+    for (key, name), color in zip(keys.items(), COLORS):
+        found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
+        ax.plot(*np.array(found).reshape(-1, 2).T, marker="o" if len(found) < 100 else "",
+                color=color, linewidth=0.8, label=name)
     ax.set(xlabel="step", ylabel=ylabel)
     finish(fig, ax, title)
 
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
-    """A figure with the panels of these experiments under a heading, up to three in a row. With
-    several models, each panel of matrices takes a row."""
+    """A figure with the panels of these experiments under a heading, up to three in a row.
+
+    With several models, each panel of matrices takes a row. The page of one run also has curves
+    over training.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     wide = [name for name in names if name in OF_PAIRS and len(results) > 1]
     panels = [EXPERIMENTS[name].figure for name in names if name not in wide]
-    if len(names) > 1 and all(r.get("log") for r in results.values()):
+    if len(names) > 1 and len(results) == 1 and [*results.values()][0].get("log"):
         panels += [
             partial(training, keys={"loss": "training", "val_loss": "validation"},
                     title="Loss over training", ylabel="loss (nats per token)"),

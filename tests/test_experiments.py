@@ -4,8 +4,8 @@
     python -m pytest -q tests/test_experiments.py -k causal       # one of them
     python -m pytest -q tests/test_experiments.py -k golden       # the scores that others computed
 
-Each experiment has a section: the naive version, the comparison with it, and tests of special cases. The naive versions
-follow the definitions (arXiv 2603.15389 and its released scripts). They share no code with probe.py and only the weights
+Each experiment has a section: its naive version, the comparison, and tests of special cases. The naive versions
+follow the definitions (arXiv 2603.15389 and its released scripts). They share no code with probe.py, and only weights
 with model.py: tests/helpers.py writes out what a layer does.
 """
 from __future__ import annotations
