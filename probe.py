@@ -675,9 +675,11 @@ def perplexity_errors(r: Result, what: str) -> list[float]:
 
 def every_removal(r: Result, values: Callable[[Result, str], list[float]]
                   ) -> dict[str, list[float]]:
-    """The values of all removals, by a name for the legend."""
+    """The values of all removals, by legend. No run begins at the last blocks: nan there."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    return {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
+    found = {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
+    n = max(map(len, found.values()))
+    return {name: x + [math.nan] * (n - len(x)) for name, x in found.items()}
 
 def removal_work(n: int, options: Options) -> tuple[float, float, float]:
     runs = [n - length + 1 for length in set(options.remove)] + [n, n] * options.sublayers
@@ -1165,10 +1167,10 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
     uncertain = [l for l in range(n) if not certain[l]]
     said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
             f"{USEFUL}: {named(useful)}."]
-    share = f"{len(useful) / n:.2g}"
+    share = f"{len(useful) / n:.2f}"
     if uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
-        share = f"between {share} and {(len(useful) + len(uncertain)) / n:.2g}"
+        share = f"between {share} and {(len(useful) + len(uncertain)) / n:.2f}"
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
                     "well: give more --samples.")
@@ -1227,42 +1229,44 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabe
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
     the order of the first name's values.
     """
-    from matplotlib.ticker import SymmetricalLogLocator
-    ax = fig.subplots()
-    if scale == "log":
-        ax.set_yscale("log")
-    elif scale == "growth":                                  # linear up to 1%, then logarithmic
-        ax.set_yscale("symlog", linthresh=1, linscale=0.5)
-        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 3)))
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
+    ax, growth = fig.subplots(), scale == "growth"
+    if growth:
+        growth_axis(ax)
     for k, r in enumerate(results.values()):
-        n = max(map(len, values(r).values()))
-        order = np.arange(n)
         for i, (name, its_values) in enumerate(values(r).items()):
-            y, error = np.full((2, n), math.nan)             # a run has no value at the last blocks
-            y[:len(its_values)] = its_values
-            error[:len(its_values)] = 2 * np.array(errors(r).get(name, math.nan), dtype=float)
-            if scale == "growth":
-                y, error = 100 * (y - 1), 100 * error
-            if sort and i == 0:
-                order = np.argsort(y)
-            ax.errorbar(np.arange(n), y[order], None if np.isnan(error).all() else error[order],
+            y, bars = np.array(its_values, dtype=float), errors(r).get(name)
+            if growth:
+                y = 100 * (y - 1)
+            if bars is not None:
+                bars = 2 * np.array(bars, dtype=float) * (100 if growth else 1)
+            if i == 0:
+                order = np.argsort(y) if sort else np.arange(len(y))
+            ax.errorbar(range(len(y)), y[order], None if bars is None else bars[order],
                         marker="o", elinewidth=0.8, linestyle=STYLES[i % len(STYLES)],
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
                         label=name if k == 0 else "")
     ax.set(xlabel="block", ylabel=ylabel)
     ax.locator_params("x", integer=True)
     if sort and len(results) == 1:
-        ax.set_xticks(range(n), order, fontsize=min(8, 150 / n))
+        ax.set_xticks(range(len(order)), order, fontsize=min(8, 150 / len(order)))
     elif sort:
         ax.set_xlabel("rank of the block, cheapest first")
-    if scale == "growth":
-        ax.axhline(0, color="black", linewidth=0.5)
-        ax.set_ylim(bottom=max(-100, ax.get_ylim()[0]))      # long error bars go below -100%
     if threshold:
         ax.axhline(100 * (threshold - 1), color="black", linestyle="--", linewidth=0.8,
                    label=f"useful above {100 * (threshold - 1):.0f}%")
+    if growth:
+        ax.axhline(0, color="black", linewidth=0.5)
+        ax.set_ylim(bottom=max(-100, ax.get_ylim()[0]))      # long error bars go below -100%
+    elif scale == "log":
+        ax.set_yscale("log")
     finish(fig, ax, title)
+
+def growth_axis(ax: Any) -> None:
+    """Make the y axis one of percent: linear up to 1%, then logarithmic."""
+    from matplotlib.ticker import SymmetricalLogLocator
+    ax.set_yscale("symlog", linthresh=1, linscale=0.5)
+    ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 3)))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
 
 def finish(fig: Any, ax: Any, title: str) -> None:
     """The title, and a legend below the axes if there are several names."""

@@ -141,7 +141,7 @@ def test_only_certain_blocks_count_as_useful_and_the_share_says_how_many_are_cer
     u = {"ratio": [1.5, 1.12, 1.0, 1.2], "ratio_stderr": [0.1, 0.02, 0.01, 0.01], "loose_fit": False}
     said = " ".join(probe.useful_blocks(u, True))
     assert "more than 1.1: blocks 0 and 3." in said and "Not certain for block 1:" in said
-    assert "between 0.5 and 0.75" in said
+    assert "between 0.50 and 0.75" in said
     few = " ".join(probe.useful_blocks(u, False))
     assert "Not certain for blocks 0, 1, 2 and 3" in few and "share" not in few
 
