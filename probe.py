@@ -245,7 +245,7 @@ class Experiment(NamedTuple):
     figure: Callable[[Any, dict[str, Result]], None] | None = None     # draws into a subfigure
     work: Callable[[int, Options], tuple] = lambda n, options: (0, 0, 0)        # see `work_of`
     fits: bool = False                                  # does it use p.maps?
-    stage: int = 0                                      # see `probe`
+    stage: int = 0                                      # slow experiments run later, see `probe`
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
@@ -441,7 +441,7 @@ def usefulness(model: Model, p: Pass) -> Sums:
     maps = p.maps or fit_maps(model, [p])
     later = p.number >= p.total // 2                     # the second half of the sequences, (B,)
     sums = {"mapped": p.place(torch.stack(losses_with_maps(model, p, maps.whole))),
-            "loss": p.place(p.loss), "second_half": p.place(later), "tokens": p.idx.numel()}
+            "loss": p.place(p.loss), "tokens": p.idx.numel()}
     sums["heldout"] = torch.zeros_like(sums["mapped"])
     if later.any():
         losses = torch.stack(losses_with_maps(model, p, maps.half, later))
@@ -449,11 +449,10 @@ def usefulness(model: Model, p: Pass) -> Sums:
     return sums
 
 def usefulness_score(model: Model, totals: Sums) -> Result:
-    loss, later, tokens = totals["loss"], totals["second_half"] > 0, float(totals["tokens"])
-    in_first_half = tokens * (~later).double().mean().item()
+    loss, tokens, half = totals["loss"], float(totals["tokens"]), len(totals["loss"]) // 2
     return {"usefulness": map_scores(model, totals["mapped"], loss, tokens),
-            "usefulness_heldout": map_scores(
-                model, totals["heldout"][:, later], loss[later], in_first_half)}
+            "usefulness_heldout": map_scores(model, totals["heldout"][:, half:], loss[half:],
+                                             tokens * half / len(loss))}
 
 def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
                      rows: Tensor | None = None) -> list[Tensor]:
@@ -1215,7 +1214,6 @@ STYLES = ("-", "--", ":", "-.")
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
          "legend.fontsize": 7}
-OF_PAIRS = ("causal", "permutation")    # panels that show a matrix over pairs of blocks
 
 Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
 
@@ -1317,35 +1315,29 @@ def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: 
     finish(fig, ax, title)
 
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
-    """A figure with the panels of these experiments under a heading, up to three in a row.
-
-    With several models, each panel of matrices takes a row. The page of one run also has curves
-    over training.
-    """
+    """A figure with the panels of these experiments under a heading. The page of one run also has
+    curves over training."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    wide = [name for name in names if name in OF_PAIRS and len(results) > 1]
-    panels = [EXPERIMENTS[name].figure for name in names if name not in wide]
+    panels = [EXPERIMENTS[name].figure for name in names]
     if len(names) > 1 and len(results) == 1 and [*results.values()][0].get("log"):
         panels += [
             partial(training, keys={"loss": "training", "val_loss": "validation"},
                     title="Loss over training", ylabel="loss (nats per token)"),
             partial(training, keys={"variance": "last block"},
                     title="Variance over training", ylabel="variance after the last block")]
-    across = min(3, max(len(panels), 1 + len(wide)))
-    rows = [panels[i:i + across] for i in range(0, len(panels), across)]
-    rows += [[EXPERIMENTS[name].figure] for name in wide]
-    headings = [textwrap.fill(heading(label, r), 55 * across + 10) for label, r in results.items()]
-    fig = Figure((4.2 * across, 2.9 * len(rows) + 0.15 * len(headings) + 0.3), layout="constrained")
+    across = min(len(panels), 3 if len(results) == 1 else 2)
+    down, width = math.ceil(len(panels) / across), 2.6 + 1.6 * len(results)             # inches
+    headings = [textwrap.fill(heading(label, r), int(12 * width * across) + 10)
+                for label, r in results.items()]
+    fig = Figure((width * across, 2.9 * down + 0.15 * len(headings) + 0.3), layout="constrained")
     if len(results) > 1:
         handles = [Line2D([], [], color=COLORS[k % len(COLORS)]) for k in range(len(results))]
         fig.legend(handles, headings, loc="outside upper center", fontsize=8)
     else:
         fig.suptitle(headings[0], fontsize=8)
-    for strip, row in zip(fig.subfigures(len(rows), 1, squeeze=False)[:, 0], rows):
-        cells = strip.subfigures(1, across if row[0] in panels else 1, squeeze=False)[0]
-        for cell, panel in zip(cells, row):
-            panel(cell, results)
+    for cell, panel in zip(fig.subfigures(down, across, squeeze=False).flat, panels):
+        panel(cell, results)
     return fig
 
 def heading(label: str, r: Result) -> str:
@@ -1367,10 +1359,8 @@ def draw(results: dict[str, Result], out: Path) -> str:
         import matplotlib
     except ImportError:
         return "no figures without matplotlib: pip install matplotlib"
-    names = [name for name, experiment in EXPERIMENTS.items()
-             if experiment.figure and all(name in r for r in results.values())]
-    single = any(len(r.get(name, "..")) == 1 for r in results.values() for name in OF_PAIRS)
-    names = [name for name in names if not (single and name in OF_PAIRS)]   # one block has no pairs
+    names = [name for name, experiment in EXPERIMENTS.items() if experiment.figure
+             and all(name in r and r[name] != [[0.0]] for r in results.values())]   # no pairs
     if not names:
         return ""
     with matplotlib.rc_context(STYLE):
