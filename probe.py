@@ -943,7 +943,8 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
         model.capture(tokens.size(1))
     names = measurable(model) if experiments is None else experiments
     check_request(model, names, o)
-    chosen = {"loss": LOSS} | {name: EXPERIMENTS[name] for name in names}
+    first = min((EXPERIMENTS[name].stage for name in names), default=0)
+    chosen = {"loss": LOSS._replace(stage=first)} | {name: EXPERIMENTS[name] for name in names}
     progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), o)
     n, d = len(model.blocks), model.d
     is_small = 2 * n * (n + 7) * d * tokens.numel() < KEPT_IN_MEMORY        # bytes of all streams
@@ -1359,8 +1360,9 @@ def draw(results: dict[str, Result], out: Path) -> str:
         import matplotlib
     except ImportError:
         return "no figures without matplotlib: pip install matplotlib"
+    # A single block has no pairs: its causal and permutation matrices are [[0.0]].
     names = [name for name, experiment in EXPERIMENTS.items() if experiment.figure
-             and all(name in r and r[name] != [[0.0]] for r in results.values())]   # no pairs
+             and all(name in r and r[name] != [[0.0]] for r in results.values())]
     if not names:
         return ""
     with matplotlib.rc_context(STYLE):
@@ -1789,7 +1791,8 @@ def read_arguments() -> Any:
         help="--sample chooses among the K likeliest tokens (default 50)")
     add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="device to compute on (default: a GPU if there is one)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
         help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
