@@ -28,7 +28,7 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics as PYTHON_TOPICS     # English text that every Python brings
@@ -126,7 +126,7 @@ class Pass:
         """Send the stream x (B, T, d) through these layers and the head. Returns -log p in nats,
         summed over the T - 1 predictions of each sequence, (B,).
 
-        rows: the numbers of the sequences that x holds, if it does not hold all of them.
+        rows: which sequences x holds, as numbers or a mask (B,). By default, all of them.
         """
         idx = self.idx if rows is None else pick(self.idx, rows)
         for layer in layers:
@@ -141,12 +141,10 @@ class Pass:
             sums.append(nats.view(some_targets.shape).sum(1, dtype=finest(x.device)))
         return torch.cat(sums)
 
-    @property
+    @cached_property
     def loss(self) -> Tensor:
         """The losses of the unchanged model, (B,)."""
-        if "loss" not in self.cache:
-            self.cache["loss"] = self.losses(self.h[-1])
-        return self.cache["loss"]
+        return self.losses(self.h[-1])
 
     @torch.no_grad()
     def without(self, s: int) -> list[Tensor]:
@@ -1455,8 +1453,8 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
 # ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
 def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder: str | None,
               progress: Callable[[str], None]) -> dict[str, Any]:
-    """Scores by lm-evaluation-harness, whose table is printed: {task: {"acc": .., "acc_stderr": ..,
-    "n": questions}, ..}.
+    """Run tasks of lm-evaluation-harness and print its table. Returns the scores of each task:
+    {task: {"acc": .., "acc_stderr": .., "n": questions}, ..}.
 
     folder: a folder with further tasks, one YAML file each. "average" is the mean over tasks of
     acc_norm, or of acc where a task has no acc_norm.
