@@ -1277,8 +1277,8 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
     """A heat map per model, all on one logarithmic scale of at most three decades.
 
     key, errors: the matrix and its standard errors in a result. blank: np.eye or np.tri, 1 where
-    there is nothing to show. Gray was not sampled. A white dot marks a value below two standard
-    errors.
+    there is nothing to show. Gray pairs were not sampled. A white dot marks a value below two
+    standard errors.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator
