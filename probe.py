@@ -22,6 +22,7 @@ import atexit
 import json
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -94,7 +95,10 @@ class Progress:
         if self.done:
             left = elapsed * max(self.work - self.done, 0) / self.done
             line += f", about {duration(left)} left"
-        print(line.ljust(100), end="\r" if live else "\n", file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns - 1
+        if live:
+            line = line[:width].ljust(width)
+        print(line, end="\r" if live else "\n", file=sys.stderr, flush=True)
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -275,6 +275,15 @@ def test_progress_names_experiment_block_and_time_left(monkeypatch, capsys):
         "removal, block 30 of 30, micro-batch 1 of 1, 7 min, about 75 s left"]
 
 
+def test_progress_is_never_wider_than_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(probe.sys.stderr, "isatty", lambda: True, raising=False)
+    progress = probe.Progress(shown=True, experiment="permutation", work=100.0, done=1.0, begun=-1000.0)
+    progress.say("pair 12 of 435, micro-batch 1 of 4")
+    shown = capsys.readouterr().err
+    assert shown.startswith("permutation, pair 12 of 435") and len(shown.rstrip("\r")) == 39
+
+
 @pytest.mark.parametrize("args, word", [
     (["nowhere.pt"], "nowhere.pt"), (["dense/ckpt.pt", "--only", "magic"], "--only magic"),
     (["dense/ckpt.pt", "--length", 99], "--length 99"), (["dense/ckpt.pt", "--samples", 1], "--samples"),
