@@ -7,7 +7,8 @@
 
 configs/families.txt lists the families. A finished run is one line of configs/SCALE/results.jsonl.
 A run that has its line is not repeated, so the same command continues after a stop. Settings of
-train.py at the end of `run` or `report` change every run; their lines go to OUT/SCALE/results.jsonl.
+train.py at the end of `run` or `report` change every run. Their lines go to
+OUT/SCALE/results.jsonl.
 """
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def knobs(c: TrainConfig) -> dict[str, str]:
 def label(family: str, member: str, scale: str) -> str:
     """A member's name in tables, with the paper's value where it differs: "L 16 (paper: 32)"."""
     here, paper = knobs(config(member, scale)), knobs(config(member, "paper"))
-    if family in ("width", "long"):                    # the paper has no such runs
+    if family in ("width", "long", "rates"):           # the paper has no such runs
         paper = here
     shown = {knob: value if value == paper[knob] else f"{value} (paper: {paper[knob]})"
              for knob, value in here.items()}
@@ -151,7 +152,7 @@ def is_recorded(job: Job, rows: Sequence[Row], args: Any) -> bool:
                and (not args.here or row["processor"] == processor()) for row in rows)
 
 def run_job(job: Job, args: Any) -> bool:
-    """Train, probe and record one run. False if a step failed: output.txt in its folder says why."""
+    """Train, probe and record one run. False if a command failed: see output.txt in its folder."""
     environment = dict(os.environ)
     if args.jobs > 1:       # with more threads than cores in all, each run takes ten times as long
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
@@ -163,9 +164,10 @@ def run_job(job: Job, args: Any) -> bool:
 
     job.out.mkdir(parents=True, exist_ok=True)
     print(f"{job.out}: training", flush=True)
+    steps = config_of(job.member, args).max_steps
     fine = succeed(train_commands(job, args))
-    # train.py ends with status 0 when SIGTERM stops it.
-    if not fine or load_checkpoint(job.out / "ckpt.pt")["step"] < config_of(job.member, args).max_steps:
+    # train.py ends with status 0 when SIGTERM stops it, so the step is compared.
+    if not fine or load_checkpoint(job.out / "ckpt.pt")["step"] < steps:
         print(f"{job.out}: training stopped or failed, see output.txt", flush=True)
         return False
     print(f"{job.out}: probing", flush=True)
@@ -212,7 +214,7 @@ def probe_commands(job: Job, args: Any) -> list[list[str]]:
 def print_costs(jobs: Sequence[Job], args: Any) -> None:
     """A line per run without a row: its size and its training time. Then the total.
 
-    The laptop rate, 28 GFLOP/s, was measured on a core of an AMD EPYC with models of this width."""
+    The laptop rate, 28 GFLOP/s, was measured on a core of an AMD EPYC at this width."""
     at_paper = args.scale == "paper"
     machine = "8 H100 at 40% MFU" if at_paper else "one core"
     rate = 8 * PEAK["H100"] * 0.4 if at_paper else 28e9                   # FLOP/s
@@ -229,18 +231,19 @@ def print_costs(jobs: Sequence[Job], args: Any) -> None:
           "as long")
 
 # ---- results.jsonl: a row per run ----------------------------------------------------------------
-# A row is a dict: member, seed, settings (those that matter), corpus (its checksum), torch, python,
-# processor; scores (by column), start (those before the first step), at_16 and at_64 (at the common
-# lengths), curve (the last layer's variance over training) and probe (values of each block).
+# A row is a dict with these keys:
+#   member, seed, settings (those that matter), corpus (its checksum), torch, python, processor
+#   scores: by column; start: before the first step; at_16, at_64: at the common lengths
+#   curve: the last layer's variance in training; probe, probe_start: values of each block
 Row = dict[str, Any]
 CURVE_POINTS = 40
 # Settings that change how a run is computed but not its result. The seed has a place of its own.
-NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel", "recompute",
-             "save_interval", "keep_checkpoints", "wandb"}
+NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel",
+             "recompute", "save_interval", "keep_checkpoints", "wandb"}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 
 def is_run_of(c: TrainConfig, settings: dict[str, Any]) -> bool:
-    """Was a run with these settings a run of c? A setting that an old row lacks had its default."""
+    """Are these the settings of a run of c? A setting that an old row lacks had its default."""
     return all(settings.get(name, DEFAULTS[name]) == value for name, value in asdict(c).items()
                if name not in NO_MATTER)
 
@@ -314,7 +317,7 @@ def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
 
     active FFN: the share of the FFN's weights that a token uses. key heads: key/value heads per
     query head. eff. keys: the share of the visible keys that a query effectively attends to.
-    density: eff. keys x key heads; ours, for the paper's formula is not known. near zero: the share
+    density: eff. keys x key heads, because the paper's formula is not known. near zero: the share
     of the blocks' weights below a tenth of init_std.
     """
     found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
@@ -356,7 +359,7 @@ def processor() -> str:
 Runs = dict[str, list[Row]]                  # the rows of each member, one per seed and processor
 
 def runs_of(family: str, rows: Sequence[Row], args: Any) -> Runs:
-    """The members of a family that have rows: the newest row of each seed and kind of processor."""
+    """The members of a family with rows: the newest row of each seed and kind of processor."""
     found = {}
     for name, member in FAMILIES[family].items():
         c = config_of(name, args)
@@ -387,8 +390,8 @@ class Estimate(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Does the interval exclude 0? Undecided with one seed, and where all seeds moved by the same
-        step: the usefulness of 8 blocks moves in steps of 1/8, so equal steps have no spread."""
+        """Does the interval exclude 0? There is none with one seed, or where all seeds moved by
+        equal steps, as the usefulness of 8 blocks can: it moves in steps of 1/8."""
         return self.half > 1e-9 and abs(self.mean) > self.half
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -409,8 +412,9 @@ def detectable(e: Estimate) -> float:
 def p_value(e: Estimate) -> float:
     """The two-sided t test of a mean against 0.
 
-    With t = sqrt(nu) tan(u), Student's density is proportional to cos(u)^(nu - 1). Its tail is summed
-    at the midpoints of 10,000 intervals of u."""
+    With t = sqrt(nu) tan(u), Student's density is proportional to cos(u)^(nu - 1). The tail is
+    summed at the midpoints of 10,000 intervals of u.
+    """
     if not e.half > 1e-9:
         return math.nan
     nu = e.n - 1
@@ -451,13 +455,17 @@ def paired(rows: Sequence[Row], base: Sequence[Row], score: str) -> dict[int, fl
     return dict(sorted(found.items()))
 
 # ---- the claims, and the rule that judges them ---------------------------------------------------
-# The column of the paper's numbers that says in which direction a score should go. "useful layers" is
-# usefulness x L. The paper does not report the scores in INFERRED: they have a direction and no size.
-PAPERS = {"last var.": "variance", "ln Vn/V1": "variance", "useful": "useful", "log ratio": "useful",
-          "ratio late": "useful", "trend use": "useful", "ratio 1+": "useful",
-          "ratio sum": "useful layers", "causal": "causal", "causal 1+": "causal",
-          "permuted": "permuted", "perm. 1+": "permuted", "val loss": "ppl", "accuracy": "accuracy"}
-INFERRED = {"ln Vn/V1", "ratio late", "trend use", "ratio 1+", "ratio sum", "causal 1+", "perm. 1+"}
+# The column of the paper's numbers that says in which direction a score should go. "useful layers"
+# is usefulness x L. The paper does not report the scores in INFERRED, so they have a direction but
+# no size.
+PAPERS = {"last var.": "variance", "ln Vn/V1": "variance",
+          "useful": "useful", "log ratio": "useful", "ratio late": "useful", "ratio 1+": "useful",
+          "trend use": "useful", "ratio sum": "useful layers",
+          "causal": "causal", "causal 1+": "causal",
+          "permuted": "permuted", "perm. 1+": "permuted",
+          "val loss": "ppl", "accuracy": "accuracy"}
+INFERRED = {"ln Vn/V1", "ratio late", "trend use", "ratio 1+", "ratio sum", "causal 1+",
+            "perm. 1+"}
 KNOB = ("last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "trend use", "val loss")
 COMPARED = {
     "depth": ("last var.", "useful", "log ratio", "ratio 1+", "ratio sum", "causal", "causal 1+",
@@ -475,7 +483,8 @@ TRENDS = ("trend use", "trend infl", "trend J-I")
 
 # What a reader sees first: eight claims, each with the comparison or premise that tests it.
 HEADLINES = [
-    ("Later blocks are used less (rank correlation within 16 layers)", "depth", "depth_32", "trend use"),
+    ("Later blocks are used less (rank correlation within 16 layers)", "depth", "depth_32",
+     "trend use"),
     ("Deeper: the last variance grows", "depth", "depth_32", "last var."),
     ("Deeper: a smaller share of blocks is useful", "depth", "depth_32", "useful"),
     ("No weight decay: more variance", "weight_decay", "weight_decay_0", "last var."),
@@ -500,10 +509,14 @@ VERDICTS = ["reproduced", "reproduced, smaller", "contradicted", "no effect of t
             "inconclusive"]
 
 def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
-    """The rule. *reproduced*: the whole interval is on the paper's side of 0; "smaller" if the size
-    is known and its interval is below 1. *contradicted*: the whole interval is on the other side. *no
-    effect of the paper's size*: the interval contains 0, and that of the size is below 1.
-    *inconclusive*: the interval contains 0, and an effect of the paper's size is possible."""
+    """The rule.
+
+    reproduced: the whole interval is on the paper's side of 0; "smaller" if the size is known and
+        its interval is below 1
+    contradicted: the whole interval is on the other side of 0
+    no effect of the paper's size: the interval contains 0, and that of the size is below 1
+    inconclusive: the interval contains 0, and an effect of the paper's size is possible
+    """
     if direction not in (1, -1):
         return "no direction" if direction == 0 else ""
     smaller = size is not None and size.high < 1
@@ -528,7 +541,7 @@ def compare(found: dict[str, Runs], family: str, member: str, score: str,
                       judge(effect, direction, size))
 
 def comparisons(found: dict[str, Runs]) -> list[Comparison]:
-    """Every comparison of COMPARED that has its runs, and the whole recipe against its baseline."""
+    """Every comparison of COMPARED that has its runs, and the whole recipe against its start."""
     cases = [(family, member, score, "") for family in COMPARED for member in FAMILIES[family]
              for score in COMPARED[family]]
     cases += [("ladder", "ladder_moe", score, "ladder_32") for score in COMPARED["ladder"]]
@@ -538,8 +551,8 @@ def comparisons(found: dict[str, Runs]) -> list[Comparison]:
 def paper_difference(family: str, member: str, base: str, score: str) -> tuple[float, int]:
     """The paper's number for a member minus that for the base, in our units, and its direction.
 
-    Variances are compared by logarithms, and perplexities as losses. A variance of "about 0" gives a
-    direction but no difference.
+    Variances are compared by logarithms, and perplexities as losses. A variance of "about 0" gives
+    a direction but no difference.
     """
     column = PAPERS.get(score, "")
     counted = column == "useful layers"
@@ -601,8 +614,8 @@ def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> 
     return Estimate(ratio(seeds), T_975[min(n, 10) - 2] * error, n)
 
 def holm(compared: Sequence[Comparison]) -> int:
-    """How many decided verdicts remain if Holm's correction keeps the chance of a single false one,
-    among all comparisons with a direction, at 5%."""
+    """How many decided verdicts remain if Holm's correction keeps the chance of even one false
+    verdict, among all comparisons with a direction, at 5%."""
     tests = sorted(p for c in compared if c.direction in (1, -1)
                    if not math.isnan(p := p_value(c.effect)))
     for k, p in enumerate(tests):
@@ -616,7 +629,7 @@ def premise(runs: Runs, member: str, score: str) -> tuple[dict[int, float], Esti
     if not values:
         return None
     e = estimate(list(values.values()))
-    if score == "ln Vn/V1":                      # compared with blocks that all add the same variance
+    if score == "ln Vn/V1":                      # against blocks that all add the same variance
         null = math.log(layers(runs[member]))
         return values, e, judge(Estimate(e.mean - null, e.half, e.n), 1, None)
     return values, e, judge(e, -1, None)
@@ -625,24 +638,39 @@ def layers(rows: Sequence[Row]) -> int:
     return rows[0]["settings"]["n_layer"]
 
 # ---- the mechanism -------------------------------------------------------------------------------
-# The paper's picture: sparsity with a small variance, and a small variance with much use. These are
-# rank correlations over configurations, which differ in a knob that may move both measures.
-SPARSITY = ("density", "eff. keys", "key heads", "active FFN", "near zero")
+# Rank correlations over configurations, and their sign in the paper's picture: small density (much
+# sparsity) with small variance, small variance with much use. They show no cause: configurations
+# differ in a knob that may move both scores.
 SPREAD = ("last var.", "ln Vn/V1")
-USE = ("log ratio", "ratio late")
-QUESTIONS = [*((x, y) for x in SPARSITY for y in SPREAD), *((x, y) for x in SPREAD for y in USE)]
+SIGNS = {"density": 1, "eff. keys": 1, "key heads": 1, "active FFN": 1, "near zero": -1}
+QUESTIONS = {(x, y): sign for x, sign in SIGNS.items() for y in SPREAD}
+QUESTIONS |= {(x, y): -1 for x in SPREAD for y in ("log ratio", "ratio late")}
 TURNED = ("depth", "weight_decay", "context", "gqa", "moe", "ladder")
 
+class Correlation(NamedTuple):
+    """A rank correlation with its 95% interval."""
+    rho: float
+    low: float
+    high: float
+    n: int                      # configurations
+
 def configurations(found: dict[str, Runs]) -> Runs:
-    """The configurations of the families that turn one of the paper's knobs, each once. The controls
-    (init, rates) and the other norms are left out: they change more than these knobs."""
+    """The configurations of the families that turn one of the paper's knobs, each once. The
+    controls (init, rates) and the other norms are left out: they change more than these knobs."""
     together: Runs = {}
     for family in TURNED:
-        for member, rows in found.get(family, {}).items():
+        for name, rows in found.get(family, {}).items():
             settings = [other[0]["settings"] for other in together.values()]
             if rows[0]["settings"] not in settings:
-                together[member] = rows
+                together[name] = rows
     return together
+
+def correlation(group: Runs, x: str, y: str) -> Correlation | None:
+    """The rank correlation of two scores' means over seeds; None if it is not defined."""
+    pairs = [(over_seeds(rows, x).mean, over_seeds(rows, y).mean) for rows in group.values()]
+    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    rho = rank_correlation(*zip(*pairs)) if len(pairs) > 3 else math.nan
+    return None if math.isnan(rho) else Correlation(rho, *bootstrap(*zip(*pairs)), len(pairs))
 
 def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the rank correlation, from 1,000 draws of as many configurations."""
@@ -650,18 +678,7 @@ def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     chosen = np.random.default_rng(0).integers(len(x), size=(1000, len(x)))
     drawn = [rank_correlation(x[k], y[k]) for k in chosen]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return low, high
-
-def correlation(group: Runs, x: str, y: str) -> str:
-    """The rank correlation of two scores' means over seeds, with its interval and the number of
-    configurations."""
-    pairs = [(over_seeds(rows, x).mean, over_seeds(rows, y).mean) for rows in group.values()]
-    pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
-    rho = rank_correlation(*zip(*pairs)) if len(pairs) > 3 else math.nan
-    if math.isnan(rho):
-        return "-"
-    low, high = bootstrap(*zip(*pairs))
-    return f"{rho:+.2f} ({low:+.2f} to {high:+.2f}; {len(pairs)})"
+    return float(low), float(high)
 
 # ---- the report ----------------------------------------------------------------------------------
 def report(args: Any) -> None:
@@ -671,8 +688,8 @@ def report(args: Any) -> None:
     found = {family: runs for family, runs in found.items() if has_begun(family, runs)}
     check(found, f"no finished run in {args.results}: "
                  f"python recipe.py run depth --scale {args.scale}")
-    used = {id(row): row for runs in found.values() for seeds in runs.values() for row in seeds}
-    corpora = {row["corpus"] for row in used.values()}
+    used = [row for runs in found.values() for seeds in runs.values() for row in seeds]
+    corpora = {row["corpus"] for row in used}
     check(len(corpora) == 1, f"{args.results}: its runs saw {len(corpora)} different corpora: "
                              "data/python is Python's own source and changes with its version")
     out = Path(args.out, args.scale)
@@ -680,9 +697,7 @@ def report(args: Any) -> None:
     written = tables(found, args.scale)
     for name, text in written.items():
         (out / f"{name}.md").write_text(text + "\n", "utf-8")
-    print(f"{len(used)} of {len(rows)} rows of {args.results} belong to a family")
-    for name in ("headlines", "verdicts", "mechanism"):
-        print(f"\n{written[name]}")
+    print(written["headlines"], written["verdicts"], written["mechanism"], sep="\n\n")
     print(f"\ntables in {out}: {', '.join(written)}")
     print(draw_all(found, args.scale, out))
 
@@ -690,28 +705,32 @@ def has_begun(family: str, runs: Runs) -> bool:
     """Has a family runs to compare, beyond those that it shares with the depth family?"""
     return len(runs) > 1 and (family == "depth" or not runs.keys() <= FAMILIES["depth"].keys())
 
+SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
+         "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
+                     "val loss"),
+         "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
+
 def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
     """Every table, by the name of its file."""
     compared = comparisons(found)
     depth = found.get("depth", {})
-    written = {"headlines": headlines(found), "verdicts": verdict_counts(compared),
-               "progress": progress(found), "mechanism": mechanism(found)}
+    written = {"headlines": headlines(found), "verdicts": verdict_counts(found, compared),
+               "mechanism": mechanism(found)}
     for family, runs in found.items():
-        if family == "rates":
-            written["rates"] = rates(runs)
-            continue
-        named = {f"{label(family, member, scale)} ({len(by_seed(rows, 'loss'))})": rows
-                 for member, rows in runs.items()}
-        shown = ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss") if family == "init" else KNOB
-        written[family] = score_table("member (seeds)", named, shown)
-        written[f"{family}_verdicts"] = comparison_table(
-            [c for c in compared if c.family == family], scale)
+        named = {f"{label(family, name, scale)} ({len(by_seed(rows, 'loss'))})": rows
+                 for name, rows in runs.items()}
+        written[family] = score_table("member (seeds)", named, SHOWN.get(family, KNOB))
+        make = comparison_table if any(PAPER[family].values()) else difference_table
+        if family in COMPARED:
+            written[f"{family}_verdicts"] = make([c for c in compared if c.family == family], scale)
     for score in PREMISES:
         name = score.replace(" ", "_").replace("/", "").replace("-", "")
         written[f"premise_{name}"] = premises(depth, scale, score)
     if depth:
+        named = {label("depth", name, scale): rows for name, rows in depth.items()}
         written |= {"depth_steps": depth_steps(found, scale), "course": course_table(depth, scale),
-                    "released": released(depth, scale), "processors": processors(depth)}
+                    "released": score_table("depth", named, RELEASED),
+                    "processors": processors(depth)}
     if "context" in found:
         written["context_common"] = common_lengths(found["context"], scale)
     return written
@@ -738,10 +757,17 @@ def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
     mean, low, high = (short(x, sign) for x in numbers)
     return f"{factor}{mean}" if math.isnan(e.half) else f"{factor}{mean} ({low} to {high})"
 
+def mean_of(e: Estimate, score: str) -> str:
+    """As "0.12 ± 0.02", half the width of the interval; variances as in `with_interval`."""
+    if score in LOGARITHMS or math.isnan(e.mean):
+        return with_interval(e, score)
+    mean = f"{e.mean:.3f}" if score.endswith("loss") else short(e.mean)
+    return mean if math.isnan(e.half) else f"{mean} ± {e.half:.2g}"
+
 def score_table(first: str, named: Runs, shown: Sequence[str], part: str = "scores") -> str:
     """A row per name: the mean of each score over seeds, with its interval."""
-    rows = [[name, *(with_interval(over_seeds(rows, score, part), score) for score in shown)]
-            for name, rows in named.items()]
+    rows = [[name, *(mean_of(over_seeds(seeds, score, part), score) for score in shown)]
+            for name, seeds in named.items()]
     return table([first, *shown], rows)
 
 def headlines(found: dict[str, Runs]) -> str:
@@ -758,26 +784,21 @@ def headlines(found: dict[str, Runs]) -> str:
             rows.append([claim, c.verdict, with_interval(c.effect, score, "+"), paper_cell(c)])
     return table(["claim", "verdict", "here (95% interval)", "paper"], rows)
 
-def progress(found: dict[str, Runs]) -> str:
-    """How many of the planned runs are recorded."""
+def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> str:
+    """How many runs of each family are recorded, how its comparisons came out, and how many
+    verdicts Holm's correction keeps."""
     rows = []
     for family, members in FAMILIES.items():
         planned = sum(len(member.seeds) for member in members.values())
-        runs = found.get(family, {})
-        done = sum(len({row["seed"] for row in rows_of_member}) for rows_of_member in runs.values())
-        rows.append([family, f"{done} of {planned}"])
-    return table(["family", "runs recorded"], rows)
-
-def verdict_counts(compared: Sequence[Comparison]) -> str:
-    """How the comparisons of each family came out, and how many verdicts Holm's correction keeps."""
+        done = sum(len({row["seed"] for row in seeds}) for seeds in found.get(family, {}).values())
+        verdicts = [c.verdict for c in compared if c.family == family]
+        counts = [str(verdicts.count(kind)) if any(PAPER[family].values()) else "-"
+                  for kind in VERDICTS]
+        rows.append([family, f"{done} of {planned}", *counts])
     judged = [c for c in compared if c.direction in (1, -1)]
-    rows = []
-    for family in dict.fromkeys(c.family for c in judged):
-        verdicts = [c.verdict for c in judged if c.family == family]
-        rows.append([family, *(str(verdicts.count(kind)) for kind in VERDICTS)])
     decided = sum(c.effect.decided for c in judged)
-    return (table(["family", *VERDICTS], rows) + f"\n\nHolm's correction over all {len(judged)} "
-            f"comparisons keeps {holm(compared)} of the {decided} decided ones.")
+    return (table(["family", "runs", *VERDICTS], rows) + f"\n\nHolm's correction over all "
+            f"{len(judged)} comparisons keeps {holm(compared)} of the {decided} decided ones.")
 
 def versus(c: Comparison, scale: str) -> str:
     return f"{label(c.family, c.member, scale)} vs {label(c.family, c.base, scale)}"
@@ -793,115 +814,118 @@ def paper_cell(c: Comparison) -> str:
     return short(c.paper, "+")
 
 def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
-    """A row per comparison: ours, the paper's, their relative size, what could be detected, the
-    verdict."""
-    rows = []
+    """A row per comparison: our effect, the paper's, their relative size, the effect that could be
+    detected, the verdict. A name is written once for all its scores."""
+    rows, last = [], ""
     for c in compared:
-        size = with_interval(c.size) if c.size else "-"
-        least = detectable(c.effect)
-        detects = f"times {short(math.exp(least))}" if c.score in LOGARITHMS else short(least)
-        if math.isnan(least):
-            detects = "-"
-        rows.append([versus(c, scale), c.score, with_interval(c.effect, c.score, "+"), paper_cell(c),
-                     size, detects, c.verdict or "-"])
+        name, least = versus(c, scale), short(detectable(c.effect))
+        if c.score in LOGARITHMS and least != "-":
+            least = f"times {short(math.exp(detectable(c.effect)))}"
+        rows.append(["" if name == last else name, c.score, with_interval(c.effect, c.score, "+"),
+                     paper_cell(c), with_interval(c.size) if c.size else "-", least,
+                     c.verdict or "-"])
+        last = name
     return table(["comparison", "score", "here (95% interval)", "paper", "size (paper's = 1)",
                   "detects (80%)", "verdict"], rows)
+
+def difference_table(compared: Sequence[Comparison], scale: str) -> str:
+    """A row per pair of members and a column per score, where the paper has no number."""
+    effects: dict[str, list[str]] = {}
+    for c in compared:
+        effects.setdefault(versus(c, scale), []).append(with_interval(c.effect, c.score, "+"))
+    return table(["comparison", *KNOB], [[name, *cells] for name, cells in effects.items()])
 
 def premises(depth: Runs, scale: str, score: str) -> str:
     """A row per depth: the value of each seed, their mean, step 0, and what training adds."""
     rows = []
-    for member, seeds in depth.items():
-        judged = premise(depth, member, score)
+    for name, seeds in depth.items():
+        judged = premise(depth, name, score)
         if judged is None:
             continue
         values, e, verdict = judged
         start = by_seed(seeds, score, "start")
         added = [x - start[seed] for seed, x in values.items() if seed in start]
-        name = label("depth", member, scale)
+        first = label("depth", name, scale)
         if score == "ln Vn/V1":
-            name += f", ln n = {math.log(layers(seeds)):.2f}"
-        rows.append([name, " ".join(short(x) for x in values.values()), with_interval(e),
-                     short(statistics.mean(start.values())), with_interval(estimate(added), "", "+"),
-                     verdict])
-    return table([PREMISES[score], "each seed", "mean (95%)", "step 0", "training adds", "verdict"],
-                 rows)
+            first += f", ln n = {math.log(layers(seeds)):.2f}"
+        rows.append([first, " ".join(short(x) for x in values.values()), with_interval(e),
+                     short(statistics.mean(start.values())),
+                     with_interval(estimate(added), "", "+"), verdict])
+    return table([PREMISES[score], "each seed", "mean (95%)", "step 0", "training adds",
+                  "verdict"], rows)
 
 def depth_steps(found: dict[str, Runs], scale: str) -> str:
     """What each step in depth gains in validation loss."""
-    rows = []
-    members = [member for member in FAMILIES["depth"] if member in found["depth"]]
-    for base, member in zip(members, members[1:]):
-        c = compare(found, "depth", member, "val loss", base)
+    names, rows = list(found["depth"]), []
+    for base, name in zip(names, names[1:]):
+        c = compare(found, "depth", name, "val loss", base)
         if c:
-            rows.append([f"{label('depth', base, scale)} to {label('depth', member, scale)}",
+            rows.append([f"{label('depth', base, scale)} to {label('depth', name, scale)}",
                          with_interval(c.effect, "", "+")])
     return table(["step", "validation loss (95%)"], rows)
 
 def course_table(depth: Runs, scale: str) -> str:
-    """The last layer's variance in training: its peak, when it comes, what is left; and the paper's."""
+    """The last layer's variance in training, here and in the paper: its peak, when it comes, and
+    what is left of it."""
     rows = []
-    for member, seeds in depth.items():
-        paper = PAPER["depth"][member]
-        ours = [with_interval(over_seeds(seeds, score), score)
+    for name, seeds in depth.items():
+        paper = PAPER["depth"][name]
+        ours = [mean_of(over_seeds(seeds, score), score)
                 for score in ("peak var.", "peak at", "left of it")]
-        rows.append([label("depth", member, scale), *ours, f"{paper['peak']:,.0f}", "0.13",
+        rows.append([label("depth", name, scale), *ours, f"{paper['peak']:,.0f}", "0.13",
                      short(paper["variance"] / paper["peak"])])
     return table(["depth", "peak", "at share of steps", "left at the end", "paper: peak", "at",
                   "left"], rows)
 
-def released(depth: Runs, scale: str) -> str:
-    """The scores as the released scripts compute them, beside the defined ones."""
-    named = {label("depth", member, scale): rows for member, rows in depth.items()}
-    return score_table("depth", named, ("causal", "rel.causal", "useful", "rel.useful", "last var.",
-                                        "rel.var."))
+# Scores as defined, each before its form in the released scripts.
+RELEASED = ("causal", "rel.causal", "useful", "rel.useful", "last var.", "rel.var.")
 
 def common_lengths(context: Runs, scale: str) -> str:
-    """The contexts, each probed on the same tokens at the same positions."""
+    """A table per length: the contexts, probed on the same tokens at the same positions."""
     shown = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence")
-    rows = []
+    written = []
     for length in COMMON_LENGTHS:
-        part = f"at_{length}"
-        for member, seeds in context.items():
-            if by_seed(seeds, "loss", part):
-                cells = [with_interval(over_seeds(seeds, score, part), score) for score in shown]
-                rows.append([f"{label('context', member, scale)}, first {length} tokens", *cells])
-    return table(["trained with", *shown], rows)
-
-def rates(runs: Runs) -> str:
-    """The runs that chose the learning rate: one seed, used for nothing else."""
-    rows = []
-    for rows_of_member in runs.values():
-        row = rows_of_member[0]
-        c, s, variance = row["settings"], row["scores"], row["probe"]["variance"]
-        rows.append([f"{c['n_layer']} layers, init {c['init_std']}",
-                     f"{c['learning_rate'] / c['init_std']:.3g} ({c['learning_rate']:g})",
-                     f"{s['val loss']:.3f}", f"{short(variance[1])}, {short(variance[-1])}",
-                     f"{s['ln Vn/V1']:.2f}", f"{s['useful']:.2f}",
-                     ", ".join(f"{s[name]:+.2f}" for name in TRENDS)])
-    return table(["model", "rate / init_std (rate)", "val loss", "Var h_1, Var h_n", "ln Vn/V1",
-                  "useful", "trends: use, influence, J - I"], rows)
+        named = {label("context", name, scale): rows for name, rows in context.items()
+                 if by_seed(rows, "loss", f"at_{length}")}
+        written.append(score_table(f"first {length} tokens", named, shown, f"at_{length}"))
+    return "\n\n".join(written)
 
 def mechanism(found: dict[str, Runs]) -> str:
-    """Rank correlations over all configurations, and over those of one depth and width."""
+    """Rank correlations over all configurations, and over those of one depth and width. Then which
+    of the former agree with the paper's picture, and which do not."""
     together = configurations(found)
-    alike = {member: rows for member, rows in together.items()
+    alike = {name: rows for name, rows in together.items()
              if layers(rows) == 8 and rows[0]["settings"]["n_embd"] == 64}
-    rows = [[f"{x} with {y}", correlation(together, x, y), correlation(alike, x, y)]
-            for x, y in QUESTIONS]
-    return table(["rank correlation", "all configurations (95%; number)", "8 layers, width 64"], rows)
+    rows, sides = [], {1: [], -1: [], 0: []}
+    for (x, y), sign in QUESTIONS.items():
+        cells = [f"{x} with {y}", "above 0" if sign > 0 else "below 0"]
+        for group in (together, alike):
+            r = correlation(group, x, y)
+            if r is None:
+                cells.append("-")
+                continue
+            cells.append(f"{r.rho:+.2f} ({r.low:+.2f} to {r.high:+.2f}; {r.n})")
+            if group is together:
+                sides[sign * ((r.low > 0) - (r.high < 0))].append(cells[0])
+        rows.append(cells)
+    return (table(["rank correlation", "paper", "all configurations (95%; number)",
+                   "8 layers, width 64"], rows)
+            + f"\n\nFor the paper's picture: {'; '.join(sides[1]) or 'none'}. Against it: "
+              f"{'; '.join(sides[-1]) or 'none'}. Undecided: {'; '.join(sides[0]) or 'none'}.")
 
 def processors(depth: Runs) -> str:
     """Runs of one member and seed that were computed on several kinds of processor."""
     shown = ("last var.", "ln Vn/V1", "log ratio", "val loss")
     rows = []
-    for member, seeds in depth.items():
+    for name, seeds in depth.items():
         first: dict[int, Row] = {}
         for row in seeds:
             one = first.setdefault(row["seed"], row)
             if one is not row:
-                rows.append([f"{member} seed {row['seed']}: {row['processor']} vs {one['processor']}",
-                             *(f"{short(row['scores'][name])} vs {short(one['scores'][name])}"
-                               for name in shown)])
+                both = f"{row['processor']} vs {one['processor']}"
+                rows.append([f"{name} seed {row['seed']}: {both}",
+                             *(f"{short(row['scores'][score])} vs {short(one['scores'][score])}"
+                               for score in shown)])
     return table(["run", *shown], rows)
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -923,6 +947,7 @@ TITLES = {"weight_decay": "Weight decay", "context": "Context length T",
           "norms": "The cures under other norms", "init": "Initialisation: its scale and its form",
           "width": "Twice the width, at the same learning rate / init_std",
           "long": "Four times the training steps"}
+NORM = r"$\|J-I\|_F\,/\,d$"
 BY_PERPLEXITY = ("weight_decay", "context", "gqa", "moe")
 
 def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
@@ -938,43 +963,45 @@ def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
         figures |= {
             "depth": draw_depth(depth), "depth_blocks": draw_blocks(depth),
             "depth_course": draw_course(depth), "mechanism": draw_mechanism(found),
-            "depth_causal": draw_maps(depth, "causal", "How much does a later block's update change "
-                                      "without an earlier block? (causal score)"),
-            "depth_permutation": draw_maps(depth, "permutation", "How much does the output change if "
-                                           "two blocks swap places? (permutation score)")}
+            "depth_causal": draw_maps(depth, "causal", "Causal score: how much does the later "
+                                      "block's update change if the earlier one is skipped?"),
+            "depth_permutation": draw_maps(depth, "permutation", "Permutation score: how much does the "
+                                           "output change if the two blocks swap places?")}
     if "rates" in found:
         figures["rates"] = draw_rates(found["rates"])
     if found.keys() & set(BY_PERPLEXITY):
         figures["perplexity"] = draw_perplexity(found, scale)
     for name, fig in figures.items():
+        for ax in fig.axes:
+            ax.tick_params(labelsize=8)
+            ax.title.set_fontsize(9)
+            ax.xaxis.label.set_fontsize(8)
+            ax.yaxis.label.set_fontsize(8)
         save_figure(fig, out / name)
     return f"figures in {out}: {', '.join(figures)}"
 
-def panels(across: int, height: float, title: str, down: int = 1, **shared: Any) -> tuple[Any, Any]:
-    """A figure 9 inches wide, and its axes in a row or a grid."""
+def panels(across: int, height: float, title: str, down: int = 1,
+           **shared: Any) -> tuple[Any, list[Any]]:
+    """A figure 9 inches wide, and its axes, row by row."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, down * height + 0.4), layout="constrained")
     axes = list(fig.subplots(down, across, squeeze=False, **shared).flat)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-        ax.title.set_fontsize(9)
-        ax.xaxis.label.set_fontsize(8)
-        ax.yaxis.label.set_fontsize(8)
     fig.suptitle(title, fontsize=11)
     return fig, axes
 
 def log_scale(axis: Any) -> None:
-    """Make an axis logarithmic, with plain numbers: 30 rather than 3 x 10^1. Call it after plotting."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    """Make an axis logarithmic, with plain numbers: 30, not 3 x 10^1. Call it after plotting."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
     low, high = axis.get_view_interval()
     if high / low < 3:
         axis.set_major_locator(MaxNLocator(4))
     else:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 def legend_below(fig: Any, axes: Sequence[Any]) -> None:
     """One legend for all panels, each label once."""
@@ -988,7 +1015,7 @@ def block_means(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.exp(np.log(of_seeds).mean(0)) if "variance" in name else of_seeds.mean(0)
 
 def block_lines(ax: Any, runs: Runs, name: str, first: int = 0, relative: bool = False) -> None:
-    """A line per depth over its blocks, from block `first` on; relative: over the share of blocks."""
+    """A line per depth over its blocks from `first` on; relative: over the share of the blocks."""
     for color, rows in zip(COLORS, runs.values()):
         n = layers(rows)
         x = np.arange(1, n + 1) / n if relative else np.arange(n)
@@ -997,15 +1024,15 @@ def block_lines(ax: Any, runs: Runs, name: str, first: int = 0, relative: bool =
     ax.set_xlabel("depth (share of the blocks passed)" if relative else "block")
 
 def draw_depth(runs: Runs) -> Any:
-    """The curse in three panels: variance and |J - I| over relative depth; use by depth, a ring per
-    seed."""
+    """The curse in three panels: variance and |J - I| over relative depth, and use by depth with a
+    ring per seed."""
     fig, axes = panels(3, 2.9, "The curse of depth: variance, distance from the identity, use")
     block_lines(axes[0], runs, "variance", relative=True)
     axes[0].set(title="The stream's variance grows", ylabel="variance after the block")
     log_scale(axes[0].yaxis)
     block_lines(axes[1], runs, "deviation", first=1, relative=True)
-    axes[1].set(title="How far is a block from the identity?", ymargin=0.1,
-                ylabel=r"$\|J-I\|_F\,/\,d$, block 0 left out")
+    axes[1].set(title="How far is a block from the identity?", ymargin=0.2,
+                ylabel=f"{NORM}, block 0 left out")
     axes[1].set_ylim(bottom=0)
     depths = [layers(rows) for rows in runs.values()]
     twin = axes[2].twinx()
@@ -1014,11 +1041,12 @@ def draw_depth(runs: Runs) -> Any:
         values = [list(by_seed(rows, score).values()) for rows in runs.values()]
         ax.plot(depths, [statistics.mean(x) for x in values], color=color)
         for n, of_seeds in zip(depths, values):
-            ax.plot([n] * len(of_seeds), of_seeds, "o", color=color, fillstyle="none", markersize=4)
-        ax.tick_params(axis="y", colors=color, labelsize=8)
+            ax.plot([n] * len(of_seeds), of_seeds, "o", color=color, fillstyle="none",
+                    markersize=4)
+        ax.tick_params(axis="y", colors=color)
         ax.set_ylim(bottom=0)
     axes[2].set_ylabel("mean log affine ratio (nats)", color=COLORS[5])
-    twin.set_ylabel("share of useful blocks", color=COLORS[6], fontsize=8)
+    twin.set_ylabel("share of useful blocks", color=COLORS[6])
     axes[2].set(title="How much is a block used?", xlabel="layers", xticks=depths)
     legend_below(fig, axes[:1])
     return fig
@@ -1027,18 +1055,17 @@ def draw_blocks(runs: Runs) -> Any:
     """Values of each block by depth: what attention and FFN add, |J - I| and the affine map."""
     shown = {"attn_variance": ("What attention adds", "variance", 0),
              "ffn_variance": ("What the FFN adds", "variance", 0),
-             "deviation": ("Distance from the identity, block 0 left out", r"$\|J-I\|_F\,/\,d$", 1),
-             "affine": ("Use: the loss with an affine map in the block's place", "loss / loss", 0)}
+             "deviation": ("Distance from the identity, block 0 left out", NORM, 1),
+             "affine": ("Use: an affine map in the block's place", "loss with the map / loss", 0)}
     fig, axes = panels(2, 2.5, "Block by block, for each depth", down=2)
     for ax, (name, (title, unit, first)) in zip(axes, shown.items()):
         block_lines(ax, runs, name, first)
         ax.set(title=title, ylabel=unit)
         if "variance" in name:
             log_scale(ax.yaxis)
-    axes[3].axhline(1.1, color="gray", linewidth=0.8, linestyle=":")
-    axes[3].annotate("useful above 1.1", (0, 1.1), fontsize=7, color="gray", va="bottom")
+    axes[3].axhline(1.1, color="gray", linewidth=1, linestyle=":", label="useful above 1.1")
     axes[2].set_ylim(bottom=0)
-    legend_below(fig, axes[:1])
+    legend_below(fig, axes)
     return fig
 
 def draw_maps(runs: Runs, name: str, title: str) -> Any:
@@ -1055,14 +1082,13 @@ def draw_maps(runs: Runs, name: str, title: str) -> Any:
         ax.locator_params(integer=True, nbins=5)
     bar = fig.colorbar(image, ax=axes, label="score", shrink=0.8)
     log_scale(bar.ax.yaxis)
-    bar.ax.tick_params(labelsize=8)
     return fig
 
 def draw_course(runs: Runs) -> Any:
     """The last layer's variance in training: the geometric mean over seeds, and each seed."""
     fig, (ax,) = panels(1, 3.2, "The variance at the end of the model, in the course of training")
     for color, rows in zip(COLORS, runs.values()):
-        curves = np.array([row["curve"] for row in rows], dtype=float)           # (seeds, points, 2)
+        curves = np.array([row["curve"] for row in rows], dtype=float)      # (seeds, points, 2)
         steps = curves[0, :, 0]
         ax.plot(steps, curves[:, :, 1].T, color=color, linewidth=0.6, alpha=0.4)
         ax.plot(steps, np.exp(np.log(curves[:, :, 1]).mean(0)), color=color,
@@ -1073,13 +1099,13 @@ def draw_course(runs: Runs) -> Any:
     return fig
 
 def draw_family(family: str, runs: Runs, scale: str) -> Any:
-    """A row per member: a ring per seed, the mean with its interval, the paper's value a diamond."""
+    """A row per member: a ring per seed, the mean with its interval, a diamond for the paper."""
     shown = ("last var.", "useful", "log ratio", "val loss")
-    if family == "init":             # where the scale of the weights differs, the variance's would too
+    if family == "init":                 # its members differ in the scale of the variance anyway
         shown = ("ln Vn/V1", "trend use", "log ratio", "val loss")
     fig, axes = panels(len(shown), 0.9 + 0.3 * len(runs), TITLES[family], sharey=True)
-    names = [textwrap.fill(label(family, member, scale), 26) for member in runs]
-    axes[0].set_yticks(range(len(runs)), names, fontsize=7)
+    names = [textwrap.fill(label(family, member, scale), 30) for member in runs]
+    axes[0].set_yticks(range(len(runs)), names)
     axes[0].set_ylim(len(runs) - 0.5, -0.5)
     for ax, score in zip(axes, shown):
         for place, (member, rows) in enumerate(runs.items()):
@@ -1100,15 +1126,15 @@ def draw_family(family: str, runs: Runs, scale: str) -> Any:
         ax.grid(axis="x", alpha=0.3)
         if score in LOGARITHMS:
             log_scale(ax.xaxis)
-        if score.startswith("trend"):
+        if score in TRENDS:
             ax.axvline(0, color="black", linewidth=0.5)
+            ax.set_xlim(-1.1, 1.1)
     legend_below(fig, axes)
     return fig
 
 def draw_rates(runs: Runs) -> Any:
     """When is there a curse? Trends over the later blocks and loss, over rate / init_std."""
-    fig, axes = panels(4, 2.8, "Do later blocks do less? Below 0: yes. It depends on learning rate / "
-                       "init_std")
+    fig, axes = panels(4, 2.8, "Do later blocks do less? They do where a trend is below 0")
     lines: dict[tuple[int, float], list[Row]] = {}
     for rows in runs.values():
         c = rows[0]["settings"]
@@ -1119,8 +1145,8 @@ def draw_rates(runs: Runs) -> Any:
         for (n, std), rows in sorted(lines.items()):
             points = sorted((row["settings"]["learning_rate"] / std, row["scores"][score])
                             for row in rows)
-            ax.plot(*zip(*points), color=colors[std], linestyle=dashes[n], marker="o", markersize=4,
-                    label=f"{n} layers, init_std {std}")
+            ax.plot(*zip(*points), color=colors[std], linestyle=dashes[n], marker="o",
+                    markersize=4, label=f"{n} layers, init_std {std}")
         ax.axvline(0.02, color="gray", linestyle=":", linewidth=1, label="the paper's 0.02")
         if score in TRENDS:
             ax.axhline(0, color="black", linewidth=0.5)
@@ -1134,17 +1160,18 @@ def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
     """ln(perplexity / the baseline's), ours beside the paper's: a row per comparison."""
     compared = [c for c in comparisons(found) if c.score == "val loss" and not math.isnan(c.paper)
                 and c.family in BY_PERPLEXITY]
-    fig, (ax,) = panels(1, 0.9 + 0.24 * len(compared), "Perplexity beside the baseline's, here and in "
-                        "the paper")
+    fig, (ax,) = panels(1, 0.9 + 0.24 * len(compared),
+                        "Perplexity relative to the baseline, here and in the paper")
     for place, c in enumerate(compared):
-        ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o", color=COLORS[0],
-                    markersize=4, capsize=2, label="here, 95% interval")
+        ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o",
+                    color=COLORS[0], markersize=4, capsize=2, label="here, 95% interval")
         ax.plot(c.paper, place, "D", color=COLORS[1], fillstyle="none", label="the paper")
-    ax.set_yticks(range(len(compared)), [versus(c, scale) for c in compared], fontsize=7)
+    ax.set_yticks(range(len(compared)), [versus(c, scale) for c in compared])
     ax.axvline(0, color="black", linewidth=0.5)
     ax.set_xscale("symlog", linthresh=0.1)
-    ax.set(xlabel="ln(perplexity / perplexity of the baseline): below 0 is better. Linear up to 0.1, "
-           "then logarithmic", ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="ln(perplexity / the baseline's); below 0 is better; linear up to 0.1, then "
+           "logarithmic", ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
     legend_below(fig, [ax])
     return fig
 
@@ -1152,7 +1179,7 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     """A dot per configuration, coloured by family."""
     pairs = (("density", "last var."), ("density", "ln Vn/V1"), ("last var.", "log ratio"),
              ("ln Vn/V1", "log ratio"))
-    fig, axes = panels(4, 2.8, "Density with variance, and variance with use: a dot per configuration")
+    fig, axes = panels(4, 2.8, "Density with variance, variance with use: a dot per configuration")
     for ax, (x, y) in zip(axes, pairs):
         for member, rows in configurations(found).items():
             family = next(family for family in TURNED if member in FAMILIES[family])
@@ -1168,9 +1195,10 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     return fig
 
 # ---- the recipe at another size ------------------------------------------------------------------
-# Each setting of the recipe: its step of the ladder, the step before, and other values tried there.
+# Each setting of the recipe: its step of the ladder, the step before, and other values tried.
 STEPS = {"block_size": ("ladder_t4096", "ladder_32", ["ladder_t8192"]),
-         "weight_decay": ("ladder_decay_0_3", "ladder_t4096", ["ladder_decay_0_6", "ladder_decay_1"]),
+         "weight_decay": ("ladder_decay_0_3", "ladder_t4096",
+                          ["ladder_decay_0_6", "ladder_decay_1"]),
          "n_kv_head": ("ladder_g2", "ladder_decay_0_3", []),
          "n_experts": ("ladder_moe", "ladder_g2", [])}
 
@@ -1193,14 +1221,14 @@ def advise(args: Any) -> None:
     print(plan(c, args.gpus, 0.4))
 
 def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfig:
-    """The recipe with n_layer blocks and about `params` active parameters, trained on `tokens` tokens.
+    """The recipe with n_layer blocks and about `params` active parameters, for `tokens` tokens.
 
     The effect of weight decay depends on rate x decay x steps, so decay x steps is the ladder's.
     """
     ladder = config("ladder_moe", "paper")
     n_embd = advised_width(ladder, n_layer, params)
-    n_head = max(2, 2 * round(n_embd * ladder.n_head / ladder.n_embd / 2))     # even, because G = 2
-    step = math.lcm(8, 2 * n_head)                # RoPE takes even heads, grouped_mm multiples of 8
+    n_head = max(2, 2 * round(n_embd * ladder.n_head / ladder.n_embd / 2))    # even, because G = 2
+    step = math.lcm(8, 2 * n_head)               # RoPE takes even heads, grouped_mm multiples of 8
     n_embd = step * max(1, round(n_embd / step))
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps
@@ -1221,7 +1249,7 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
 def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
     """The width at which n_layer of the ladder's blocks have about `params` active parameters.
 
-    All widths, the experts' too, are proportional to n_embd, so the number is a n_embd^2 + b n_embd.
+    All widths, the experts' too, are proportional to n_embd: the number is a n_embd^2 + b n_embd.
     """
     a = n_layer * (3 + 3 * ladder.top_k)                          # attention with G = 2, experts
     b = 2 * ladder.vocab_size + n_layer * (ladder.n_experts + 2)  # embedding, head, routers, norms
@@ -1229,7 +1257,7 @@ def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
     return max(32, 32 * round(width / 32))
 
 def sources(c: TrainConfig) -> list[str]:
-    """Comments on an advised config: what the paper gained with each step, and what our models did."""
+    """Comments on an advised config: the paper's gain with each step, and the laptop verdict."""
     args = argparse.Namespace(scale="laptop", settings=[])
     rows = read_rows(ROOT / "configs/laptop/results.jsonl")
     found = {family: runs_of(family, rows, args) for family in ("depth", "ladder")}
@@ -1237,12 +1265,13 @@ def sources(c: TrainConfig) -> list[str]:
     for name, (member, before, others) in STEPS.items():
         old, new = ladder[before], ladder[member]
         lines += [f"# {name} = {getattr(c, name)}",
-                  f"#   paper, {member}: accuracy {old['accuracy']} to {new['accuracy']}, usefulness "
-                  f"{old['useful']} to {new['useful']}"]
+                  f"#   paper, {member}: accuracy {old['accuracy']} to {new['accuracy']}, "
+                  f"usefulness {old['useful']} to {new['useful']}"]
         lines += [f"#   paper, {other} instead: accuracy {ladder[other]['accuracy']}, usefulness "
                   f"{ladder[other]['useful']}" for other in others]
         judged = [compare(found, "ladder", member, score) for score in ("useful", "log ratio")]
-        said = [f"{c.score} {with_interval(c.effect, c.score, '+')}, {c.verdict}" for c in judged if c]
+        said = [f"{c.score} {with_interval(c.effect, c.score, '+')}, {c.verdict}"
+                for c in judged if c]
         lines.append(f"#   laptop: {'; '.join(said) or 'no runs yet'}")
     return lines
 
@@ -1253,8 +1282,8 @@ def quantities(c: TrainConfig) -> dict[str, float]:
             "tokens": c.max_steps * c.tokens_per_step, "weight_decay": c.weight_decay}
 
 def distances(c: TrainConfig) -> list[str]:
-    """Comments on an advised config: how far it is from the paper's recipe and from all its runs."""
-    tried = [quantities(config(member, "paper")) for family in TURNED for member in FAMILIES[family]]
+    """Comments on an advised config: how far it is from the paper's recipe and all its runs."""
+    tried = [quantities(config(name, "paper")) for family in TURNED for name in FAMILIES[family]]
     ladder, lines = quantities(config("ladder_moe", "paper")), []
     for name, x in quantities(c).items():
         least, most = min(q[name] for q in tried), max(q[name] for q in tried)
@@ -1275,12 +1304,13 @@ def read_arguments() -> Any:
     on_disk.add_argument("--out", default="out/recipe", metavar="DIR",
                          help="folder of runs, tables and figures (default %(default)s)")
     on_disk.add_argument("--results", metavar="FILE", type=Path,
-                         help="the rows (default configs/SCALE/results.jsonl; with settings of your "
-                              "own OUT/SCALE/results.jsonl)")
+                         help="the rows (default configs/SCALE/results.jsonl; with settings of "
+                              "your own OUT/SCALE/results.jsonl)")
 
     add = commands.add_parser("run", help="train, probe and record a family",
                               parents=[on_disk]).add_argument
-    add("family", choices=[*FAMILIES, "all"], metavar="FAMILY", help=f"{', '.join(FAMILIES)} or all")
+    add("family", choices=[*FAMILIES, "all"], metavar="FAMILY",
+        help=f"{', '.join(FAMILIES)} or all")
     add("--seeds", type=int, default=1, metavar="N",
         help="run the first N seeds of each family (default 1)")
     add("--jobs", type=int, default=1, metavar="N",
@@ -1294,9 +1324,10 @@ def read_arguments() -> Any:
     commands.add_parser("report", help="make tables and figures from results.jsonl",
                         parents=[on_disk])
 
-    add = commands.add_parser("advise", help="print the recipe for a model of your size").add_argument
+    add = commands.add_parser("advise", help="print the recipe at your size").add_argument
     add("--n_layer", type=int, required=True, help="number of blocks")
-    add("--params", type=float, required=True, help="parameters active per token, embeddings included")
+    add("--params", type=float, required=True,
+        help="parameters active per token, embeddings included")
     add("--tokens", type=float, required=True, help="training tokens")
     add("--gpus", type=int, default=8, help="number of GPUs (default 8)")
     add("--out", metavar="FILE", help="config file to write")
