@@ -1269,6 +1269,8 @@ def sources(c: TrainConfig) -> list[str]:
                   f"usefulness {old['useful']} to {new['useful']}"]
         lines += [f"#   paper, {other} instead: accuracy {ladder[other]['accuracy']}, usefulness "
                   f"{ladder[other]['useful']}" for other in others]
+        if name == "weight_decay":
+            lines.append("#   chosen so that decay x steps is that of the paper, 0.3 x 4,768")
         judged = [compare(found, "ladder", member, score) for score in ("useful", "log ratio")]
         said = [f"{c.score} {with_interval(c.effect, c.score, '+')}, {c.verdict}"
                 for c in judged if c]
