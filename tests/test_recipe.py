@@ -301,12 +301,12 @@ def test_a_setting_that_an_old_row_lacks_had_its_default():
     args = SimpleNamespace(scale="laptop", settings=[], here=False)
     assert len(old) > 100 and all("scaled_init" not in row["settings"] for row in old)
     for member in FAMILIES["depth"]:
-        assert not any(recipe.recorded(Job(member, seed, Path()), old, args) for seed in range(5))
+        assert not any(recipe.is_recorded(Job(member, seed, Path()), old, args) for seed in range(5))
     control = SimpleNamespace(scale="laptop", settings=["--init_std=0.02"], here=False)
-    assert all(recipe.recorded(Job(member, seed, Path()), old, control) for member in FAMILIES["depth"]
+    assert all(recipe.is_recorded(Job(member, seed, Path()), old, control) for member in FAMILIES["depth"]
                for seed in range(5))
     elsewhere = SimpleNamespace(scale="laptop", settings=["--init_std=0.02"], here=True)
-    assert not recipe.recorded(Job("depth_16", 0, Path()), [row | {"processor": "other"} for row in old], elsewhere)
+    assert not recipe.is_recorded(Job("depth_16", 0, Path()), [row | {"processor": "other"} for row in old], elsewhere)
 
 
 def test_only_the_seeds_of_a_family_enter_it():
@@ -415,7 +415,6 @@ def test_advice_at_the_papers_size_is_the_papers_recipe():
     for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "top_k", "expert_hidden", "block_size",
                  "weight_decay", "tokens_per_step", "max_steps", "learning_rate", "warmup_steps"):
         assert getattr(c, name) == getattr(theirs, name), name
-    assert not any("EXTRAPOLATED" in line for line in recipe.distances(c))
 
 
 @pytest.mark.parametrize("n_layer, params, tokens, gpus", [(12, 4e8, 1e10, 8), (64, 7e9, 1e11, 64), (16, 2e7, 2e8, 1)])
@@ -429,12 +428,13 @@ def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(n_layer, param
     assert c.init_std * math.sqrt(c.n_embd) == pytest.approx(0.905, rel=0.01)
 
 
-@pytest.mark.parametrize("asked, names", [
-    ((48, 1.2e9, 1e10, 8), {"n_layer"}), ((32, 7e9, 1e10, 8), {"n_embd", "active"}), ((32, 1.2e9, 1e11, 8), {"tokens"}),
-    ((12, 4e8, 2e7, 128), {"tokens", "block_size"})])
-def test_advice_says_where_it_extrapolates(asked, names):
-    said = recipe.distances(recipe.advised(*asked))
-    assert {line.split()[1] for line in said if "EXTRAPOLATED" in line} == names
+def test_advice_names_the_range_of_the_papers_models():
+    models = [config(name, "paper") for family in REPORTED for name in FAMILIES[family]]
+    said = recipe.sources(recipe.advised(32, 1.2e9, 1e10, 8))[0]
+    depths, widths = ({getattr(c, name) for c in models} for name in ("n_layer", "n_embd"))
+    assert [int(x.replace(",", "")) for x in re.findall(r"[\d,]+\b", said)] == [
+        min(depths), max(depths), min(widths), max(widths), 10]
+    assert {round(c.max_steps * c.tokens_per_step / 1e10, 2) for c in models} == {1.0}
 
 
 def test_an_advised_config_stands_alone(tmp_path):
