@@ -236,7 +236,6 @@ def print_costs(jobs: Sequence[Job], args: Any) -> None:
 #   scores: by column; start: before the first step; at_16, at_64: at the common lengths
 #   curve: the last layer's variance in training; probe, probe_start: values of each block
 Row = dict[str, Any]
-CURVE_POINTS = 40
 # Settings that change how a run is computed but not its result. The seed has a place of its own.
 NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel",
              "recompute", "save_interval", "keep_checkpoints", "wandb"}
@@ -269,14 +268,13 @@ def row_of(job: Job, args: Any) -> Row:
     log = [json.loads(line) for line in text.splitlines()]
     trained, start = read_probe(job.out), read_probe(job.out / "start")
     curve = [(line["step"], line["variance"][-1]) for line in log if "variance" in line]
-    kept = {round(k) for k in np.linspace(0, len(curve) - 1, CURVE_POINTS)} if curve else ()
-    maps = {name: trained[name] for name in ("causal", "permutation") if name in trained}
+    maps = {name: trained[name] for name in MAPS if name in trained}
     row = {"member": job.member, "seed": job.seed,
            "settings": {name: x for name, x in asdict(c).items() if name not in NO_MATTER},
            "corpus": load_checkpoint(job.out / "ckpt.pt").get("corpus"),
            "torch": torch.__version__, "python": platform.python_version(),
            "processor": processor(), "scores": own_scores(c, log, trained) | scores(trained),
-           "curve": [curve[k] for k in sorted(kept)], "probe": block_values(trained) | maps,
+           "curve": curve, "probe": block_values(trained) | maps,
            "start": scores(start), "probe_start": block_values(start)}
     for length in COMMON_LENGTHS:
         if (job.out / f"at_{length}").is_dir():
@@ -390,14 +388,15 @@ class Estimate(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Does the interval exclude 0? There is none with one seed, or where all seeds moved by
-        equal steps, as the usefulness of 8 blocks can: it moves in steps of 1/8."""
+        """Does the interval exclude 0? Not decided: one seed, or seeds that all moved by the same
+        step, as the usefulness of 8 blocks can, whose steps are 1/8."""
         return self.half > 1e-9 and abs(self.mean) > self.half
 
 def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of the values and its interval; nan where there are too few."""
     n = len(values)
     if n < 2:
-        return Estimate(values[0], math.nan, n)
+        return Estimate(values[0] if n else math.nan, math.nan, n)
     half = T_975[min(n, 10) - 2] * statistics.stdev(values) / math.sqrt(n)
     return Estimate(statistics.mean(values), half, n)
 
@@ -440,9 +439,8 @@ def by_seed(rows: Sequence[Row], score: str, part: str = "scores") -> dict[int, 
     return {seed: x for seed, x in sorted(found.items()) if not math.isnan(x)}
 
 def over_seeds(rows: Sequence[Row], score: str, part: str = "scores") -> Estimate:
-    """The mean of a score over seeds; nan where it was not measured."""
-    values = list(by_seed(rows, score, part).values())
-    return estimate(values) if values else Estimate(math.nan, math.nan, 0)
+    """The mean of a score over seeds."""
+    return estimate(list(by_seed(rows, score, part).values()))
 
 def paired(rows: Sequence[Row], base: Sequence[Row], score: str) -> dict[int, float]:
     """By seed, a score minus the base's score on the same kind of processor."""
@@ -720,9 +718,10 @@ def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
         named = {f"{label(family, name, scale)} ({len(by_seed(rows, 'loss'))})": rows
                  for name, rows in runs.items()}
         written[family] = score_table("member (seeds)", named, SHOWN.get(family, KNOB))
+        of_family = [c for c in compared if c.family == family]
         make = comparison_table if any(PAPER[family].values()) else difference_table
         if family in COMPARED:
-            written[f"{family}_verdicts"] = make([c for c in compared if c.family == family], scale)
+            written[f"{family}_verdicts"] = make(of_family, scale)
     for score in PREMISES:
         name = score.replace(" ", "_").replace("/", "").replace("-", "")
         written[f"premise_{name}"] = premises(depth, scale, score)
@@ -935,7 +934,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 NAMES = {"last var.": ("Variance at the end", "variance of the last stream"),
          "ln Vn/V1": ("Growth of the variance", "ln(Var h_n / Var h_1)"),
          "useful": ("Useful blocks", "share of all blocks"),
-         "log ratio": ("Use of a block", "mean log affine ratio (nats)"),
+         "log ratio": ("Use of a block", "mean log affine ratio"),
          "val loss": ("Loss", "validation loss (nats per byte)"),
          "density": ("Density", "keys attended to x key heads"),
          "trend use": ("Are later blocks used less?", "trend of the log affine ratio"),
@@ -963,10 +962,8 @@ def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
         figures |= {
             "depth": draw_depth(depth), "depth_blocks": draw_blocks(depth),
             "depth_course": draw_course(depth), "mechanism": draw_mechanism(found),
-            "depth_causal": draw_maps(depth, "causal", "Causal score: how much does the later "
-                                      "block's update change if the earlier one is skipped?"),
-            "depth_permutation": draw_maps(depth, "permutation", "Permutation score: how much does the "
-                                           "output change if the two blocks swap places?")}
+            "depth_causal": draw_maps(depth, "causal"),
+            "depth_permutation": draw_maps(depth, "permutation")}
     if "rates" in found:
         figures["rates"] = draw_rates(found["rates"])
     if found.keys() & set(BY_PERPLEXITY):
@@ -1045,7 +1042,7 @@ def draw_depth(runs: Runs) -> Any:
                     markersize=4)
         ax.tick_params(axis="y", colors=color)
         ax.set_ylim(bottom=0)
-    axes[2].set_ylabel("mean log affine ratio (nats)", color=COLORS[5])
+    axes[2].set_ylabel("mean log affine ratio", color=COLORS[5])
     twin.set_ylabel("share of useful blocks", color=COLORS[6])
     axes[2].set(title="How much is a block used?", xlabel="layers", xticks=depths)
     legend_below(fig, axes[:1])
@@ -1068,14 +1065,19 @@ def draw_blocks(runs: Runs) -> Any:
     legend_below(fig, axes)
     return fig
 
-def draw_maps(runs: Runs, name: str, title: str) -> Any:
+MAPS = {"causal": "Causal score: how much does the later block's update change if the earlier one "
+                  "is skipped?",
+        "permutation": "Permutation score: how much does the output change if the two blocks swap "
+                       "places?"}
+
+def draw_maps(runs: Runs, name: str) -> Any:
     """A heat map per depth, the mean over seeds."""
     from matplotlib.colors import LogNorm
     maps = [np.mean([np.array(row["probe"][name], dtype=float) for row in rows], axis=0)
             for rows in runs.values()]
     maps = [np.where(np.triu(x, 1) > 0, x, np.nan) for x in maps]
     norm = LogNorm(min(np.nanmin(x) for x in maps), max(np.nanmax(x) for x in maps))
-    fig, axes = panels(len(maps), 2.1, title)
+    fig, axes = panels(len(maps), 2.1, MAPS[name])
     for ax, x, rows in zip(axes, maps, runs.values()):
         image = ax.imshow(x, norm=norm)
         ax.set(title=f"{layers(rows)} layers", xlabel="later block", ylabel="earlier block")
@@ -1263,8 +1265,8 @@ def sources(c: TrainConfig) -> list[str]:
     rows = read_rows(ROOT / "configs/laptop/results.jsonl")
     found = {family: runs_of(family, rows, args) for family in ("depth", "ladder")}
     ladder = PAPER["ladder"]
-    lines = ["# The paper's models have 12 to 32 blocks, are 768 to 2,048 wide, and saw 10 billion "
-             "tokens.", "# Anything else is extrapolated."]
+    lines = ["# The paper's models have 12 to 32 blocks, are 768 to 2,048 wide, and saw 10 billion",
+             "# tokens. Anything else is extrapolated."]
     for name, (member, before, others) in STEPS.items():
         old, new = ladder[before], ladder[member]
         lines += [f"# {name} = {getattr(c, name)}",
