@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -584,8 +585,8 @@ def relative_size(found: dict[str, Runs], family: str, member: str, base: str, s
         of_paper = paper / math.log(PAPER[family][base]["ppl"])
         return Estimate(e.mean / of_paper, abs(e.half / of_paper), e.n)
     if PAPERS[score] == "useful":
-        layers = min(config(name, "paper").n_layer for name in (base, member))
-        if round(abs(paper) * layers) < 1:
+        blocks = min(config(name, "paper").n_layer for name in (base, member))
+        if round(abs(paper) * blocks) < 1:
             return None
     runs = found.get("depth", {})
     depth = paired(runs.get("depth_32", []), runs.get("depth_16", []), score)
@@ -917,14 +918,12 @@ def processors(depth: Runs) -> str:
     shown = ("last var.", "ln Vn/V1", "log ratio", "val loss")
     rows = []
     for name, seeds in depth.items():
-        first: dict[int, Row] = {}
-        for row in seeds:
-            one = first.setdefault(row["seed"], row)
-            if one is not row:
-                both = f"{row['processor']} vs {one['processor']}"
-                rows.append([f"{name} seed {row['seed']}: {both}",
-                             *(f"{short(row['scores'][score])} vs {short(one['scores'][score])}"
-                               for score in shown)])
+        for one, other in combinations(seeds, 2):
+            if one["seed"] == other["seed"]:
+                kinds = f"{other['processor']} vs {one['processor']}"
+                values = [f"{short(other['scores'][score])} vs {short(one['scores'][score])}"
+                          for score in shown]
+                rows.append([f"{name} seed {one['seed']}: {kinds}", *values])
     return table(["run", *shown], rows)
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -1126,7 +1125,7 @@ def draw_family(family: str, runs: Runs, scale: str) -> Any:
                         label="the paper's")
         ax.set(title=NAMES[score][0], xlabel=NAMES[score][1])
         ax.grid(axis="x", alpha=0.3)
-        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="x", nbins=4)
         if score in LOGARITHMS:
             log_scale(ax.xaxis)
         if score in TRENDS:
@@ -1207,8 +1206,6 @@ STEPS = {"block_size": ("ladder_t4096", "ladder_32", ["ladder_t8192"]),
 
 def advise(args: Any) -> None:
     """Print the recipe at another size, its sources and what it takes. Write a config."""
-    check(0 < args.n_layer <= 1000 and 1e5 <= args.params <= 1e13 and 1e6 <= args.tokens <= 1e16,
-          "--n_layer must be 1 to 1000, --params 1e5 to 1e13, --tokens 1e6 to 1e16")
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
