@@ -389,8 +389,8 @@ class Estimate(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Does the interval exclude 0? Not decided: one seed, or seeds that all moved by the same
-        step, as the usefulness of 8 blocks can, whose steps are 1/8."""
+        """Does the interval exclude 0? False with one seed, and where all seeds moved by the same
+        step: usefulness at 8 blocks moves in steps of 1/8, so equal steps prove no precision."""
         return self.half > 1e-9 and abs(self.mean) > self.half
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -701,7 +701,7 @@ def report(args: Any) -> None:
     print(draw_all(found, args.scale, out))
 
 def has_begun(family: str, runs: Runs) -> bool:
-    """Has a family runs to compare, beyond those that it shares with the depth family?"""
+    """Does a family have runs to compare, beyond those that it shares with the depth family?"""
     return len(runs) > 1 and (family == "depth" or not runs.keys() <= FAMILIES["depth"].keys())
 
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
@@ -1274,9 +1274,8 @@ def sources(c: TrainConfig) -> list[str]:
         if name == "weight_decay":
             lines.append("#   chosen so that decay x steps is that of the paper, 0.3 x 4,768")
         judged = [compare(found, "ladder", member, score) for score in ("useful", "log ratio")]
-        said = [f"{c.score} {with_interval(c.effect, c.score, '+')}, {c.verdict}"
-                for c in judged if c]
-        lines.append(f"#   laptop: {'; '.join(said) or 'no runs yet'}")
+        lines += [f"#   laptop, {c.score}: {with_interval(c.effect, c.score, '+')}, {c.verdict}"
+                  for c in judged if c] or ["#   laptop: no runs yet"]
     return lines
 
 # ---- the command line ----------------------------------------------------------------------------
