@@ -646,13 +646,6 @@ QUESTIONS = {(x, y): sign for x, sign in SIGNS.items() for y in SPREAD}
 QUESTIONS |= {(x, y): -1 for x in SPREAD for y in ("log ratio", "ratio late")}
 TURNED = ("depth", "weight_decay", "context", "gqa", "moe", "ladder")
 
-class Correlation(NamedTuple):
-    """A rank correlation with its 95% interval."""
-    rho: float
-    low: float
-    high: float
-    n: int                      # configurations
-
 def configurations(found: dict[str, Runs]) -> Runs:
     """The configurations of the families that turn one of the paper's knobs, each once. The
     controls (init, rates) and the other norms are left out: they change more than these knobs."""
@@ -664,12 +657,13 @@ def configurations(found: dict[str, Runs]) -> Runs:
                 together[name] = rows
     return together
 
-def correlation(group: Runs, x: str, y: str) -> Correlation | None:
-    """The rank correlation of two scores' means over seeds; None if it is not defined."""
+def correlation(group: Runs, x: str, y: str) -> tuple[float, float, float, int] | None:
+    """The rank correlation of two scores' means over seeds, its 95% interval, and the number of
+    configurations; None if it is not defined."""
     pairs = [(over_seeds(rows, x).mean, over_seeds(rows, y).mean) for rows in group.values()]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
     rho = rank_correlation(*zip(*pairs)) if len(pairs) > 3 else math.nan
-    return None if math.isnan(rho) else Correlation(rho, *bootstrap(*zip(*pairs)), len(pairs))
+    return None if math.isnan(rho) else (rho, *bootstrap(*zip(*pairs)), len(pairs))
 
 def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the rank correlation, from 1,000 draws of as many configurations."""
@@ -900,13 +894,14 @@ def mechanism(found: dict[str, Runs]) -> str:
     for (x, y), sign in QUESTIONS.items():
         cells = [f"{x} with {y}", "above 0" if sign > 0 else "below 0"]
         for group in (together, alike):
-            r = correlation(group, x, y)
-            if r is None:
+            measured = correlation(group, x, y)
+            if measured is None:
                 cells.append("-")
                 continue
-            cells.append(f"{r.rho:+.2f} ({r.low:+.2f} to {r.high:+.2f}; {r.n})")
+            rho, low, high, n = measured
+            cells.append(f"{rho:+.2f} ({low:+.2f} to {high:+.2f}; {n})")
             if group is together:
-                sides[sign * ((r.low > 0) - (r.high < 0))].append(cells[0])
+                sides[sign * ((low > 0) - (high < 0))].append(cells[0])
         rows.append(cells)
     return (table(["rank correlation", "paper", "all configurations (95%; number)",
                    "8 layers, width 64"], rows)
