@@ -199,8 +199,7 @@ def probe_commands(job: Job, args: Any) -> list[list[str]]:
 
     def command(ckpt: Path, only: str, samples: int, length: int, out: Path) -> list[str]:
         return [sys.executable, str(ROOT / "probe.py"), str(ckpt), f"--only={only}", "--remove=1",
-                "--no-sublayers", f"--samples={samples}", f"--length={min(length, 512)}",
-                f"--out={out}"]
+                f"--samples={samples}", f"--length={min(length, 512)}", f"--out={out}"]
 
     ckpt, start = job.out / "ckpt.pt", job.out / "start"
     trained = command(ckpt, args.only, samples, c.block_size, job.out)
