@@ -15,11 +15,11 @@ from helpers import SHARED, Outcome  # noqa: E402
 import data  # noqa: E402
 from model import UserError  # noqa: E402
 
-# A `pytest &` in a script is born deaf to Ctrl-C, one under nohup to SIGHUP; both hand that on to what they start.
+# A script's `pytest &` ignores SIGINT, and under nohup it ignores SIGHUP. Its child processes would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-torch.set_num_threads(1)      # a second one only gets in the way of matrices this small, tenfold on a busy machine
+torch.set_num_threads(1)      # for matrices this small a second thread costs time, tenfold on a busy machine
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def gpt2(monkeypatch):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """run_main(module, *args): what its main makes of a command line, without the seconds that a new process takes."""
+    """run_main(module, *args): the outcome of a script's main, without the seconds that a new process takes."""
     def call(module, *args):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, args)])

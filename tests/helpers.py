@@ -1,7 +1,5 @@
-"""What the test files share.
-
-Where things lie; scripts run as a user runs them, and what a user's mistake looks like; a tiny model; and the model a
-second time, in float64 and with loops: the truth that model.py and probe.py are tested against.
+"""Shared by the test files: paths, scripts run as a user runs them, a tiny model, and a second implementation of the
+model in float64 with loops, against which model.py and probe.py are tested.
 """
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ from torch import Tensor, nn
 from model import GPT, Attention, Block, ModelConfig, MoE, RoPE, SwiGLU
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"               # small trained models and the scores that others computed
-SHARED = ROOT.parent / "shared"                  # beside the repository, where there is one: tasks, a tiktoken cache
+GOLDEN = ROOT / "tests" / "golden"               # small trained models, and their scores by other programs
+SHARED = ROOT.parent / "shared"                  # beside the repository, if it exists: tasks, a tiktoken cache
 TINY = dict(vocab_size=29, block_size=12, n_head=4, n_kv_head=2, n_embd=8, ffn_hidden=24, init_std=0.4)
 
 
@@ -31,7 +29,7 @@ TINY = dict(vocab_size=29, block_size=12, n_head=4, n_kv_head=2, n_embd=8, ffn_h
 
 
 class Outcome(NamedTuple):
-    """What came of a script: see `run_script` and the fixture `run_main`."""
+    """Exit status and output of a script; see `run_script` and the fixture `run_main`."""
     status: int
     out: str
     err: str
@@ -45,19 +43,19 @@ def run_python(*args: Any, cwd: str | Path | None = None, env: dict[str, str] | 
 
 
 def run_script(name: str, *args: Any, cwd: str | Path | None = None, env: dict[str, str] | None = None) -> Outcome:
-    """Run a script of ours, such as probe.py, as a user does. The fixture `run_main` does so without a new process."""
+    """Run a script of ours, such as probe.py, as a user does. The fixture `run_main` does it without a new process."""
     return run_python(ROOT / name, *args, cwd=cwd, env=env)
 
 
 def without(package: str, folder: Path) -> dict[str, str]:
-    """The environment in which Python does not find this package, by a file that is put into this folder."""
+    """An environment in which importing this package fails. A file in this folder causes it."""
     (folder / "without").mkdir()
     (folder / f"without/{package}.py").write_text(f"raise ImportError('no {package}')\n")
     return {"PYTHONPATH": str(folder / "without")}
 
 
 PEAK = """
-def peak():         # bytes, of this process alone: ru_maxrss begins at the peak of the process that started it
+def peak():         # most bytes of this process; ru_maxrss would start at the peak of its parent
     try:
         return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
     except OSError:
@@ -67,7 +65,7 @@ def peak():         # bytes, of this process alone: ru_maxrss begins at the peak
 
 
 def assert_mistake(outcome: tuple[int, str, str], *words: str) -> None:
-    """The outcome is that of a user's mistake: status 2, and one line on stderr, in which these words occur."""
+    """The outcome of a user's mistake: status 2, and one line on stderr that contains these words."""
     status, out, err = outcome
     assert status == 2, (status, out, err)
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
@@ -91,7 +89,7 @@ def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: An
     with torch.no_grad():
         model.head.weight *= 1.5
     model.to(dtype)
-    model.blocks[0].attn.rope.reset()                 # its table to the full precision of dtype
+    model.blocks[0].attn.rope.reset()                 # computes its table again, in dtype
     return model
 
 
@@ -101,7 +99,9 @@ def make_tokens(rows: int, length: int, vocab_size: int = TINY["vocab_size"], se
 
 
 def checkpoint_of(model: GPT, **more: Any) -> dict[str, Any]:
-    """What train.py saves of a model of bytes, without what only training needs; more: other entries, or further."""
+    """A checkpoint of train.py for a model of bytes, without the entries that only training needs.
+
+    more: entries to add or replace."""
     return {"model": model.state_dict(), "settings": asdict(model.config), "step": 3, "tokenizer": "bytes", **more}
 
 
@@ -114,9 +114,9 @@ def array(x: Tensor) -> np.ndarray:
 
 
 def differences(want: Any, got: Any, tolerance: Callable[[str], float], floor: float, path: str = "") -> list[str]:
-    """Where `got` departs from `want` in a tree of dicts, lists and numbers; tolerance(path) is relative.
+    """The places where `got` differs from `want`, both trees of dicts, lists and numbers; tolerance(path) is relative.
 
-    What `want` does not have is not looked at. nan equals nan.
+    Entries that `want` lacks are ignored. nan equals nan.
     """
     if isinstance(want, dict):
         found = []
@@ -135,8 +135,8 @@ def differences(want: Any, got: Any, tolerance: Callable[[str], float], floor: f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the model a second time: one sequence, float64, loops; of a model it takes the weights and the numbers in its modules,
-# which `assert_as_configured` compares with the settings
+# the model a second time: one sequence, float64, loops. It reads weights and numbers from the model's modules.
+# `assert_as_configured` compares these numbers with the settings.
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -147,7 +147,7 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
 
 
 def values(p: Tensor) -> Tensor:
-    """The values of a parameter in float64, apart from its graph."""
+    """A parameter in float64, detached from its graph."""
     return p.detach().double()
 
 
@@ -238,12 +238,12 @@ def streams_by_hand(model: GPT, sequence: Tensor, layers: Sequence[Callable[[Ten
 
 
 def logits_by_hand(model: GPT, x: Tensor) -> Tensor:
-    """(T, vocab_size) of a stream (T, d)."""
+    """The logits (T, vocab_size) of a stream (T, d)."""
     return rms_norm(x, model.norm) @ values(model.head.weight).T
 
 
 def negative_log_likelihood(model: GPT, x: Tensor, sequence: Tensor) -> float:
-    """Of the T - 1 next tokens that the stream x (T, d) predicts, their sum, in nats."""
+    """The sum over the T - 1 next tokens that the stream x (T, d) predicts, in nats."""
     p = logits_by_hand(model, x).softmax(-1)
     return -sum(math.log(p[t, sequence[t + 1]]) for t in range(len(sequence) - 1))
 
@@ -255,7 +255,7 @@ def loss_by_hand(model: GPT, tokens: Tensor, layers: Sequence[Callable[[Tensor],
 
 
 class ByHand(NamedTuple):
-    """All that a forward pass computes."""
+    """The results of a forward pass."""
     logits: Tensor              # (T, vocab_size)
     streams: list[Tensor]       # h_0 .. h_L, each (T, d)
     attn: list[Tensor]          # what attention added in each block, (T, d)
@@ -277,7 +277,7 @@ def model_by_hand(model: GPT, sequence: Tensor) -> ByHand:
 
 
 def assert_as_configured(model: GPT) -> None:
-    """The numbers that the functions above take from a model's modules are those of its settings."""
+    """Check that the numbers that the functions above read from a model's modules are those of its settings."""
     c = model.config
     assert len(model.blocks) == c.n_layer
     assert {m.eps for m in model.modules() if isinstance(m, nn.RMSNorm)} == {c.norm_eps}

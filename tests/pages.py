@@ -1,9 +1,10 @@
-"""Bring the tables and figures of the pages up to configs/laptop/results.jsonl.
+"""Update the tables and figures of the pages from configs/laptop/results.jsonl.
 
     python tests/pages.py
 
-A page has a table of recipe.py's report between two comments, <!-- depth.md --> and <!-- end -->, and its figures
-lie in assets/. test_readme.py says when a table is no longer what the rows say.
+A page has two comments around each table of recipe.py's report, <!-- depth.md --> and <!-- end -->, or around
+each figure, <!-- depth.png --> and <!-- end -->. Figures are kept in assets/. test_readme.py compares the tables
+with the rows.
 """
 import re
 import shutil
@@ -15,21 +16,22 @@ tests = Path(__file__).resolve().parent
 sys.path[:0] = [str(tests), str(tests.parent)]
 from helpers import ROOT, run_python  # noqa: E402
 
-WITH_TABLES = [ROOT / "README.md", ROOT / "configs/laptop/README.md", ROOT / "configs/laptop/verdicts.md"]
-TABLE = re.compile(r"(<!-- (\w+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+WITH_TABLES = [ROOT / "README.md", *(ROOT / f"configs/laptop/{name}.md" for name in ("README", "verdicts", "controls"))]
+TABLE = re.compile(r"(<!-- (\w+\.(?:md|png)) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, report: Path) -> str:
-    """The page with the tables that are in the folder of a report; a family without runs has none."""
-    def table(name: str) -> str:
-        path = report / name
-        return path.read_text("utf-8") if path.exists() else "Not run yet.\n"
+    """The page with the tables in the folder of a report, and the figures in assets/."""
+    def content(name: str) -> str:
+        if name.endswith(".png"):
+            return f"![{name}](../../assets/{name})\n" if (ROOT / "assets" / name).exists() else "No figure yet.\n"
+        return (report / name).read_text("utf-8") if (report / name).exists() else "No runs yet.\n"
 
-    return TABLE.sub(lambda found: found[1] + table(found[2]) + found[3], page)
+    return TABLE.sub(lambda found: found[1] + content(found[2]) + found[3], page)
 
 
 def write_report(out: Path, env: dict[str, str] | None = None) -> Path:
-    """Make recipe.py's report; returns its folder."""
+    """Make recipe.py's report. Returns its folder."""
     done = run_python(ROOT / "recipe.py", "report", "--out", out, env=env)
     assert done.status == 0, done.err
     return out / "laptop"
@@ -39,8 +41,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as out:
         report = write_report(Path(out))
         for page in WITH_TABLES:
-            page.write_text(filled(page.read_text("utf-8"), report), "utf-8")
-        for page in WITH_TABLES:
-            for figure in re.findall(r"assets/(\w+\.png)", page.read_text("utf-8")):
+            text = page.read_text("utf-8")
+            for figure in re.findall(r"\w+\.png", text):
                 if (report / figure).exists():
                     shutil.copy(report / figure, ROOT / "assets" / figure)
+            page.write_text(filled(text, report), "utf-8")
