@@ -336,7 +336,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there_bit_for_bit(launch, here,
     said, err = end(process)
     step = read_log(out)[-1]["step"]
     assert said.splitlines()[-1] == (f"stopped by {name} after step {step}; {out / 'ckpt.pt'} is saved: "
-                                     "--resume goes on from there")
+                                     "--resume continues from there")
     assert err == "" and step < 40 and load_checkpoint(out / "ckpt.pt")["step"] == step
     here(out, "--resume")
     assert_same_end(out, whole)
