@@ -145,7 +145,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_its_name_and_its_configuration(tmp
 
 @pytest.mark.parametrize("content, said", [
     ('{"text": 5}', "the field text holds int"), ('{"story": "a"}', "no field text or content; .*story.*--field"),
-    ('{"text": "a', r"a\.jsonl:1 is no line of JSON")])
+    ('{"text": "a', r"a\.jsonl:1 is not a line of JSON")])
 def test_a_row_without_a_text_is_refused_by_the_name_of_the_file(content, said, tmp_path):
     (tmp_path / "a.jsonl").write_text(content + "\n")
     with pytest.raises(UserError, match=said):
@@ -434,7 +434,7 @@ def test_a_missing_corpus_or_a_truncated_shard_is_refused_by_name(corpus, tmp_pa
     shard = corpus.folder / "train_00001.bin"
     for content in (shard.read_bytes()[:-2], b""):
         shard.write_bytes(content)
-        with pytest.raises(UserError, match="train_00001.bin is not the file of"):
+        with pytest.raises(UserError, match="train_00001.bin does not have the .* tokens"):
             Corpus(corpus.folder)
 
 

@@ -217,6 +217,22 @@ def test_layers_that_can_only_stand_where_they_are_are_not_pruned_and_nothing_is
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_layer_that_depends_on_its_number_is_noticed_by_the_logits(tmp_path):
+    inner, _ = build("gpt2", scale_attn_by_inverse_layer_idx=True)        # layer 1 becomes layer 0
+    with pytest.raises(UserError, match="without layers 0 computes something else"):
+        data.prune_hf(data.HFModel(inner, "numbered"), [0], tmp_path / "pruned", "bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_with_as_many_items_as_layers_that_is_not_of_layers_is_not_cut_in_silence(tmp_path):
+    inner, _ = build("llama", eos_token_id=[2, 3, 4, 5])                  # the logits would not tell
+    data.prune_hf(data.HFModel(inner, "ends"), [0], tmp_path / "pruned", "bytes")
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["eos_token_id"] == [2, 3, 4, 5]
+    inner, _ = build("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])           # their numbers: [1, 2, 3] is wrong
+    with pytest.raises(UserError, match="cannot be loaded again"):
+        data.prune_hf(data.HFModel(inner, "dense"), [0], tmp_path / "other", "bytes")
+
+
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
     inner, _ = build("llama")
     inner.save_pretrained(tmp_path / "hf")
