@@ -282,7 +282,6 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     """
     check(0 < val_fraction <= 0.5,
           f"val_fraction={val_fraction} must be above 0 and at most 0.5")
-    check(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
     out, found = Path(os.path.expanduser(out)), find_source(source, field)
     enc = get_tokenizer(tokenizer)
     request = {"source": found.name, "files": len(found.files), "bytes": found.size,
@@ -622,8 +621,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     check(not own.is_file(), f"{path} is the folder of a run: give {own}")
     if not Path(path).is_file() and Path(path).suffix != ".pt":
         return load_hf(path, device, dtype, device_map)
-    check(device_map is None, "--device_map is for models of transformers: "
-                              f"make one with `python probe.py {path} --export FOLDER`")
     saved = load_checkpoint(path)
     known = {f.name for f in fields(ModelConfig)}
     settings = {name: value for name, value in saved["settings"].items() if name in known}

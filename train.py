@@ -703,7 +703,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
     """A text with parameters, FLOPs, hours, and memory per GPU. The model is not allocated."""
-    check(gpus > 0 and mfu > 0, f"--gpus={gpus} and --mfu={mfu} must be above 0")
     c = replace(c, vocab_size=vocabulary(c))
     batch_shape(c, gpus)                         # refuses a batch that cannot be divided
     model = bare(c)
@@ -732,7 +731,6 @@ def load_settings(argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
     if unknown:
         kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
-    check(not (args.resume and args.overwrite), "give either --resume or --overwrite")
     values: dict[str, Any] = {}
     for path in args.configs:
         values |= read_config(Path(path))
@@ -755,8 +753,11 @@ def make_parser() -> Parser:
                     usage="train.py [CONFIG.py ...] [--setting=value ...]")
     add = parser.add_argument
     add("configs", nargs="*", metavar="CONFIG.py", help="files of settings, applied in order")
-    add("--resume", action="store_true", help="continue from the newest checkpoint in out_dir")
-    add("--overwrite", action="store_true", help="rename an earlier run's files and start anew")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true",
+                       help="continue from the newest checkpoint in out_dir")
+    start.add_argument("--overwrite", action="store_true",
+                       help="rename an earlier run's files and start anew")
     add("--plan", action="store_true", help="only print parameters, FLOPs, hours and memory")
     add("--gpus", type=int, default=8, help="number of GPUs for --plan (default 8)")
     add("--mfu", type=float, default=0.4,

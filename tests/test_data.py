@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_mistake, run_python
+from helpers import assert_mistake, checkpoint_of, make_model, run_python
 
 import data as D
 import train
@@ -292,6 +292,13 @@ def test_a_finished_corpus_is_not_prepared_again_and_one_of_another_request_is_r
     with pytest.raises(UserError, match=r"bytes=\d+, now \d+"):
         prepare(name, tmp_path / "out")
     assert contents(tmp_path / "out") == before
+
+
+def test_a_checkpoint_with_rope_scaling_which_model_py_no_longer_has_is_refused(tmp_path):
+    saved = checkpoint_of(make_model(torch.float32))                 # no weight shows the difference
+    torch.save(saved | {"settings": saved["settings"] | {"rope_scaling": "llama3"}}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="ckpt.pt has rope_scaling"):
+        D.load_checkpoint(tmp_path / "ckpt.pt")
 
 
 def test_the_python_corpus_is_the_one_of_the_recorded_experiments():

@@ -289,7 +289,7 @@ MISTAKES = {     # name -> (arguments, what the line must name)
     "missing corpus": (["--data=nowhere"], "data.py"),
     "missing checkpoint": (["--init_from=nowhere.pt"], "nowhere.pt"),
     "a name too long": ([f"--data={'x' * 300}"], "File name too long"),
-    "both switches": (["--resume", "--overwrite"], "either --resume or --overwrite"),
+    "both switches": (["--resume", "--overwrite"], "not allowed with argument --resume"),
     "negative learning rate": (["--learning_rate=-1"], "learning_rate=-1"),
 }
 
