@@ -35,11 +35,12 @@ def setting(default: Any, meaning: str, allowed: float | str = 0) -> Any:
 @dataclass
 class ModelConfig:
     """The architecture. Where 0 stands for a derived value, the constructor fills it in."""
-    vocab_size: int = setting(0, "size of the vocabulary; 0: the corpus's, in steps of 64")
+    vocab_size: int = setting(0, "size of the vocabulary; 0: the corpus's, rounded up to a "
+                                 "multiple of 64")
     block_size: int = setting(128, "context length T in tokens", 1)
     n_layer: int = setting(8, "number of blocks L", 1)
     n_head: int = setting(4, "number of query heads", 1)
-    n_kv_head: int = setting(0, "number of key/value heads, divides n_head; 0: n_head, no GQA")
+    n_kv_head: int = setting(0, "number of key/value heads, a divisor of n_head; 0: n_head")
     n_embd: int = setting(128, "width d of the residual stream", 1)
     ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as in the paper")
     n_experts: int = setting(0, "number of experts in each MoE layer; 0: a dense FFN")
@@ -53,7 +54,8 @@ class ModelConfig:
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm", ABOVE_0)
     init_std: float = setting(0.02, "standard deviation of every matrix at initialisation")
     embed_init_std: float = setting(0.0, "the same for the embedding alone; 0: init_std")
-    scaled_init: bool = setting(False, "init_std / sqrt(2 n_layer) for attn.proj and down: GPT-2's")
+    scaled_init: bool = setting(False, "as in GPT-2, divide init_std by sqrt(2 n_layer) in the "
+                                       "matrices that write to the stream")
     tie_embeddings: bool = setting(False, "the embedding and the head share one matrix")
     norm: str = setting("pre", "lns: LayerNorm Scaling, arXiv 2502.05795; peri: Peri-LN, 2502.02732", "pre/lns/peri")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_mistake, checkpoint_of, make_model, run_python
+from helpers import assert_mistake, checkpoint_of, make_model
 
 import data as D
 import train
@@ -458,9 +458,3 @@ def test_a_larger_fraction_includes_the_documents_of_a_smaller_one_and_two_docum
     assert small < {i for i in range(5000) if D.is_validation(i, 0.3)}
     for fraction in (1e-9, 0.001, 0.5):
         assert [D.is_validation(i, fraction) for i in range(2)] == [True, False]
-
-
-def test_a_character_that_the_terminal_cannot_show_is_replaced():
-    done = run_python("-c", "import data; data.run(lambda: print('naïve 東京'))", cwd=Path(D.__file__).parent,
-                      env={"PYTHONIOENCODING": "ascii"})
-    assert done == (0, "na?ve ??\n", "")
