@@ -542,35 +542,12 @@ def count_on_meta(**settings) -> dict[str, int]:
         return GPT(ModelConfig(**settings)).count_parameters()
 
 
-PAPER = dict(vocab_size=50304, n_embd=2048, n_head=16, n_layer=16)
-
-
 def test_parameters_of_the_papers_dense_1b_model_are_counted():
-    count = count_on_meta(**PAPER, ffn_hidden=8192)
+    count = count_on_meta(vocab_size=50304, n_embd=2048, n_head=16, n_layer=16, ffn_hidden=8192)
     V, d, L, h = 50304, 2048, 16, 8192
     assert count["total"] == count["active"] == 2 * V * d + L * (4 * d * d + 3 * d * h + 2 * d) + d
     assert count["non_embedding"] == L * (4 * d * d + 3 * d * h + 2 * d) + d
-    assert count["total"] == pytest.approx(1.28e9, abs=0.005e9)                # facts: 1.28B, to the digits given
-
-
-def test_parameters_of_the_papers_moe_7b_model_are_counted():
-    count = count_on_meta(**PAPER, n_experts=64, top_k=8, expert_hidden=1024)
-    V, d, L, E, h = 50304, 2048, 16, 64, 1024
-    for name, experts in (("total", E), ("active", 8)):
-        assert count[name] == 2 * V * d + L * (4 * d * d + d * E + experts * 3 * d * h + 2 * d) + d
-    assert count["active"] == pytest.approx(1.28e9, abs=0.005e9)
-    assert count["total"] == pytest.approx(6.92e9, abs=0.005e9)
-
-
-def test_parameters_of_the_papers_recipe_are_counted():
-    """The paper says "about 1.24B active / 7.8B total". G = 2 has 40M fewer, so 4% and 2% are allowed."""
-    count = count_on_meta(vocab_size=50304, n_embd=1120, n_head=16, n_kv_head=8, n_layer=32, n_experts=64, top_k=8,
-                          expert_hidden=1120)
-    V, d, L, E = 50304, 1120, 32, 64
-    for name, experts in (("total", E), ("active", 8)):
-        assert count[name] == 2 * V * d + L * (3 * d * d + d * E + experts * 3 * d * d + 2 * d) + d
-    assert count["active"] == pytest.approx(1.24e9, rel=0.04)
-    assert count["total"] == pytest.approx(7.8e9, rel=0.02)
+    assert count["total"] == pytest.approx(1.28e9, abs=0.005e9)                # the paper says 1.28B
 
 
 def test_parameters_of_the_papers_moe_2b_model_with_a_shared_expert_are_counted():
@@ -612,13 +589,6 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
     assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(only_forward, rel=0.01)
     assert model.flops_per_token(8) * idx.numel() == pytest.approx(both, rel=0.01)
     assert model.flops_per_token() == model.flops_per_token(12), "the default is a full context"
-
-
-@pytest.mark.parametrize("n_kv_head", [1, 4])
-def test_the_flops_of_attention_are_those_of_its_two_products(n_kv_head):
-    """For every query head and T keys, q k^T and the sum of the values take 2 T head_dim each."""
-    model = make_model(**dict(DENSE, n_kv_head=n_kv_head))
-    assert [block.attn.flops_per_token(10) for block in model.blocks] == 3 * [4 * (2 * 10 * 8 + 2 * 10 * 8)]
 
 
 def test_the_flops_of_a_model_include_those_that_each_attention_reports(monkeypatch):

@@ -219,16 +219,6 @@ def test_a_config_may_compute_its_settings(tmp_path, text):
     assert load_settings([write(tmp_path / "c.py", text)])[0].max_steps == 7
 
 
-def test_help_groups_every_setting_and_fits_two_screens(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
-        load_settings(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"\n  --{f.name} " in text for f in fields(TrainConfig))
-    places = [text.index(f"\n{group}:\n") for group in ("model", "data", "optimizer", "run")]
-    assert places == sorted(places) and text.count("\n") <= 100
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_of_the_repository_loads_and_its_model_builds(path):
     c, _ = load_settings([str(path)])
