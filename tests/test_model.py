@@ -271,20 +271,6 @@ def test_dense_gqa_equals_the_llama_of_transformers():
         torch.testing.assert_close(model(idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_of_a_moe_hold_each_layers_load_and_the_mean_losses():
-    model, idx = make_model(**SPARSE), tokens(SPARSE)
-    stats = model(idx, stats=True)[2]
-    assert stats["expert_load"].shape == (3, 5)
-    np.testing.assert_allclose(array(stats["expert_load"].sum(1)), 1, rtol=1e-6)
-    x, routers = model.embed(idx), []
-    for block in model.blocks:
-        x, detail = block(x, detail=True)
-        routers.append(detail.router)
-    for name in ("lb_loss", "z_loss"):
-        assert stats[name].item() == pytest.approx(sum(getattr(r, name).item() for r in routers) / 3)
-    torch.testing.assert_close(stats["expert_load"], torch.stack([r.load for r in routers]))
-
-
 def test_streams_recombined_from_the_public_parts_give_the_models_logits():
     for settings in (DENSE, SPARSE):
         model, idx = make_model(**settings), tokens(settings)
@@ -450,33 +436,6 @@ def test_complete_logits_never_exist_when_the_loss_runs_in_chunks():
     with Largest() as seen:
         model(idx, idx, return_logits=False)[1].backward()
     assert seen.numel == 8 * 200, "the gradient of the head is larger than a chunk of 5 rows"
-
-
-class Products(TorchDispatchMode):
-    """Counts the FLOPs of matrix products in which a size is 200, the vocabulary; forward and backward."""
-    flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
-            a, b = args[-2:]
-            if 200 in (*a.shape, *b.shape):
-                self.flops += 2 * a.size(0) * a.size(1) * b.size(1)
-        return out
-
-
-@pytest.mark.parametrize("at_once", [0, 5 * 200])
-def test_the_loss_takes_three_products_with_gradients_and_one_without(at_once):
-    settings = dict(DENSE, vocab_size=200)
-    model, idx = make_model(torch.float32, **settings), tokens(settings)
-    model.logits_at_once = at_once
-    one = 2 * idx.numel() * settings["n_embd"] * 200
-    with Products() as seen:
-        model(idx, idx, return_logits=False)[1].backward()
-    assert seen.flops == 3 * one
-    with torch.no_grad(), Products() as seen:
-        model(idx, idx, return_logits=False)
-    assert seen.flops == one
 
 
 def test_no_logits_are_kept_for_the_backward_pass():
@@ -653,15 +612,10 @@ def test_compiling_into_one_graph_changes_neither_loss_nor_gradients():
 
 @pytest.mark.parametrize("bad, name", [
     (dict(n_head=3), "n_head=3"), (dict(n_head=0), "n_head=0"), (dict(n_kv_head=3), "n_kv_head=3"),
-    (dict(n_kv_head=8), "n_kv_head=8"), (dict(n_kv_head=-2), "n_kv_head=-2"), (dict(n_embd=0), "n_embd=0"),
-    (dict(n_embd=12), "n_head=4"), (dict(n_layer=0), "n_layer=0"), (dict(block_size=-1), "block_size=-1"),
-    (dict(ffn_hidden=-8), "ffn_hidden=-8"), (dict(norm="post"), "norm='post'"), (dict(vocab_size=-1), "vocab_size=-1"),
-    (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=0.0), "rope_theta=0.0"),
-    (dict(n_experts=-1), "n_experts=-1"), (dict(n_experts=2, top_k=3, expert_hidden=8), "top_k=3"),
+    (dict(n_kv_head=8), "n_kv_head=8"), (dict(n_embd=12), "n_head=4"), (dict(norm="post"), "norm='post'"),
+    (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(n_experts=2, top_k=3, expert_hidden=8), "top_k=3"),
     (dict(n_experts=2, top_k=0), "top_k=0"), (dict(n_experts=4, expert_hidden=12), "expert_hidden=12"),
-    (dict(n_experts=4, expert_hidden=-8), "expert_hidden=-8"), (dict(n_experts=4, n_embd=36, n_head=2), "n_embd=36"),
-    (dict(shared_hidden=-1), "shared_hidden=-1"), (dict(lb_loss_weight=-0.1), "lb_loss_weight=-0.1"),
-    (dict(z_loss_weight=-0.1), "z_loss_weight=-0.1"), (dict(init_std=-0.1), "init_std=-0.1")], ids=str)
+    (dict(n_experts=4, n_embd=36, n_head=2), "n_embd=36"), (dict(init_std=-0.1), "init_std=-0.1")], ids=str)
 def test_impossible_shapes_are_refused_by_the_name_of_the_setting(bad, name):
     with pytest.raises(UserError, match=name):
         ModelConfig(**(DENSE | dict(n_kv_head=0) | bad))

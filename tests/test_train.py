@@ -194,9 +194,9 @@ def test_an_unknown_setting_is_refused_with_the_closest_name(tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("max_steps", 0), ("learning_rate", 0.0), ("tokens_per_step", 0), ("grad_clip", -1.0), ("batch_size", -1),
-    ("beta2", 1.0), ("beta1", -0.1), ("device", "tpu"), ("device", "cuda:0"), ("dtype", "float16"), ("n_head", 3),
-    ("norm", "post"),
+    ("max_steps", 0), ("learning_rate", 0.0), ("learning_rate", -1.0), ("tokens_per_step", 0), ("grad_clip", -1.0),
+    ("batch_size", -1), ("beta2", 1.0), ("beta1", -0.1), ("device", "tpu"), ("device", "cuda:0"), ("dtype", "float16"),
+    ("n_head", 3), ("norm", "post"),
 ])
 def test_a_value_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(UserError, match=f"^{name}={value!r}|{name}={value} |{name}={value}$"):
@@ -273,14 +273,11 @@ def test_the_papers_models_have_the_papers_sizes(name, total, active):
 
 MISTAKES = {     # name -> (arguments, what the line must name)
     "unknown setting": (["--n_layers=3"], "'n_layer'"),
-    "missing config": (["configs/nope.py"], "configs/nope.py"),
-    "bad shape": (["--n_head=3"], "n_head=3"),
     "tokens_per_step": (["--block_size=32", "--tokens_per_step=100", "--data=CORPUS"], "tokens_per_step=100"),
     "missing corpus": (["--data=nowhere"], "data.py"),
     "missing checkpoint": (["--init_from=nowhere.pt"], "nowhere.pt"),
     "a name too long": ([f"--data={'x' * 300}"], "File name too long"),
     "both switches": (["--resume", "--overwrite"], "not allowed with argument --resume"),
-    "negative learning rate": (["--learning_rate=-1"], "learning_rate=-1"),
 }
 
 
@@ -343,18 +340,6 @@ def test_steps_of_the_optimizer_equal_adamw_written_by_hand_in_float64():
 def eight_windows():
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCAB, (8, 32), generator=generator) for _ in range(2)]
-
-
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_accumulated_gradients_equal_those_of_the_whole_batch(size, eight_windows):
-    c = TrainConfig(**TINY)
-    model, (x, y) = model_of(c).double(), eight_windows
-    loss = plain_loss(model, x, y)
-    want = torch.autograd.grad(loss, list(model.parameters()))
-    sums = train.gradients(model, list(zip(x.split(size), y.split(size))), torch.float32, stats=False)
-    assert sums.keys() == {"loss"} and sums["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
-    for p, g in zip(model.parameters(), want):
-        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
 
 
 def test_the_gradient_of_a_moe_is_the_mean_of_its_micro_batches_gradients_auxiliary_losses_included(eight_windows):
@@ -456,17 +441,6 @@ def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, 
         assert (saved[name] - p).abs().mean() < 1e-6 and (saved[name] - p).abs().max() < 1e-3, name
 
 
-def test_the_gradient_norm_after_clipping_is_the_limit(begin, monkeypatch):
-    seen = spy_on_steps(monkeypatch, lambda optimizer: math.sqrt(
-        sum(p.grad.square().sum().item() for group in optimizer.param_groups for p in group["params"])))
-    clipped = [record["grad_norm"] for record in read_log(begin(max_steps=3, grad_clip=0.125))]
-    assert seen == pytest.approx([0.125] * 3, rel=1e-4) and min(clipped) > 0.25
-    seen.clear()
-    logged = [record["grad_norm"] for record in read_log(begin(max_steps=3, grad_clip=0.0))]
-    assert seen == pytest.approx(logged, rel=1e-5)                   # 0: no clipping
-    assert logged[0] == pytest.approx(clipped[0], rel=1e-6)          # the logged norm is the one before clipping
-
-
 def test_the_logged_statistics_are_those_of_the_weights_before_the_step(begin, corpus):
     told = TINY | dict(max_steps=1, stats_interval=5, init_std=0.2, learning_rate=1.0, seed=2)
     record, = read_log(begin(**told))
@@ -499,15 +473,6 @@ def test_the_logged_router_statistics_are_the_means_over_micro_batches(begin, co
     logits = first.ffn_norm(stream + first.attn_output(stream)).flatten(0, 1) @ first.ffn.router.weight.T
     load = np.bincount(logits.topk(2).indices.flatten(), minlength=4) / (256 * 2)
     np.testing.assert_allclose(record["expert_load"][0], load, atol=1e-6)
-
-
-def test_the_reported_loss_of_a_moe_is_the_cross_entropy_alone(begin, corpus, tmp_path):
-    plain, = read_log(begin(**MOE, max_steps=1, lb_loss_weight=0.0, z_loss_weight=0.0))
-    heavy, = read_log(begin(**MOE, max_steps=1, lb_loss_weight=10.0, z_loss_weight=10.0))
-    assert plain["loss"] == heavy["loss"]
-    assert heavy["grad_norm"] > 1.1 * plain["grad_norm"]             # but the gradient has the other losses
-    c = TrainConfig(**TINY | MOE | {"data": str(corpus)})
-    assert plain["loss"] == pytest.approx(plain_loss(model_of(c), *global_batch(c, 0)).item(), rel=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(begin):
