@@ -282,8 +282,9 @@ def kill(process):
     process.communicate()
 
 
-def test_a_run_that_is_killed_and_resumed_twice_ends_bit_for_bit_as_an_uninterrupted_one(launch, whole, tmp_path):
-    out, said = tmp_path / "out", []
+def test_a_run_that_is_killed_and_resumed_twice_ends_bit_for_bit_as_an_uninterrupted_one(
+        launch, here, whole, tmp_path):
+    out = tmp_path / "out"
     for step in sorted(random.Random(1).sample(range(1, 39), 2)):
         process = launch(out, "--resume", change=SLOW)
         until(logged(out, step), process)
@@ -291,14 +292,13 @@ def test_a_run_that_is_killed_and_resumed_twice_ends_bit_for_bit_as_an_uninterru
         assert len(read_log(out)) < 40
         with open(out / "log.jsonl", "a") as f:
             f.write('{"step": 39, "tok')                             # as if it was killed while it wrote a line
-    said, _ = end(launch(out, "--resume"))
-    assert ", from step " in said
+    assert ", from step " in here(out, "--resume")[0]
     assert_same_end(out, whole)
 
 
 def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_earlier_ones(launch, here, whole, tmp_path):
     out = tmp_path / "out"
-    for n in (1, 2, 2):
+    for n in (1, 2):
         process = launch(out, "--resume", change=SLOW + HALF)
         for _ in range(n):                                           # the nth checkpoint from here
             until((out / "ckpt.pt.tmp").exists, process)
@@ -326,15 +326,14 @@ def test_resume_starts_afresh_where_there_is_nothing_and_changes_nothing_in_a_fi
     assert after == before
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_that_a_signal_stops_with_status_0_continues_bit_for_bit(launch, here, whole, tmp_path, name):
+def test_a_run_that_a_signal_stops_with_status_0_continues_bit_for_bit(launch, here, whole, tmp_path):
     out = tmp_path / "out"
     process = launch(out, change=SLOW, save_interval=0)
     until(logged(out, 3), process)
-    process.send_signal(signal.Signals[name])
+    process.send_signal(signal.SIGINT)
     said, err = end(process)
     step = read_log(out)[-1]["step"]
-    assert said.splitlines()[-1] == (f"stopped by {name} after step {step}; {out / 'ckpt.pt'} is saved: "
+    assert said.splitlines()[-1] == (f"stopped by SIGINT after step {step}; {out / 'ckpt.pt'} is saved: "
                                      "--resume continues from there")
     assert err == "" and step < 40 and load_checkpoint(out / "ckpt.pt")["step"] == step
     here(out, "--resume")
@@ -405,13 +404,6 @@ def test_overwrite_renames_an_earlier_run(here, short):
     kept = files(short)
     assert {name: kept[f"{name}.old"] for name in before} == before
     assert load_checkpoint(short / "ckpt.pt")["settings"]["seed"] == 1
-
-
-def test_two_ranks_refuse_a_fresh_start_in_one_line(launch, short):
-    before = files(short)
-    _, err = end(launch(short, ranks=2), status=1)
-    line, = errors(err)
-    assert "--overwrite" in line and files(short) == before
 
 
 def test_a_second_run_in_an_out_dir_is_refused_until_the_first_has_died(launch, here, tmp_path):
