@@ -710,8 +710,8 @@ class HFLayer:
         """Run the layer on the stream x, and set attn, ffn and scaled.
 
         attn and ffn are the first and the last submodule that has weights and is not a norm. If a
-        norm takes the output of one of them, the norm is meant instead: it is what reaches the
-        stream. With both outputs zero the layer must be the identity. Otherwise both are None.
+        norm follows one of them, the norm takes its place, because the stream gets the output of
+        the norm. With both outputs zero the layer must be the identity. Otherwise both are None.
         """
         parts: list[tuple[nn.Module, Tensor]] = []
 
@@ -1018,7 +1018,7 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
         inner = transformers.AutoModelForCausalLM.from_config(config)
     try:
         inner.load_state_dict(hf_weights(model), strict=True, assign=True)
-    except RuntimeError as e:                                 # a fork's weights, or Peri-LN's
+    except (RuntimeError, KeyError) as e:                     # a fork's weights, or Peri-LN's
         raise UserError(f"{path}: {type(inner).__name__} of transformers has other weights "
                         f"({one_line(e)}). Nothing is written") from e
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -1098,7 +1098,7 @@ def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig) -> None:
 
 @torch.no_grad()
 def check_export(model: GPT, folder: Path, path: str | Path) -> None:
-    """UserError unless the folder has the logits of the model for a context of random tokens."""
+    """UserError unless the folder gives the logits of the model for a context of random tokens."""
     theirs, _ = load_hf(folder, "cpu", torch.float32)
     draw = torch.Generator().manual_seed(0)
     idx = torch.randint(model.vocab_size, (1, model.context), generator=draw)

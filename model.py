@@ -411,8 +411,8 @@ class GPT(nn.Module):
                 return_logits: bool = True):
         """Return the logits (B, T, vocab_size) and the loss, the mean cross-entropy in nats.
 
-        Without targets the loss is None. The gradient of the loss includes the auxiliary losses of
-        the MoE, its value does not. stats=True also returns a dict of statistics. With
+        Without targets the loss is None. The auxiliary losses of a MoE are part of the gradient
+        but not of the value. stats=True also returns a dict of statistics. With
         return_logits=False the logits are None, and they are never all in memory.
         """
         c = self.config
