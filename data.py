@@ -1083,8 +1083,8 @@ def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig) -> None:
     """Give the experts of a layer the form of Qwen2-MoE, as in transformers 5.
 
     Qwen2-MoE multiplies its shared expert by a sigmoid gate. The weights of the gate are set to
-    zero, so the gate is 1/2, and the shared expert is doubled. A model without a shared expert gets
-    one of width 1 with zero weights.
+    zero, so that the gate is 1/2, and the shared expert is doubled. A model without a shared
+    expert gets one of width 1 with zero weights.
     """
     shared, d = f"{mlp}shared_expert.", c.n_embd
     weights[f"{mlp}shared_expert_gate.weight"] = torch.zeros(1, d)

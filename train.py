@@ -564,7 +564,7 @@ def check_free(out: Path, overwrite: bool) -> None:
           "rename its files to *.old with --overwrite")
 
 def open_out_dir(c: TrainConfig, here: Process, done: int) -> None:
-    """Write config.json. Cut the log after step `done`; at step 0 rename an earlier run's files."""
+    """Write config.json. Cut the log after step `done`, or rename the files of an earlier run."""
     out = Path(c.out_dir)
     if done > 0:
         cut_log(out / "log.jsonl", done)
