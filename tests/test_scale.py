@@ -486,7 +486,7 @@ def test_a_corpus_that_changed_under_its_path_is_refused_and_a_copy_elsewhere_is
 
 
 def test_config_json_has_all_that_is_needed_to_repeat_a_run(launch, tmp_path):
-    config, out = tmp_path / "ü.py", tmp_path / "öut"                # written as UTF-8 in any locale
+    config, out = tmp_path / "ü.py", tmp_path / "öut"                # names that the C locale cannot decode
     config.write_text("n_layer = 1\n")
     process = launch(out, str(config), max_steps=2, n_layer=3,
                      env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
@@ -494,7 +494,7 @@ def test_config_json_has_all_that_is_needed_to_repeat_a_run(launch, tmp_path):
     said = json.loads((out / "config.json").read_text(encoding="utf-8"))
     saved = load_checkpoint(out / "ckpt.pt")["settings"]
     assert said["settings"] == saved and saved["n_layer"] == 3 and saved["vocab_size"] == 320
-    assert said["command"] == process.args
+    assert [*map(os.fsencode, said["command"])] == [*map(os.fsencode, process.args)]
     assert (said["torch"], said["python"], said["host"]) == (torch.__version__, platform.python_version(),
                                                              platform.node())
     assert (said["device"], said["world_size"]) == ("cpu", 1) and (said["commit"] is None or len(said["commit"]) >= 40)
