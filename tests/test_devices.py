@@ -17,7 +17,7 @@ import train
 from data import Corpus
 from train import TrainConfig
 
-KINDS = {"dense": dict(n_kv_head=1, recompute=True), "moe": MOE | dict(norm="peri", shared_hidden=8)}
+KIND = MOE | dict(n_kv_head=1, recompute=True, norm="peri", shared_hidden=8)
 
 
 def on_device(cwd, script, *args, env=None):
@@ -28,8 +28,8 @@ def on_device(cwd, script, *args, env=None):
     return "".join(printed), int(re.fullmatch(r"waited (\d+) times: .*\n", last)[1])
 
 
-def told(kind, corpus, **given):
-    return TINY | KINDS[kind] | {"data": str(corpus), "stats_interval": 1, "eval_interval": 100} | given
+def told(corpus, **given):
+    return TINY | KIND | {"data": str(corpus), "stats_interval": 1, "eval_interval": 100} | given
 
 
 # ---- the stand-in ------------------------------------------------------------------------------------------------
@@ -61,16 +61,15 @@ def test_the_stand_in_fails_and_waits_where_a_gpu_would():
 
 
 # ---- train.py ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_on_a_device_waits_once_per_step_and_equals_training_on_the_cpu(kind, corpus, tmp_path):
+def test_training_on_a_device_waits_once_per_step_and_equals_training_on_the_cpu(corpus, tmp_path):
     def waits(name, steps, *more):
-        given = told(kind, corpus, device="auto", compile="auto", out_dir=name, max_steps=steps)
+        given = told(corpus, device="auto", compile="auto", out_dir=name, max_steps=steps)
         return on_device(tmp_path, "train.py", *(f"--{name}={value}" for name, value in given.items()), *more)[1]
 
     whole, first = waits("whole", 5), waits("parts", 2)
     assert whole - first == 5 - 2
     assert waits("parts", 5, "--resume") - first == 3 - 2             # 3 steps; loading the weights does not wait
-    train.train(TrainConfig(**told(kind, corpus, out_dir=str(tmp_path / "cpu"), max_steps=5)))
+    train.train(TrainConfig(**told(corpus, out_dir=str(tmp_path / "cpu"), max_steps=5)))
     log, parts, cpu = (without_rates(read_log(tmp_path / name)) for name in ("whole", "parts", "cpu"))
     del parts[1]["val_loss"]                                          # which every run has at its end
     assert parts == log
@@ -108,10 +107,9 @@ def assert_alike(ours, theirs, name=""):
         assert ours == theirs, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_measuring_and_sampling_on_a_device_equal_those_on_the_cpu(kind, corpus, tmp_path, run_main, monkeypatch):
+def test_measuring_and_sampling_on_a_device_equal_those_on_the_cpu(corpus, tmp_path, run_main, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.train(TrainConfig(**told(kind, corpus, out_dir="run", max_steps=20, learning_rate=1e-2)))
+    train.train(TrainConfig(**told(corpus, out_dir="run", max_steps=20, learning_rate=1e-2)))
     measure = "run/ckpt.pt", "--samples=4", "--jacobian_samples=1"
     on_device(tmp_path, "probe.py", *measure, "--out=ours")
     assert run_main(probe, *measure, "--out=theirs", "--device=cpu").status == 0
