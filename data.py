@@ -41,7 +41,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from model import GPT, Detail, ModelConfig, UserError, check
+from model import GPT, Detail, ModelConfig, UserError, check, wide
 
 EOT = "<|endoftext|>"
 TEXTS = (".txt", ".md", ".py", ".jsonl")     # read here, also as .gz; `datasets` reads the rest
@@ -688,7 +688,7 @@ class HFLayer:
         if self.scaled:
             x_attn = self.without_ffn(x)
             y = self.run(x)
-            return y, Detail(x_attn - x, y - x_attn, None)
+            return y, Detail(wide(x_attn) - wide(x), wide(y) - wide(x_attn), None)
         seen: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:

@@ -12,8 +12,8 @@
     torchrun --nproc-per-node=8 probe.py ckpt.pt                     # 8 GPUs share the sequences
 
 Blocks count from 0: block l turns the stream h_l into h_{l+1}. h_0 is the output of the embedding,
-h_n is the stream before the final norm. Blocks are functions of the stream. Every intervention
-starts from the streams of one forward pass, and nothing in the model is changed.
+h_n is the stream before the final norm. Every intervention starts from the streams of one forward
+pass, and nothing in the model is changed.
 """
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ import atexit
 import json
 import math
 import os
+import shutil
 import sys
 import textwrap
 import time
 import zlib
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property, partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics as PYTHON_TOPICS     # English text that every Python brings
@@ -41,14 +43,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from data import (Corpus, HFModel, Parser, check_finite, choose_device, copy_tokenizer, decode,
                   documents, encode, export, get_tokenizer, load_model, need, prune_hf, run,
                   same_tokenizer, save_checkpoint, write_json)
 from model import (GPT, Detail, UserError, check, generate, logits_at_once, token_variance, wide)
 
-TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: activations of a block fit into the cache
-KEPT_IN_MEMORY = 2**30      # bytes of streams; of a larger sample, streams are computed again
+TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: a block's activations fit into the cache
+KEPT_IN_MEMORY = 2**30      # bytes of streams; for a larger sample they are computed again
 USEFUL = 1.1                # a block is useful if its affine map multiplies the loss by more
 BELOW = 0.1                 # a weight is near zero if it is below this times init_std
 
@@ -68,26 +71,34 @@ class Options:
     jacobian_samples: int = 0           # sequences for the Jacobian; 0: half of them
     seed: int = 0                       # for the random pairs
 
+@dataclass
 class Progress:
-    """A line on stderr: where a measurement is, and about how long it will take. Work is counted in
-    evaluations of one block on one sequence."""
-    def __init__(self, shown: bool = False, experiment: str = "", prefix: str = "") -> None:
-        self.shown, self.experiment, self.prefix = shown, experiment, prefix
-        self.begun, self.last = time.perf_counter(), -math.inf
-        self.work = self.done = 0.0
+    """A line on stderr that says what is measured now and how long the rest will take.
+
+    Work is counted in evaluations of one block on one sequence.
+    """
+    shown: bool = False
+    experiment: str = ""
+    work: float = 0.0           # of the whole measurement
+    done: float = 0.0
+    begun: float = field(default_factory=time.perf_counter)
+    printed: float = -math.inf
 
     def say(self, step: str) -> None:
         """Print the line: five times a second on a terminal, otherwise every half minute."""
         now, live = time.perf_counter(), sys.stderr.isatty()
         elapsed = now - self.begun
-        if not self.shown or elapsed < 3 or now - self.last < (0.2 if live else 30):
+        if not self.shown or elapsed < 3 or now - self.printed < (0.2 if live else 30):
             return
-        self.last = now
-        line = f"{self.prefix}{self.experiment}, {step}, {duration(elapsed)}"
+        self.printed = now
+        line = f"{self.experiment}, {step}, {duration(elapsed)}"
         if self.done:
             left = elapsed * max(self.work - self.done, 0) / self.done
             line += f", about {duration(left)} left"
-        print(line.ljust(100), end="\r" if live else "\n", file=sys.stderr, flush=True)
+        width = shutil.get_terminal_size().columns - 1
+        if live:
+            line = line[:width].ljust(width)
+        print(line, end="\r" if live else "\n", file=sys.stderr, flush=True)
 
 def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
@@ -100,25 +111,27 @@ class Maps(NamedTuple):
 
 @dataclass
 class Pass:
-    """One micro-batch, its streams, and what more than one experiment computes from them."""
+    """One micro-batch, its streams, and the intermediate results that experiments share."""
     model: Model
     idx: Tensor                 # (B, T) token ids
     h: list[Tensor]             # the streams h_0 .. h_n, each (B, T, d)
     details: list[Detail]       # what attention and FFN of each block added to the stream
-    number: Tensor              # (B,) which sequences of the sample these are, from 0
+    number: Tensor              # (B,) the numbers of these sequences in the sample, from 0
     total: int                  # sequences in the sample
     options: Options
     progress: Progress
     maps: Maps | None = None    # fitted on the whole sample
     micro_batch: str = ""       # its number among the micro-batches, for the progress line
-    is_last: bool = True        # is this the last micro-batch?
     is_small: bool = False      # do all streams of the sample fit into memory?
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def losses(self, x: Tensor, layers: Sequence[Layer] = (), rows: Tensor | None = None) -> Tensor:
-        """-log p in nats, summed over the T - 1 predictions of each sequence, (B,), if the stream x
-        (B, T, d) goes on through these layers. rows: which sequences x has; by default all."""
+        """Send the stream x (B, T, d) through these layers and the head. Returns -log p in nats,
+        summed over the T - 1 predictions of each sequence, (B,).
+
+        rows: which sequences x holds, as numbers or a mask (B,). By default, all of them.
+        """
         idx = self.idx if rows is None else pick(self.idx, rows)
         for layer in layers:
             x = layer(x)
@@ -132,25 +145,23 @@ class Pass:
             sums.append(nats.view(some_targets.shape).sum(1, dtype=finest(x.device)))
         return torch.cat(sums)
 
-    @property
+    @cached_property
     def loss(self) -> Tensor:
         """The losses of the unchanged model, (B,)."""
-        if "loss" not in self.cache:
-            self.cache["loss"] = self.losses(self.h[-1])
-        return self.cache["loss"]
+        return self.losses(self.h[-1])
 
     @torch.no_grad()
     def without(self, s: int) -> list[Tensor]:
-        """The streams in the model without block s. Up to h_s they are those of the whole model."""
+        """The streams h_0 .. h_n in the model without block s. Up to h_s they are unchanged."""
         g = self.cache.get(("without", s), [])
         if len(g) < len(self.h):
             g = self.h[:s + 1] + streams_of(self.model.blocks[s + 1:], self.h[s])
             self.progress.done += (len(g) - s - 2) * len(self.idx)
             self.cache["without", s] = g if self.is_small else g[-1:]
-        return list(g)
+        return g
 
     def end_without(self, s: int) -> Tensor:
-        """The last stream without block s, (B, T, d). It is kept when `without` computes it."""
+        """The last stream without block s, (B, T, d). It is cached for every size of sample."""
         return (self.cache.get(("without", s)) or self.without(s))[-1]
 
     def jacobian(self, l: int) -> Tensor:
@@ -167,12 +178,12 @@ class Pass:
 
     @property
     def few(self) -> int:
-        """The Jacobian's sample: this many sequences, the first of all."""
+        """The size of the Jacobian's sample, which is the first `few` sequences."""
         return min(self.options.jacobian_samples or self.total - self.total // 2, self.total)
 
     def place(self, x: Tensor) -> Tensor:
-        """Values (..., B) of these sequences among zeros for all others: (..., total). Added over
-        micro-batches and ranks, they are the values of all sequences."""
+        """Values (..., B) of these sequences among zeros for all others: (..., total). Their sum
+        over micro-batches and ranks holds the values of all sequences."""
         out = torch.zeros(*x.shape[:-1], self.total, dtype=torch.float64)
         out[..., self.number] = to_cpu_float64(x)
         return out
@@ -206,13 +217,13 @@ def head_cost(model: Model) -> float:
     return model.vocab_size / (12 * model.d)
 
 def pick(x: Tensor, which: Tensor) -> Tensor:
-    """The sequences of x (B, ...) that `which` names: numbers or a mask (B,), on the CPU. So the CPU
-    does not wait for a GPU to count them."""
+    """The sequences of x (B, ...) that `which` selects: numbers or a mask (B,). `which` is on the
+    CPU, so that the CPU need not wait for a GPU to count the selected ones."""
     numbers = which.nonzero().flatten() if which.dtype == torch.bool else which
     return x.index_select(0, numbers.to(x.device))
 
 def to_cpu_float64(x: Any) -> Tensor:
-    """In float64 on the CPU: once per micro-batch, so that a GPU does not wait for each number."""
+    """x in float64 on the CPU. The move comes first, since Apple's GPUs have no float64."""
     return torch.as_tensor(x).detach().cpu().double()
 
 def finest(device: torch.device) -> torch.dtype:
@@ -236,7 +247,7 @@ class Experiment(NamedTuple):
     figure: Callable[[Any, dict[str, Result]], None] | None = None     # draws into a subfigure
     work: Callable[[int, Options], tuple] = lambda n, options: (0, 0, 0)        # see `work_of`
     fits: bool = False                                  # does it use p.maps?
-    round: int = 0                                      # slow experiments run in later rounds
+    stage: int = 0                                      # slow experiments run later, see `probe`
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
@@ -262,8 +273,8 @@ def mean(values: Any) -> float:
     return float(values.mean()) if values.size else math.nan
 
 def trend(values: Sequence[float]) -> float:
-    """Do later blocks have more or less of something? The rank correlation with the block's index
-    over blocks 1 to n - 1. Block 0 is left out: it reads the embedding and is unlike the others."""
+    """Does a value grow or fall with depth? The rank correlation with the block's index over blocks
+    1 to n - 1. Block 0 is left out: it reads the embedding and is unlike the others."""
     return rank_correlation(range(len(values) - 1), values[1:])
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -283,10 +294,10 @@ def number(x: float | None) -> float:
 
 # ---- variance ------------------------------------------------------------------------------------
 def variance(model: Model, p: Pass) -> Sums:
-    """How large is the stream after the embedding and after each block, and what do attention and
-    FFN add?  (paper, probe 1)
+    """How large is the variance of each stream, and of what attention and FFN add to it?  (paper,
+    probe 1)
 
-    The mean over tokens of the unbiased variance over the d features.
+    It is the unbiased variance over the d features, averaged over tokens.
     """
     tokens = p.idx.numel()
     sums = {"stream": to_cpu_float64(torch.stack([token_variance(x) for x in p.h])) * tokens,
@@ -312,9 +323,9 @@ def log_ratio(x: float, y: float) -> float:
 
 def added_variances(r: Result) -> dict[str, Sequence[float]]:
     """The variance of the stream after each block, and of what attention and FFN added there."""
-    found = {"stream": r["variance"][1:], "attention adds": r.get("attn_variance"),
-             "FFN adds": r.get("ffn_variance")}
-    return {name: values for name, values in found.items() if values}
+    values = {"stream": r["variance"][1:], "attention adds": r.get("attn_variance"),
+              "FFN adds": r.get("ffn_variance")}
+    return {name: x for name, x in values.items() if x}
 
 EXPERIMENTS["variance"] = Experiment(
     variance, variance_score,
@@ -323,32 +334,33 @@ EXPERIMENTS["variance"] = Experiment(
     scores={"last var.": lambda r: r["variance"][-1],
             "ln Vn/V1": lambda r: log_ratio(r["variance"][-1], r["variance"][1])},
     figure=lambda fig, results: lines(
-        fig, results, added_variances, "Variance of the stream after each block",
-        "block (the embedding's h_0 is not shown)", "variance", scale="log"))
+        fig, results, added_variances, "Variance of the stream after each block", "variance",
+        scale="log"))
 
 # ---- causal score --------------------------------------------------------------------------------
 def causal(model: Model, p: Pass) -> Sums:
     """Skip block s; how much does the update of every later block l change?  (paper, probe 2)
 
-    C[s, l] = sum |(h_{l+1} - h_l) - (g_{l+1} - g_l)| / sum |h_{l+1} - h_l| over tokens, g without
-    block s: a ratio of means, not a mean of ratios.
+    C[s, l] = sum |(h_{l+1} - h_l) - (g_{l+1} - g_l)| / sum |h_{l+1} - h_l|, where g are the streams
+    without block s. Both sums run over tokens: a ratio of means, not a mean of ratios.
     """
     rows = [causal_row(p.h, p.without(s), s) for s in p.watch(range(len(model.blocks)))]
     return {"changed": torch.stack(rows), "update": torch.stack(update_norms(p.h))}
 
 def causal_score(model: Model, totals: Sums) -> Result:
-    """The paper does not say how it aggregates; causal_mean is the mean over all s < l."""
+    """The paper does not say how it averages C. causal_mean is the mean over all s < l."""
     C = totals["changed"] / totals["update"].clamp_min(1e-300)
     return {"causal": C, "causal_mean": mean(above_diagonal(C))}
 
 def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each step from one stream to the next, summed over tokens: n tensors ()."""
-    return [torch.linalg.vector_norm(wide(y - x), dim=-1).sum() for x, y in pairwise(streams)]
+    steps = (wide(y) - wide(x) for x, y in pairwise(streams))
+    return [torch.linalg.vector_norm(step, dim=-1).sum() for step in steps]
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> Tensor:
     """The numerators of C[s, l] for all blocks l, (n,); 0 for l <= s. g: the streams without s."""
     # h - g: its step from l to l + 1 is the change of block l's update.
-    missing = [x - y for x, y in zip(h[s + 1:], g[s + 1:])]
+    missing = [wide(x) - wide(y) for x, y in zip(h[s + 1:], g[s + 1:])]
     row = wide(h[0].new_zeros(len(h) - 1))
     for l, norm in enumerate(update_norms(missing), s + 1):
         row[l] = norm
@@ -361,9 +373,10 @@ EXPERIMENTS["causal"] = Experiment(
     scores={"causal": lambda r: number(r["causal_mean"]),
             "causal 1+": lambda r: mean(above_diagonal(r["causal"], first=1))},
     figure=lambda fig, results: matrices(
-        fig, results, lambda r: r["causal"], "Causal score: change of l's update without s",
-        "later block l", "skipped block s", "change / update", blank=np.tri),
-    work=lambda n, options: (n * (n - 1) / 2, 0, 0))
+        fig, results, "causal", "Causal score: change of l's update without s", "later block l",
+        "skipped block s", "change / update", blank=np.tri),
+    work=lambda n, options: (n * (n - 1) / 2, 0, 0),
+    stage=1)
 
 # ---- permutation score ---------------------------------------------------------------------------
 def permutation(model: Model, p: Pass) -> Sums:
@@ -380,7 +393,7 @@ def permutation(model: Model, p: Pass) -> Sums:
     return {"swapped": losses, "loss": p.place(p.loss)}
 
 def permutation_score(model: Model, totals: Sums) -> Result:
-    """The matrix P[i, j], nan where a pair was not sampled; and the mean over the pairs."""
+    """The matrix P[i, j], nan where a pair was not sampled, and its mean over the sampled pairs."""
     losses, loss = totals["swapped"], totals["loss"]
     sampled = losses.sum(-1) > 0
     P = (losses.sum(-1) / loss.sum() - 1).abs().where(sampled, math.nan).fill_diagonal_(0)
@@ -397,12 +410,13 @@ def swapped(blocks: Sequence[Layer], i: int, j: int) -> list[Layer]:
     return [*blocks[:i], blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
 
 def swaps(n: int, pairs: int) -> tuple[float, float, float]:
-    """The work: behind the first of two blocks there are 2 n / 3 blocks on average."""
+    """The work, see `work_of`. From the first block of a pair to the end there are 2 n / 3 blocks
+    on average."""
     pairs = pairs or n * (n - 1) // 2
     return pairs * 2 * n / 3, pairs, 0
 
 def swap_means(P: Sequence[Sequence[float]]) -> list[float]:
-    """The mean of each block's swaps with the other blocks, as far as they were sampled."""
+    """The mean over each block's sampled swaps with other blocks."""
     return [mean([x for j, x in enumerate(row) if j != l]) for l, row in enumerate(P)]
 
 EXPERIMENTS["permutation"] = Experiment(
@@ -413,25 +427,23 @@ EXPERIMENTS["permutation"] = Experiment(
     scores={"permuted": lambda r: number(r["permutation_mean"]),
             "perm. 1+": lambda r: mean(above_diagonal(r["permutation"], first=1))},
     figure=lambda fig, results: matrices(
-        fig, results, lambda r: r["permutation"],
-        "Permutation score: blocks i and j swapped",
-        "block j", "block i", "change of the loss / loss", blank=np.eye,
-        errors=lambda r: r["permutation_stderr"]),
+        fig, results, "permutation", "Permutation score: blocks i and j swapped", "block j",
+        "block i", "change of the loss / loss", blank=np.eye, errors="permutation_stderr"),
     work=lambda n, options: swaps(n, options.pairs),
-    round=2)
+    stage=4)
 
 # ---- usefulness ----------------------------------------------------------------------------------
 def usefulness(model: Model, p: Pass) -> Sums:
     """Replace a block by its best affine map: is the loss more than 1.1 times as large?  (paper,
     probe 4)
 
-    As in the paper, the maps are fitted and judged on all tokens. Held out: they are fitted on the
-    first half of the sequences and judged on the second half.
+    As in the paper, the maps are fitted and judged on all tokens. For "heldout", they are fitted on
+    the first half of the sequences and judged on the second half.
     """
     maps = p.maps or fit_maps(model, [p])
     later = p.number >= p.total // 2                     # the second half of the sequences, (B,)
     sums = {"mapped": p.place(torch.stack(losses_with_maps(model, p, maps.whole))),
-            "loss": p.place(p.loss), "second_half": p.place(later), "tokens": p.idx.numel()}
+            "loss": p.place(p.loss), "tokens": p.idx.numel()}
     sums["heldout"] = torch.zeros_like(sums["mapped"])
     if later.any():
         losses = torch.stack(losses_with_maps(model, p, maps.half, later))
@@ -439,11 +451,10 @@ def usefulness(model: Model, p: Pass) -> Sums:
     return sums
 
 def usefulness_score(model: Model, totals: Sums) -> Result:
-    loss, later, tokens = totals["loss"], totals["second_half"] > 0, float(totals["tokens"])
-    in_first_half = tokens * (~later).double().mean().item()
+    loss, tokens, half = totals["loss"], float(totals["tokens"]), len(totals["loss"]) // 2
     return {"usefulness": map_scores(model, totals["mapped"], loss, tokens),
-            "usefulness_heldout": map_scores(
-                model, totals["heldout"][:, later], loss[later], in_first_half)}
+            "usefulness_heldout": map_scores(model, totals["heldout"][:, half:], loss[half:],
+                                             tokens * half / len(loss))}
 
 def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
                      rows: Tensor | None = None) -> list[Tensor]:
@@ -455,8 +466,8 @@ def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
     return losses
 
 def map_scores(model: Model, mapped: Tensor, loss: Tensor, tokens: float) -> Result:
-    """Scores of maps that were fitted on this many tokens. mapped (n, N) and loss (N,): the losses
-    of the sequences with each map and without."""
+    """Scores of maps that were fitted to this many tokens. mapped (n, N) are the losses of the N
+    sequences with each map, loss (N,) those of the model itself."""
     ratio = mapped.sum(-1) / loss.sum()
     return {"ratio": ratio, "ratio_stderr": ratio_error(mapped, loss),
             "score": (ratio > USEFUL).double().mean(), "mean_log_ratio": ratio.log().mean(),
@@ -466,7 +477,7 @@ def map_scores(model: Model, mapped: Tensor, loss: Tensor, tokens: float) -> Res
 def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
     """The least-squares affine map from h_l to h_{l+1} for each block l.
 
-    The 2 n + 1 sums are on the CPU: 17.5 GB for d = 4096 and n = 32. They need float64.
+    The 2 n + 1 sums need float64 and are on the CPU: 17.5 GB for d = 4096 and n = 32.
     """
     n, d = len(model.blocks), model.d
     first_half, second_half = torch.zeros(2, n, d + 1, 2 * d + 1, dtype=torch.float64)
@@ -493,8 +504,8 @@ def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
                 solve(to_recorded) if getattr(model, "norm", None) is not None else None)
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
-    """Everything that the regression of y on (x, 1) needs, summed over tokens: (d + 1, 2 d + 1), in
-    float64 on the CPU."""
+    """What the regression of y on (x, 1) needs, summed over tokens: (x, 1)^T (x, 1) and (x, 1)^T y,
+    together (d + 1, 2 d + 1), in float64 on the CPU."""
     if finest(x.device) != torch.float64:
         x, y = x.cpu(), y.cpu()
     x = F.pad(x.flatten(0, 1).double(), (0, 1), value=1.0)           # (B T, d + 1): 1 for the bias
@@ -503,8 +514,8 @@ def moments(x: Tensor, y: Tensor) -> Tensor:
 def affine_map(moments: Tensor) -> Map:
     """The least-squares W (d, d) and b (d,) of y = x W + b from summed `moments`.
 
-    Features are centred and scaled to unit variance, since badly scaled features cost accuracy.
-    Directions without variance beyond rounding are left out.
+    Features are centred and scaled to unit variance first, since badly scaled ones cost accuracy.
+    Directions whose variance is only rounding are left out.
     """
     d = len(moments) - 1
     mean = moments / moments[d, d]
@@ -519,7 +530,7 @@ def affine_map(moments: Tensor) -> Map:
     return W, mean_y - mean_x @ W
 
 def log_ratios(r: Result) -> list[float]:
-    """ln(loss with its best affine map instead / loss) of each block."""
+    """ln(loss with the block's best affine map instead / loss), for each block."""
     return np.log(r["usefulness"]["ratio"]).tolist()
 
 def map_ratios(r: Result, key: str = "ratio") -> dict[str, Sequence[float]]:
@@ -543,11 +554,11 @@ EXPERIMENTS["usefulness"] = Experiment(
             "ratio sum": lambda r: sum(log_ratios(r)),
             "trend use": lambda r: trend(log_ratios(r))},
     figure=lambda fig, results: lines(
-        fig, results, map_ratios, "Usefulness: an affine map in place of a block", "block",
-        "growth of the loss", scale="percent", errors=lambda r: map_ratios(r, "ratio_stderr"),
+        fig, results, map_ratios, "Usefulness: an affine map in place of a block",
+        "growth of the loss", scale="growth", errors=lambda r: map_ratios(r, "ratio_stderr"),
         threshold=USEFUL),
     work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
-    fits=True)
+    fits=True, stage=2)
 
 # ---- the scores as the released scripts compute them ---------------------------------------------
 def released(model: Model, p: Pass) -> Sums:
@@ -603,14 +614,13 @@ EXPERIMENTS["released"] = Experiment(
             "rel.ratio": lambda r: r["released"]["usefulness"]["mean_log_ratio"],
             "rel.causal": lambda r: mean(above_diagonal(r["released"]["causal"]))},
     work=lambda n, options: (n * (n - 1), n, n),
-    fits=True, round=1)
+    fits=True, stage=3)
 
 # ---- removal -------------------------------------------------------------------------------------
 def removal(model: Model, p: Pass) -> Sums:
-    """The loss without each block; on request without each run of blocks, attention or FFN. And
-    block influence.
+    """The loss without each block or run of blocks; on request without each attention or FFN.
 
-    Block influence is 1 - cosine of a block's input and output, the mean over tokens (ShortGPT,
+    Also block influence: 1 - cosine of a block's input and output, averaged over tokens (ShortGPT,
     arXiv 2403.03853).
     """
     n, blocks = len(model.blocks), model.blocks
@@ -632,12 +642,12 @@ def removal(model: Model, p: Pass) -> Sums:
     return sums | {f"without {what}": p.place(torch.stack(x)) for what, x in found.items()}
 
 def removal_score(model: Model, totals: Sums) -> Result:
-    """removal: the mean loss. removal_stderr: the standard error of its growth, by sequence.
+    """removal: the mean loss. removal_stderr: the standard error of its growth over sequences.
 
-    removal_halves: the growth on every other sequence, where the cheapest can be chosen, and on the
-    rest, where its price can then be read without bias, with standard errors.
+    removal_halves: the growth on every other sequence, to choose the cheapest removal by, and the
+    growth on the rest, where the price of that choice has no bias.
     """
-    per_sequence = totals["predictions"] / len(totals["loss"])
+    per_sequence = totals["predictions"] / len(totals["loss"])         # predictions
     out: Result = {"removal": {}, "removal_stderr": {}, "removal_halves": {},
                    "block_influence": totals["influence"] / totals["tokens"]}
     for key, losses in totals.items():
@@ -661,17 +671,16 @@ def ratio_of(growth: float) -> float:
 
 def perplexity_errors(r: Result, what: str) -> list[float]:
     """Their standard errors."""
-    errors = r.get("removal_stderr", {}).get(what) or [math.nan] * len(r["removal"][what])
+    errors = r["removal_stderr"][what]
     return [ratio * number(error) for ratio, error in zip(perplexity_ratios(r, what), errors)]
 
-def removed_runs(r: Result, values: Callable[[Result, str], list[float]]) -> dict[str, list[float]]:
-    """Values of each block, and of each run of blocks that was removed, by its length."""
+def every_removal(r: Result, values: Callable[[Result, str], list[float]]
+                  ) -> dict[str, list[float]]:
+    """The values of all removals, by legend. No run begins at the last blocks: nan there."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    return {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
-
-def if_removed(values: Callable[[Result, str], list[float]]) -> Callable[[Result], Any]:
-    """These values of the single blocks, if single blocks were removed."""
-    return lambda r: values(r, "1") if "1" in r["removal"] else None
+    found = {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
+    n = max(map(len, found.values()))
+    return {name: x + [math.nan] * (n - len(x)) for name, x in found.items()}
 
 def removal_work(n: int, options: Options) -> tuple[float, float, float]:
     runs = [n - length + 1 for length in set(options.remove)] + [n, n] * options.sublayers
@@ -679,25 +688,25 @@ def removal_work(n: int, options: Options) -> tuple[float, float, float]:
 
 EXPERIMENTS["removal"] = Experiment(
     removal, removal_score,
-    columns=[Column("removed", if_removed(perplexity_ratios),
-                    "perplexity without the block / perplexity", if_removed(perplexity_errors)),
+    columns=[Column("removed", lambda r: perplexity_ratios(r, "1") if "1" in r["removal"] else None,
+                    "perplexity without the block / perplexity",
+                    lambda r: perplexity_errors(r, "1")),
              Column("influence", lambda r: r["block_influence"], "1 - cosine of input and output")],
     scores={"influence": lambda r: mean(r["block_influence"]),
             "infl. sum": lambda r: sum(r["block_influence"]),
             "trend infl": lambda r: trend(r["block_influence"])},
     figure=lambda fig, results: lines(
-        fig, results, lambda r: removed_runs(r, perplexity_ratios),
-        "Removal of a block, cheapest first", "block (or first block of a run)",
-        "growth of the perplexity", scale="percent", sort=True,
-        errors=lambda r: removed_runs(r, perplexity_errors)),
-    work=removal_work)
+        fig, results, lambda r: every_removal(r, perplexity_ratios),
+        "Removal of a block, cheapest first", "growth of the perplexity", scale="growth", sort=True,
+        errors=lambda r: every_removal(r, perplexity_errors)),
+    work=removal_work, stage=1)
 
 # ---- Jacobian ------------------------------------------------------------------------------------
 def jacobian(model: Model, p: Pass) -> Sums:
     """How far is a block's mean Jacobian from the identity?  (paper, probe 5)
 
-    J_l = d h_{l+1} / d h_l, summed over output positions, averaged over sequences and input
-    positions.
+    J_l = d h_{l+1} / d h_l. It is summed over output positions and averaged over sequences and
+    input positions.
     """
     J = [p.jacobian(l) for l in p.watch(range(len(model.blocks)))]
     return {"jacobian": torch.stack(J), "positions": sampled_positions(p)}
@@ -710,8 +719,8 @@ def sampled_positions(p: Pass) -> int:
     return int((p.number < p.few).sum()) * p.idx.size(1)
 
 def jacobian_sum(f: Layer, x: Tensor) -> Tensor:
-    """J[a, b]: sum over sequences and input positions of d f_a / d x_b, where f_a is summed over
-    output positions; x (B, T, d)."""
+    """J[a, b], (d, d): d f_a / d x_b, summed over sequences, input positions and output positions;
+    x (B, T, d)."""
     rows = []
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -739,10 +748,9 @@ EXPERIMENTS["jacobian"] = Experiment(
             "trend J-I": lambda r: trend(r["jacobian"]["deviation"])},
     figure=lambda fig, results: lines(
         fig, results, lambda r: {"": r["jacobian"]["deviation"]},
-        "Distance of the mean Jacobian J from the identity", "block",
-        r"$\|J - I\|_F\,/\,d$", scale="log"),
+        "Distance of the mean Jacobian J from the identity", r"$\|J - I\|_F\,/\,d$", scale="log"),
     work=lambda n, options: (0, 0, n),
-    round=1)
+    stage=3)
 
 # ---- lens and contribution -----------------------------------------------------------------------
 def lens(model: Model, p: Pass) -> Sums:
@@ -783,8 +791,7 @@ EXPERIMENTS["lens"] = Experiment(
                     "KL from the model's output to what the head reads after the block")],
     figure=lambda fig, results: lines(
         fig, results, lambda r: {"": r["lens"]["kl"][1:]},
-        "Lens: what the head reads after each block",
-        "block (the embedding's h_0 is not shown)", "KL divergence (nats)"),
+        "Lens: what the head reads after each block", "KL divergence (nats)"),
     work=lambda n, options: (0, n + 1, 0))
 
 def contribution(model: Model, p: Pass) -> Sums:
@@ -798,8 +805,8 @@ def contribution_score(model: Model, totals: Sums) -> Result:
     return {"contribution": dict(zip(names, (totals["contribution"] / totals["tokens"]).T))}
 
 def contribution_sums(x: Tensor, did: Detail) -> Tensor:
-    """What attention and FFN of a block add, f, against the stream x that it joins: |f| / |x| of
-    both, then the cosines of both; (4,), summed over tokens."""
+    """Compare what attention and FFN of a block add, f, with the stream x that f is added to:
+    |f| / |x| of both, then the cosine of f and x of both; (4,), summed over tokens."""
     before_ffn = wide(x + did.attn)
     x, attn, ffn = wide(x), wide(did.attn), wide(did.ffn)
     return torch.stack([(attn.norm(dim=-1) / x.norm(dim=-1)).sum(),
@@ -817,9 +824,8 @@ EXPERIMENTS["contribution"] = Experiment(
 def sparsity(model: Model, p: Pass) -> Sums:
     """How sparse are weights, attention and experts?
 
-    interaction_density is ours, since the paper's formula is not known: the distinct key heads per
-    query head, n_kv_head / n_head, times the share of the visible keys that a query effectively
-    attends to (perplexity of the attention / visible keys).
+    interaction_density is our choice, since the paper's formula is not known: n_kv_head / n_head
+    times effective_keys, the share of the visible keys that a query effectively attends to.
     """
     attention = []
     for l in p.watch(range(len(model.blocks))):
@@ -883,22 +889,22 @@ def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **k
     return F.scaled_dot_product_attention(
         query, key, identity.expand(*value.shape[:2], -1, -1), *args, **kwargs)
 
-def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
-    """How sparse is the attention of a block that makes these calls? (3,), summed over tokens, the
-    mean over the heads of all calls.
+def wide_if_float(x: Any) -> Any:
+    return wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
 
-    Entropy / entropy of uniform attention to the visible keys; share of the visible keys that hold
-    90% of the weight; perplexity of the attention / visible keys. The first position sees one key
-    and is left out. nan if there are no calls: the attention is computed in another way.
+def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
+    """How sparse is the attention of a block that makes these calls? Three values, summed over
+    tokens and averaged over the heads of all calls.
+
+    1. Entropy / entropy of uniform attention to the visible keys. 2. The share of the visible keys
+    that holds 90% of the weight. 3. exp(entropy) / visible keys. The first position sees one key
+    and is left out. nan without calls: then the attention is computed in another way.
     """
     if not calls:
         return torch.full((3,), math.nan)
     sums = []
-    for (query, *args), kwargs in calls:
-        query, *args = (wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
-                        for x in (query, *args))
-        kwargs = {key: wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
-                  for key, x in kwargs.items()}
+    for call in calls:
+        (query, *args), kwargs = tree_map(wide_if_float, call)
         p = attention_weights(query, *args, **kwargs)[:, :, 1:]           # (B, n_head, T - 1, keys)
         uniform = attention_weights(0 * query, *args, **kwargs)[:, :, 1:]
         keys = 1 / uniform.amax(-1)                                       # how many are visible
@@ -923,65 +929,63 @@ LOSS = Experiment(
 
 @torch.no_grad()
 def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None, *,
-          remove: Sequence[int] = (1,), sublayers: bool = False, pairs: int = 0,
-          jacobian_samples: int = 0, seed: int = 0, progress: Progress | None = None,
-          into: Result | None = None) -> Result:
+          progress: Progress | None = None, into: Result | None = None, **options: Any) -> Result:
     """Measure every block of a model on tokens (B, T); returns the contents of probe.json.
 
-    experiments: names, by default all that this model allows. The options: see `Options`. into: a
-    dict that is filled whenever experiments are complete. In a process group, all ranks call this
+    experiments: names, by default all that this model allows. options: those of `Options`. into: a
+    dict that is filled while experiments become complete. In a process group, all ranks call this
     function with the same arguments and get the same result.
+
+    Experiments run in stages, cheap ones first. Those of one stage share the streams of each
+    micro-batch. A stage is complete before the next one begins.
     """
-    options = Options(remove, sublayers, pairs, jacobian_samples, seed)
+    o, progress = Options(**options), progress or Progress()
+    check_tokens(model, tokens)
     if hasattr(model, "capture"):                   # HFModel: what its layers need for this length
         model.capture(tokens.size(1))
     names = measurable(model) if experiments is None else experiments
-    check_request(model, tokens, names, options)
-    chosen = {"loss": LOSS} | {name: EXPERIMENTS[name] for name in names}
-    progress = progress or Progress()
-    progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), options)
+    check_request(model, names, o)
+    first = min((EXPERIMENTS[name].stage for name in names), default=0)
+    chosen = {"loss": LOSS._replace(stage=first)} | {name: EXPERIMENTS[name] for name in names}
+    progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), o)
     n, d = len(model.blocks), model.d
     is_small = 2 * n * (n + 7) * d * tokens.numel() < KEPT_IN_MEMORY        # bytes of all streams
-    kept = list(passes(model, tokens, options, progress)) if is_small else []
-
-    def each_pass(maps: Maps | None = None) -> Iterator[Pass]:
-        for p in kept or passes(model, tokens, options, progress):
-            p.maps, p.is_small = maps, is_small
-            yield p
-
-    fits = any(experiment.fits for experiment in chosen.values())
-    maps = fit_maps(model, each_pass()) if fits else None
-    result = {} if into is None else into
+    kept = list(passes(model, tokens, o, progress, is_small)) if is_small else None
+    result, maps = {} if into is None else into, None
     result["seconds"] = {}
-    for which in sorted({experiment.round for experiment in chosen.values()}):
-        some = {name: e for name, e in chosen.items() if e.round == which}
-        run_round(model, some, each_pass(maps), result)
+    for stage in sorted({e.stage for e in chosen.values()}):
+        some = {name: e for name, e in chosen.items() if e.stage == stage}
+        if maps is None and any(e.fits for e in some.values()):
+            maps = fit_maps(model, kept or passes(model, tokens, o, progress))
+        run_stage(model, some, kept or passes(model, tokens, o, progress), maps, result)
     return result
 
-def run_round(model: Model, experiments: dict[str, Experiment], passes: Iterable[Pass],
-              result: Result) -> None:
-    """Add up the sums of these experiments over all micro-batches of all ranks; put their scores
-    into the result."""
+def run_stage(model: Model, experiments: dict[str, Experiment], passes: Iterable[Pass],
+              maps: Maps | None, result: Result) -> None:
+    """Add up the sums of these experiments over all micro-batches of all ranks, and put their
+    scores into the result."""
     totals: dict[str, Sums] = {name: {} for name in experiments}
+    seconds = dict.fromkeys(experiments, 0.0)
     for p in passes:
+        p.maps = maps
         for name, experiment in experiments.items():
-            p.progress.experiment = name
-            begun = time.perf_counter()
+            p.progress.experiment, begun = name, time.perf_counter()
             for key, x in experiment.sums(model, p).items():
                 totals[name][key] = totals[name].get(key, 0) + to_cpu_float64(x)
-            if p.is_last:
-                for x in totals[name].values():
-                    add_over_ranks(x)
-                result |= to_json(experiment.score(model, totals[name]))
-            seconds = time.perf_counter() - begun
-            result["seconds"][name] = result["seconds"].get(name, 0) + seconds
+            seconds[name] += time.perf_counter() - begun
+    for name, experiment in experiments.items():
+        for x in totals[name].values():
+            add_over_ranks(x)
+        result |= to_json(experiment.score(model, totals[name]))
+        result["seconds"][name] = seconds[name]
 
 def rank_sequences(tokens: Tensor) -> Tensor:
     """The numbers of this rank's sequences: ranks take turns."""
     rank, ranks = place_among_ranks()
     return torch.arange(rank, len(tokens), ranks)
 
-def passes(model: Model, tokens: Tensor, options: Options, progress: Progress) -> Iterator[Pass]:
+def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
+           is_small: bool = False) -> Iterator[Pass]:
     """One pass for each micro-batch of this rank."""
     at_once = TOKENS_AT_ONCE
     if tokens.device.type != "cpu":             # a narrow model does not fill an H200 (measured)
@@ -989,13 +993,13 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress) -
     parts = rank_sequences(tokens).split(max(1, at_once // tokens.size(1)))
     for k, part in enumerate(parts, 1):
         p = forward(model, pick(tokens, part), part, len(tokens), options, progress)
-        p.micro_batch, p.is_last = f", micro-batch {k} of {len(parts)}", k == len(parts)
+        p.micro_batch, p.is_small = f", micro-batch {k} of {len(parts)}", is_small
         yield p
 
 def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
             options: Options) -> float:
-    """The work per sequence, in evaluations of a block. An experiment's `work` are its evaluations
-    of blocks and of losses, and its Jacobians, which take d backward passes each."""
+    """The work per sequence, in evaluations of a block. An experiment's `work` gives its numbers of
+    block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes."""
     n = len(model.blocks)
     works = [experiment.work(n, options) for experiment in experiments]
     blocks, losses, jacobians = map(sum, zip(*works))
@@ -1019,16 +1023,19 @@ def measurable(model: Model) -> list[str]:
                 "contribution": not getattr(model, "splits", True)}
     return [name for name in EXPERIMENTS if not left_out.get(name)]
 
-def check_request(model: Model, tokens: Tensor, names: Sequence[str], o: Options) -> None:
-    """UserError for what cannot be measured."""
-    (B, T), n = tokens.shape, len(model.blocks)
-    least = max(2, place_among_ranks()[1])
-    check(B >= least and 2 <= T <= model.context,
-          f"{B} sequences of {T} tokens: at least {least} sequences (--samples) of 2 to "
-          f"{model.context} tokens (--length) are needed")
+def check_tokens(model: Model, tokens: Tensor) -> None:
+    """UserError for sequences that cannot be measured."""
+    (B, T), least = tokens.shape, max(2, place_among_ranks()[1])
+    check(B >= least, f"{B} sequences: at least {least} are needed (--samples, or more text)")
+    check(2 <= T <= model.context,
+          f"sequences of {T} tokens: this model takes 2 to {model.context} (--length)")
     low, high = tokens.min().item(), tokens.max().item()
     check(0 <= low and high < model.vocab_size,
-          f"tokens {low} to {high}: the model's tokens are 0 to {model.vocab_size - 1}")
+          f"tokens {low} to {high}: this model has tokens 0 to {model.vocab_size - 1}")
+
+def check_request(model: Model, names: Sequence[str], o: Options) -> None:
+    """UserError for what cannot be measured, or would be measured wrongly."""
+    n = len(model.blocks)
     for name in names:
         check(name in measurable(model),
               f"--only {name}: this model allows {','.join(measurable(model))}")
@@ -1036,8 +1043,8 @@ def check_request(model: Model, tokens: Tensor, names: Sequence[str], o: Options
           f"--remove {','.join(map(str, o.remove))}: the model has {n} blocks")
     check(not o.sublayers or getattr(model, "splits", True),
           "--sublayers: attention and FFN of this model cannot be told apart")
-    check(min(o.pairs, o.jacobian_samples, o.seed) >= 0,
-          "--pairs, --jacobian_samples and --seed must not be negative")
+    check(min(o.pairs, o.jacobian_samples) >= 0,
+          "--pairs and --jacobian_samples must not be negative")
 
 def to_json(x: Any) -> Any:
     """Tensors and arrays as numbers and lists, also inside dicts and lists."""
@@ -1055,19 +1062,16 @@ def measured(r: Result) -> list[Experiment]:
     return [experiment for name, experiment in EXPERIMENTS.items() if name in r]
 
 def cells(column: Column, r: Result) -> list[str]:
-    """The text of a column: values, with standard errors where there are some."""
-    values = [number(x) for x in column.values(r)]
-    errors = [math.nan] * len(values)
-    if column.errors:
-        errors = [number(x) for x in column.errors(r)]
-    texts = []
-    for value, error in zip(values, errors):
-        text = "-" if math.isnan(value) else shown(value)
-        texts.append(text if math.isnan(error) else f"{text} +-{error:.1g}")
-    return texts
+    """The values of a column as text, with standard errors where there are some."""
+    values = column.values(r)
+    errors = column.errors(r) if column.errors else [None] * len(values)
+    return [shown(number(value)) + ("" if math.isnan(number(error)) else f" +-{error:.1g}")
+            for value, error in zip(values, errors)]
 
 def shown(x: float) -> str:
-    """x to four digits, or to as many as tell it from the threshold of usefulness."""
+    """x to four digits, or to as many as distinguish it from the threshold of usefulness."""
+    if math.isnan(x):
+        return "-"
     for digits in range(4, 18):
         text = f"{x:.{digits}g}"
         if float(text) != USEFUL or x == USEFUL:
@@ -1075,25 +1079,21 @@ def shown(x: float) -> str:
     return text
 
 def block_table(r: Result) -> str:
-    """One line per block, in tables that are not too wide, and what the columns mean."""
-    tables: list[tuple[list[str], list[Column]]] = []
+    """One line per block, in as many tables as the width requires, with the columns' meanings."""
+    tables: list[tuple[list[str], list[str]]] = []           # lines and meanings
     for experiment in measured(r):
         for column in experiment.columns:
             if column.values(r) is None:
                 continue
             texts = [column.name, *cells(column, r)]
             width = max(9, *map(len, texts)) + 1
-            texts = [f"{text:>{width}}" for text in texts]
             if not tables or len(tables[-1][0][0]) + width > TABLE_WIDTH:
                 tables.append((["block", *(f"{l:5d}" for l in range(len(texts) - 1))], []))
-            rows, columns = tables[-1]
-            rows[:] = [row + text for row, text in zip(rows, texts, strict=True)]
-            columns.append(column)
-    parts = []
-    for rows, columns in tables:
-        meanings = "; ".join(f"{column.name}: {column.meaning}" for column in columns)
-        parts.append("\n".join([*rows, *textwrap.wrap(meanings, TABLE_WIDTH)]))
-    return "\n\n".join(parts)
+            rows, meanings = tables[-1]
+            rows[:] = [f"{row}{text:>{width}}" for row, text in zip(rows, texts, strict=True)]
+            meanings.append(f"{column.name}: {column.meaning}")
+    return "\n\n".join("\n".join([*rows, *textwrap.wrap("; ".join(meanings), TABLE_WIDTH)])
+                       for rows, meanings in tables)
 
 def score_names() -> list[str]:
     """The columns of `scores`, in order."""
@@ -1110,7 +1110,7 @@ def scores(r: Result) -> dict[str, float]:
     return found
 
 def score_table(results: dict[str, Result]) -> str:
-    """One line per model, of what was measured for all of them."""
+    """One line per model, with the columns that were measured for all of them."""
     rows = {label: scores(r) for label, r in results.items()}
     width = max(map(len, results))
     columns = [name for name in score_names() if all(name in row for row in rows.values())]
@@ -1119,7 +1119,8 @@ def score_table(results: dict[str, Result]) -> str:
         some = columns[start:start + 9]
         lines = [" " * width + "".join(f"{name:>11}" for name in some)]
         for label, row in rows.items():
-            lines.append(f"{label:{width}}" + "".join(f" {row[name]:10.4f}" for name in some))
+            texts = ["-" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in some]
+            lines.append(f"{label:{width}}" + "".join(f" {text:>10}" for text in texts))
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
@@ -1130,15 +1131,6 @@ ENOUGH = 16                 # sequences; with fewer, a standard error is itself 
 LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline, then 0.59 with "
           "context 4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
 
-class Recipe(NamedTuple):
-    """The top of the ladder at one scale. Weight decay acts with learning rate x decay x steps."""
-    n_embd: int
-    block_size: int
-    decay: float                # learning_rate x weight_decay x max_steps
-
-RECIPES = (Recipe(64, 256, 3e-3 * 0.192 * 2000),         # configs/laptop/ladder_moe.py
-           Recipe(1120, 4096, 4e-4 * 0.3 * 4768))        # configs/paper/ladder_moe.py
-
 def summary(r: Result, path: str = "CKPT") -> list[str]:
     """What the measurement says about the model. A difference counts if it exceeds two standard
     errors."""
@@ -1146,25 +1138,22 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
     enough = r.get("run", {}).get("samples", ENOUGH) >= ENOUGH
     if "usefulness" in r:
         said += useful_blocks(r["usefulness"], enough)
-        settings = r.get("run", {}).get("settings", {})
-        if "weight_decay" in settings:                   # not known of a Hugging Face model
-            said.append(steps_of_recipe(settings))
-    if len(r.get("removal", {}).get("1", [])) > 1:
-        said.append(important_blocks(r, enough))
     for what, losses in r.get("removal", {}).items():
         if what.isdigit() and len(losses) > 1:
             said.append(cheapest(r, int(what), path, enough))
-    if "variance" in r:
-        said.append(variance_course(r))
-    if "block_influence" in r:
+    if len(r.get("variance", [])) > 2:
+        first, last = r["variance"][1], r["variance"][-1]
+        said.append(f"The variance of the stream is {first:.3g} after the first block and "
+                    f"{last:.3g} after the last, {last / max(first, 1e-38):.3g} times as much.")
+    if "block_influence" in r and enough:
         idle = [l for l, x in enumerate(r["block_influence"]) if x < IDLE]
-        said.append(f"Near the identity (influence below {IDLE}): {named(idle) or 'no block'}.")
+        said.append(f"Near the identity (influence below {IDLE}): {named(idle)}.")
     if "sparsity" in r:
         entropy = r["sparsity"]["attention"]["entropy"]
         unseen = [l for l, x in enumerate(entropy) if math.isnan(number(x))]
         if unseen:
-            said.append(f"The sparsity of attention is not measured in {named(unseen)}: no call of "
-                        "torch's scaled_dot_product_attention.")
+            said.append(f"The sparsity of attention is not measured in {named(unseen)}, which does "
+                        "not call torch's scaled_dot_product_attention.")
     if number(r.get("permutation_standard_error")) > 0:
         said.append(f"The permutation score {r['permutation_mean']:.4g} is the mean over "
                     f"{r['permutation_pairs']} sampled pairs, with a standard error of "
@@ -1172,54 +1161,24 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
     return said
 
 def useful_blocks(u: Result, enough: bool) -> list[str]:
-    """Which blocks are useful, for which blocks that is not certain; the paper's values."""
-    n, useful, uncertain = len(u["ratio"]), [], []
-    for l, (ratio, error) in enumerate(zip(u["ratio"], u["ratio_stderr"])):
-        if not enough or not abs(ratio - USEFUL) > 2 * number(error):
-            uncertain.append(l)
-        elif ratio > USEFUL:
-            useful.append(l)
+    """Which blocks are useful, which are uncertain, and their share beside the paper's values."""
+    n = len(u["ratio"])
+    above = [ratio - USEFUL for ratio in u["ratio"]]
+    certain = [enough and abs(x) > 2 * number(e) for x, e in zip(above, u["ratio_stderr"])]
+    useful = [l for l in range(n) if certain[l] and above[l] > 0]
+    uncertain = [l for l in range(n) if not certain[l]]
     said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
-            f"{USEFUL}: {named(useful) or 'no block'}."]
+            f"{USEFUL}: {named(useful)}."]
+    share = f"{len(useful) / n:.2f}"
     if uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
+        share = f"between {share} and {(len(useful) + len(uncertain)) / n:.2f}"
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
                     "well: give more --samples.")
-    said.append(f"The measured share of useful blocks among {n} is {u['score']:.3g}; {LADDER}.")
+    if enough and n > 1:
+        said.append(f"The share of useful blocks is {share}; {LADDER}.")
     return said
-
-def steps_of_recipe(c: dict[str, Any]) -> str:
-    """Which steps of the paper's recipe a run with the settings c has not taken. Its context and
-    weight decay are compared with the recipe of the nearest width."""
-    recipe = min(RECIPES, key=lambda recipe: abs(math.log(recipe.n_embd / c["n_embd"])))
-    left = []
-    if c["block_size"] < recipe.block_size:
-        left.append(f"longer context ({recipe.block_size} tokens; here {c['block_size']})")
-    decay = recipe.decay / (c["learning_rate"] * c["max_steps"])
-    decay = min(1.0, decay)                              # in the paper, 1.0 is already too much
-    if c["weight_decay"] < 0.95 * decay:
-        left.append(f"more weight decay ({decay:.2g}; here {c['weight_decay']:.2g})")
-    if c["n_kv_head"] == c["n_head"]:
-        left.append("GQA (2 query heads per key/value head)")
-    if not c["n_experts"]:
-        left.append("MoE (64 experts, 8 per token)")
-    if not left:
-        return "This model has taken every step of the paper's recipe."
-    return f"Steps of the paper's recipe that this model has not taken: {listed(left)}."
-
-def important_blocks(r: Result, enough: bool) -> str:
-    """The blocks whose removal costs most."""
-    growth = [loss - r["loss"] for loss in r["removal"]["1"]]
-    errors = [number(x) for x in r["removal_stderr"]["1"]]
-    certain = [l for l, x in enumerate(growth) if enough and x > 2 * errors[l]]
-    most = sorted(certain, key=lambda l: -growth[l])[:max(1, min(3, len(growth) // 2))]
-    if not most:
-        return "No removal raises the perplexity beyond doubt: more --samples would tell."
-    prices = [price(growth[l], errors[l]) for l in most]
-    alone = ", one at a time" if len(most) > 1 else ""
-    return (f"Most costly to remove{alone}: {named(most)}, for {listed(prices)} times the "
-            "perplexity.")
 
 def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     """Which block or run of blocks could go, and at what price.
@@ -1231,41 +1190,25 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     s = int(np.argmin(halves["chosen_by"]))
     growth, error = halves["price"][s], number(halves["price_stderr"][s])
     blocks = list(range(s, s + length))
-    said = f"{price(growth, error)} times the perplexity"
+    price = shown(ratio_of(growth))
+    if not math.isnan(error):
+        price += f" +- {ratio_of(growth) * error:.1g}"
     if not enough or not abs(growth - math.log(CHEAP)) > 2 * error:
-        return (f"Cheapest to remove: {named(blocks)}, for {said}. Too uncertain to act on: more "
-                "--samples would tell.")
+        return (f"Cheapest to remove: {named(blocks)}, for {price} times the perplexity. Too "
+                "uncertain to act on: more --samples would tell.")
     if growth > math.log(CHEAP):
-        return f"Not cheap to remove: the least costly is {named(blocks)}, {said}."
+        return (f"Cheapest to remove, but not cheap: {named(blocks)}, for {price} times the "
+                "perplexity.")
     drop = ",".join(map(str, blocks))
-    return f"Could go: {named(blocks)}, for {said}:\npython probe.py {path} --drop {drop}"
-
-def variance_course(r: Result) -> str:
-    """How the variance grows with depth, and its peak over training."""
-    first, last = r["variance"][1], r["variance"][-1]
-    said = (f"The variance of the stream is {first:.3g} after the first block and {last:.3g} after "
-            f"the last, {last / max(first, 1e-38):.3g} times as much")
-    log = [line for line in r.get("log", []) if "variance" in line]
-    course = [(line["variance"][-1], line["step"]) for line in log]
-    if course:
-        peak, step = max(course)
-        said += f"; in training it was highest at step {step}, {peak:.3g}"
-    return said + "."
-
-def price(growth: float, error: float) -> str:
-    """The factor on the perplexity if the loss grows by this many nats; its standard error, unless
-    that is nan."""
-    text = shown(ratio_of(growth))
-    return text if math.isnan(error) else f"{text} +- {ratio_of(growth) * error:.1g}"
+    return (f"Could go: {named(blocks)}, for {price} times the perplexity:"
+            f"\npython probe.py {path} --drop {drop}")
 
 def named(blocks: Sequence[int]) -> str:
-    """As "blocks 0, 1 and 10"; empty if there are none."""
-    return f"block{'s' * (len(blocks) > 1)} {listed(blocks)}" if blocks else ""
-
-def listed(things: Sequence[Any]) -> str:
-    """As "a, b and c"."""
-    *others, last = map(str, things)
-    return f"{', '.join(others)} and {last}" if others else last
+    """As "blocks 0, 1 and 10", or "no block"."""
+    if not blocks:
+        return "no block"
+    *others, last = map(str, blocks)
+    return f"blocks {', '.join(others)} and {last}" if others else f"block {last}"
 
 # ---- figures -------------------------------------------------------------------------------------
 # A panel is drawn into a subfigure: alone in a file of its own, or on the page.
@@ -1274,66 +1217,56 @@ STYLES = ("-", "--", ":", "-.")
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
          "legend.fontsize": 7}
-WIDE = ("causal", "permutation")        # of several results, these panels take a row each
 
 Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
 
-def lines(fig: Any, results: dict[str, Result], values: Named, title: str, xlabel: str, ylabel: str,
+def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabel: str,
           scale: str = "linear", errors: Named = lambda r: {}, threshold: float | None = None,
           sort: bool = False) -> None:
-    """Lines over the blocks. The color tells the result and the style the name; of one result, both
-    tell the name.
+    """Lines over the blocks. With several models, colors tell the models and line styles the names
+    apart. With a single one, both tell the names apart.
 
-    scale: linear, log, or percent, where ratios are drawn as growth. errors: standard errors; the
-    bars are two of them. threshold: points instead of lines, beside each other, and a line at the
-    threshold. sort: blocks are in the order of the values that come first.
+    scale: linear, log, or growth, which shows ratios as growth in percent. errors: standard errors;
+    a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
+    the order of the first name's values.
     """
-    ax = fig.subplots()
+    ax, growth = fig.subplots(), scale == "growth"
+    if growth:
+        growth_axis(ax)
     for k, r in enumerate(results.values()):
-        of_result = values(r)
-        n = max(map(len, of_result.values()))
-        order = np.argsort(next(iter(of_result.values()))) if sort else np.arange(n)
-        for i, (name, its_values) in enumerate(of_result.items()):
-            y, error = np.full((2, n), math.nan)             # a run has no value at the last blocks
-            y[:len(its_values)] = its_values
-            error[:len(its_values)] = 2 * np.array(errors(r).get(name, math.nan), dtype=float)
-            if scale == "percent":
-                y, error = np.minimum(100 * (y - 1), 1e9), 100 * error
-            place = (k * len(of_result) + i + 0.5) / (len(results) * len(of_result))    # 0 to 1
-            x = np.arange(n) + (0.5 * (place - 0.5) if threshold else 0)
-            bars = None if np.isnan(error).all() else error[order]
-            ax.errorbar(x, y[order], bars, marker="o", elinewidth=0.8,
+        for i, (name, its_values) in enumerate(values(r).items()):
+            y, bars = np.array(its_values, dtype=float), errors(r).get(name)
+            if growth:
+                y = 100 * (y - 1)
+            if bars is not None:
+                bars = 2 * np.array(bars, dtype=float) * (100 if growth else 1)
+            if i == 0:
+                order = np.argsort(y) if sort else np.arange(len(y))
+            ax.errorbar(range(len(y)), y[order], None if bars is None else bars[order],
+                        marker="o", elinewidth=0.8, linestyle=STYLES[i % len(STYLES)],
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                        linestyle="" if threshold else STYLES[i % len(STYLES)],
-                        fillstyle="none" if threshold and i else "full",
                         label=name if k == 0 else "")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(xlabel="block", ylabel=ylabel)
     ax.locator_params("x", integer=True)
-    if scale == "log":
-        ax.set_yscale("log")
-    if scale == "percent":
-        in_percent(ax, threshold)
     if sort and len(results) == 1:
-        ax.set_xticks(range(n), order, fontsize=min(8, 200 / n))
+        ax.set_xticks(range(len(order)), order, fontsize=min(8, 150 / len(order)))
     elif sort:
-        ax.set_xlabel("place of the block, cheapest first")
+        ax.set_xlabel("rank of the block, cheapest first")
+    if threshold:
+        ax.axhline(100 * (threshold - 1), color="black", linestyle="--", linewidth=0.8,
+                   label=f"useful above {100 * (threshold - 1):.0f}%")
+    if growth:
+        ax.axhline(0, color="black", linewidth=0.5)
+        ax.set_ylim(bottom=max(-100, ax.get_ylim()[0]))      # long error bars go below -100%
+    elif scale == "log":
+        ax.set_yscale("log")
     finish(fig, ax, title)
 
-def in_percent(ax: Any, threshold: float | None) -> None:
-    """An axis for growth: linear up to 1%, then logarithmic."""
-    low, high = ax.dataLim.intervaly
-    ax.axhline(0, color="black", linewidth=0.5)
-    if threshold:
-        limit = 100 * (threshold - 1)
-        ax.axhline(limit, color="black", linestyle="--", linewidth=0.8)
-        ax.annotate("useful above", (0.99, limit), xycoords=("axes fraction", "data"), ha="right",
-                    va="bottom", fontsize=7)
-        high = max(high, 2 * limit)
-    low, high = 1.5 * min(low, 0) - 0.2, 2 * max(high, 0.5)
-    ticks = [sign * 10**k for k in range(10) for sign in (1, -1)]
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set_yticks([0, *(y for y in ticks if low <= y <= high)])
-    ax.set_ylim(low, high)
+def growth_axis(ax: Any) -> None:
+    """Make the y axis one of percent: linear up to 1%, then logarithmic."""
+    from matplotlib.ticker import SymmetricalLogLocator
+    ax.set_yscale("symlog", linthresh=1, linscale=0.5)
+    ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 3)))
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
 
 def finish(fig: Any, ax: Any, title: str) -> None:
@@ -1343,17 +1276,17 @@ def finish(fig: Any, ax: Any, title: str) -> None:
     if len(names) > 1:
         fig.legend(handles, names, loc="outside lower center", ncols=4)
 
-def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], Any], title: str,
-             xlabel: str, ylabel: str, unit: str, blank: Callable[[int], np.ndarray],
-             errors: Callable[[Result], Any] | None = None) -> None:
-    """A heat map per result, all on one logarithmic scale of at most three decades.
+def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel: str, ylabel: str,
+             unit: str, blank: Callable[[int], np.ndarray], errors: str = "") -> None:
+    """A heat map per model, all on one logarithmic scale of at most three decades.
 
-    blank: np.eye or np.tri, 1 where there is nothing to show. Gray was not sampled. A dot marks
-    what is below two standard errors.
+    key, errors: the matrix and its standard errors in a result. blank: np.eye or np.tri, 1 where
+    there is nothing to show. Gray pairs were not sampled. A white dot marks a value below two
+    standard errors.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator
-    maps = [np.array(values(r), dtype=float) for r in results.values()]
+    maps = [np.array(r[key], dtype=float) for r in results.values()]
     maps = [np.where(blank(len(a)), math.nan, a) for a in maps]
     high = max(np.nanmax(a, initial=0) for a in maps) or 1.0
     lowest = min(np.nanmin(a, initial=high) for a in maps)
@@ -1363,7 +1296,7 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
         ax.imshow(np.where(blank(len(a)), 1.0, 0.85), cmap="gray", vmin=0, vmax=1, aspect="auto")
         image = ax.imshow(np.maximum(a, low), norm=LogNorm(low, high), aspect="auto")
         if errors:
-            y, x = np.nonzero(a < 2 * np.array(errors(r), dtype=float))
+            y, x = np.nonzero(a < 2 * np.array(r[errors], dtype=float))
             ax.plot(x, y, ".", color="white")
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
@@ -1375,71 +1308,63 @@ def matrices(fig: Any, results: dict[str, Result], values: Callable[[Result], An
 
 def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str,
              ylabel: str) -> None:
-    """Values of log.jsonl over training. keys: their names in the figure."""
-    ax = fig.subplots()
-    for k, r in enumerate(results.values()):
-        for i, (key, name) in enumerate(keys.items()):
-            found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
-            few = len(found) < 100
-            ax.plot(*np.array(found).reshape(-1, 2).T, label=name if k == 0 else "",
-                    color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                    marker="o" if few else "", linewidth=1.2 if few else 0.5)
+    """Values of one run's log.jsonl over training. keys: their names in the legend."""
+    ax, (r,) = fig.subplots(), results.values()
+    for (key, name), color in zip(keys.items(), COLORS):
+        found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
+        ax.plot(*np.array(found).reshape(-1, 2).T, marker="o" if len(found) < 100 else "",
+                color=color, linewidth=0.8, label=name)
     ax.set(xlabel="step", ylabel=ylabel)
     finish(fig, ax, title)
 
-def loss_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"loss": "training", "val_loss": "validation"},
-             "Loss over training", "loss (nats per token)")
-
-def variance_curve(fig: Any, results: dict[str, Result]) -> None:
-    training(fig, results, {"variance": "last block"}, "Variance over training",
-             "variance after the last block")
-
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
-    """A figure with the panels of these experiments, two in a row, under a heading."""
+    """A figure with the panels of these experiments under a heading. The page of one run also has
+    curves over training."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    wide = [name for name in names if name in WIDE and len(results) > 1]
-    panels = [EXPERIMENTS[name].figure for name in names if name not in wide]
-    if len(names) > 1 and all(r.get("log") for r in results.values()):
-        panels += [loss_curve, variance_curve]
-    across = min(3, max(len(panels), 1 + len(wide)))
-    rows = [panels[i:i + across] for i in range(0, len(panels), across)]
-    rows += [[EXPERIMENTS[name].figure] for name in wide]
-    heading = [textwrap.fill(line, 55 * across + 10) for line in headings(results)]
-    fig = Figure((4.2 * across, 2.9 * len(rows) + 0.15 * len(heading) + 0.3), layout="constrained")
+    panels = [EXPERIMENTS[name].figure for name in names]
+    if len(names) > 1 and len(results) == 1 and [*results.values()][0].get("log"):
+        panels += [
+            partial(training, keys={"loss": "training", "val_loss": "validation"},
+                    title="Loss over training", ylabel="loss (nats per token)"),
+            partial(training, keys={"variance": "last block"},
+                    title="Variance over training", ylabel="variance after the last block")]
+    across = min(len(panels), 3 if len(results) == 1 else 2)
+    down, width = math.ceil(len(panels) / across), 2.6 + 1.6 * len(results)             # inches
+    headings = [textwrap.fill(heading(label, r), int(12 * width * across) + 10)
+                for label, r in results.items()]
+    fig = Figure((width * across, 2.9 * down + 0.15 * len(headings) + 0.3), layout="constrained")
     if len(results) > 1:
         handles = [Line2D([], [], color=COLORS[k % len(COLORS)]) for k in range(len(results))]
-        fig.legend(handles, heading, loc="outside upper center", fontsize=8)
+        fig.legend(handles, headings, loc="outside upper center", fontsize=8)
     else:
-        fig.suptitle(heading[0], fontsize=8)
-    for strip, row in zip(fig.subfigures(len(rows), 1, squeeze=False)[:, 0], rows):
-        places = strip.subfigures(1, across if row[0] in panels else 1, squeeze=False)[0]
-        for place, panel in zip(places, row):
-            panel(place, results)
+        fig.suptitle(headings[0], fontsize=8)
+    for cell, panel in zip(fig.subfigures(down, across, squeeze=False).flat, panels):
+        panel(cell, results)
     return fig
 
-def headings(results: dict[str, Result]) -> Iterator[str]:
-    """A line per result: the model, its main scores and the sample."""
-    for label, r in results.items():
-        ran, found = r.get("run", {}), scores(r)
-        c = ran.get("settings", {})
-        said = [f"{c['n_layer']} layers {c['n_embd']} wide"] if "n_layer" in c else []
-        main = ("loss", "causal", "permuted", "useful", "accuracy")
-        said += [f"{name} {found[name]:.4g}" for name in main if name in found]
-        if "length" in ran:
-            said.append(f"on {ran['samples']} x {ran['length']} tokens")
-        yield f"{label}: {', '.join(said)}"
+def heading(label: str, r: Result) -> str:
+    """The model, its main scores and the sample, in a line."""
+    ran, found = r.get("run", {}), scores(r)
+    c = ran.get("settings", {})
+    said = [f"{c['n_layer']} layers {c['n_embd']} wide"] if "n_layer" in c else []
+    said += [f"{name} {found[name]:.4g}" for name in ("loss", "causal", "permuted", "useful")
+             if not math.isnan(found.get(name, math.nan))]
+    if "length" in ran:
+        said.append(f"on {ran['samples']} x {ran['length']} tokens")
+    return f"{label}: {', '.join(said)}"
 
 def draw(results: dict[str, Result], out: Path) -> str:
-    """probe.png with the panels that all results have, and a file for each. Says where they are."""
+    """Draw the panels that all results have, on one page and as single files. Says where they
+    are."""
     os.environ["MPLBACKEND"] = "Agg"            # needs no display; the user's backend might
     try:
         import matplotlib
     except ImportError:
         return "no figures without matplotlib: pip install matplotlib"
-    names = [name for name, experiment in EXPERIMENTS.items()
-             if experiment.figure and all(name in r for r in results.values())]
+    # A single block has no pairs: its causal and permutation matrices are [[0.0]].
+    names = [name for name, experiment in EXPERIMENTS.items() if experiment.figure
+             and all(name in r and r[name] != [[0.0]] for r in results.values())]
     if not names:
         return ""
     with matplotlib.rc_context(STYLE):
@@ -1464,13 +1389,15 @@ class Part:
         return getattr(self.model, name)
 
 def cheapest_drops(model: Model, tokens: Tensor, count: int, shown: bool = False) -> list[int]:
-    """`count` blocks in the order in which they go: each costs least after the ones before it."""
+    """`count` blocks in the order in which they go: each is the cheapest after the ones before."""
     kept, gone = list(range(len(model.blocks))), []
-    for k in range(1, count + 1):
+    while len(gone) < count:
         part = Part(model, [model.blocks[l] for l in kept])
-        progress = Progress(shown, prefix=f"choosing block {k} of {count} to drop: ")
-        r = probe(part, tokens, ["removal"], progress=progress)
-        gone.append(kept.pop(int(np.argmin(r["removal"]["1"]))))
+        r = probe(part, tokens, ["removal"], progress=Progress(shown))
+        which = int(np.argmin(r["removal"]["1"]))
+        gone.append(kept.pop(which))
+        if shown:
+            print(f"without block {gone[-1]}: loss {r['removal']['1'][which]:.4f}", flush=True)
     return gone
 
 def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]:
@@ -1498,17 +1425,16 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
 HEALING = "--learning_rate=3e-4 --warmup_steps=20 --max_steps=200"
 
 def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> None:
-    """--drop: choose the blocks, save the rest, say what it costs."""
+    """--drop: choose the blocks, save the model without them, say what it costs."""
     n, auto = len(model.blocks), args.drop.startswith("auto:")
     drop = integers(args.drop.removeprefix("auto:"), "--drop")
     check((len(drop) == 1 and 0 < drop[0] < n) if auto else
           (set(drop) <= set(range(n)) and len(set(drop)) < n),
           f"--drop {args.drop}: {path} has blocks 0 to {n - 1}, and one must stay")
-    beside = "pruned.pt" if path.name == "ckpt.pt" else f"{path.stem}_pruned.pt"
-    place = path.parent if path.is_file() else Path("out")
+    default = home_of(path) / "pruned.pt"
     if isinstance(model, HFModel):
-        beside = f"{path.name}_pruned"               # a folder
-    target = Path(args.save or place / beside)
+        default = Path("out", f"{path.name}_pruned")
+    target = Path(args.save or default)
     check(target.resolve() != path.resolve(), f"--save {target} is the model itself")
     target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
@@ -1531,7 +1457,8 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
 # ---- downstream tasks, by lm-evaluation-harness --------------------------------------------------
 def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder: str | None,
               progress: Callable[[str], None]) -> dict[str, Any]:
-    """Scores by lm-evaluation-harness: {task: {"acc": .., "acc_stderr": .., "n": questions}, ..}.
+    """Run tasks of lm-evaluation-harness and print its table. Returns the scores of each task:
+    {task: {"acc": .., "acc_stderr": .., "n": questions}, ..}.
 
     folder: a folder with further tasks, one YAML file each. "average" is the mean over tasks of
     acc_norm, or of acc where a task has no acc_norm.
@@ -1539,28 +1466,27 @@ def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder
     need("lm_eval", "--tasks")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)            # reads thousands of files: 10 s
     unknown = sorted(set(names) - set(manager.all_tasks))
-    check(not unknown, f"--tasks: no task {', '.join(unknown)}: `lm_eval ls tasks` lists all tasks, "
+    check(not unknown, f"--tasks: no task {', '.join(unknown)}: `lm_eval ls tasks` lists all, "
                        "--task_folder DIR adds others")
     found = simple_evaluate(make_scorer(model, tokenizer, progress), tasks=list(names),
                             task_manager=manager, log_samples=False)
-    if found is None:                                         # it tells the first rank alone
+    if found is None:                                         # on all ranks but the first
         return {}
+    print("", make_table(found), sep="\n")
     out: dict[str, Any] = {}
     for name, metrics in found["results"].items():
         out[name] = {key.split(",")[0]: value for key, value in metrics.items()
                      if isinstance(value, float)}
         if name in found["n-samples"]:
             out[name]["n"] = found["n-samples"][name]["effective"]
-    primary = [(r.get("acc_norm", r.get("acc")), r.get("acc_norm_stderr", r.get("acc_stderr", 0.0)))
-               for r in out.values() if "n" in r and "acc" in r]
+    primary = [r.get("acc_norm", r["acc"]) for r in out.values() if "n" in r and "acc" in r]
     if primary:
-        values, errors = zip(*primary)
-        out["average"] = {"acc": sum(values) / len(values),
-                          "acc_stderr": math.hypot(*errors) / len(errors)}
+        out["average"] = {"acc": sum(primary) / len(primary)}
     return out
 
 def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], None]) -> Any:
@@ -1572,7 +1498,7 @@ def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], 
     class Scorer(TemplateLM):
         eot_token_id = end
         bos = getattr(enc, "bos", None)
-        prefix_token_id = end if bos is None else bos          # what an empty context consists of
+        prefix_token_id = end if bos is None else bos          # stands for an empty context
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                        **kwargs: Any) -> list[int]:
@@ -1592,12 +1518,12 @@ def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], 
 @torch.no_grad()
 def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[int]]],
                    progress: Callable[[str], None] = lambda line: None) -> list[tuple[float, bool]]:
-    """log p(continuation | context) in nats for each pair of token lists, and whether every token of
-    the continuation is the most likely one.
+    """For each pair of token lists (context, continuation): log p(continuation | context) in nats,
+    and whether every token of the continuation is the likeliest.
 
-    A pair that exceeds the model's context is cut on the left. Batches hold pairs of similar length,
-    padded on the right. No token sees the ones after it, so the padding needs no mask. Ranks take
-    turns at the batches.
+    A pair that exceeds the model's context is cut on the left. A batch holds pairs of similar
+    length, padded on the right. No token sees the ones after it, so the padding needs no mask.
+    Ranks take turns at the batches.
     """
     rows = [(context + continuation)[-model.context - 1:] for context, continuation in pairs]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -1628,26 +1554,12 @@ def logits_at(model: GPT | HFModel, idx: Tensor, b: Tensor, place: Tensor) -> Te
     """The logits (N, V) at N places (b, place) of the sequences idx (B, T)."""
     if isinstance(model, HFModel):
         return model.inner(idx, use_cache=False).logits[b, place]
-    x = model.embed(idx)
-    for block in model.blocks:
-        x = block(x)
+    x = streams_of(model.blocks, model.embed(idx))[-1]
     return model.logits(x[b, place][None])[0]
-
-def task_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """A line per task: its metrics with standard errors, and how many questions it has."""
-    width = max(map(len, tasks))
-    lines = []
-    for name, r in tasks.items():
-        cells = [f"{metric} {value:.3f} +- {r.get(f'{metric}_stderr', math.nan):.3f}"
-                 for metric, value in r.items() if metric != "n" and not metric.endswith("_stderr")]
-        if "n" in r:
-            cells.append(f"{r['n']} questions")
-        lines.append(f"{name:{width}}  {'   '.join(cells)}")
-    return "\n".join(lines)
 
 # ---- the command line ----------------------------------------------------------------------------
 def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor, str]:
-    """The sequences to measure on, (B, T) int64, and where they are from."""
+    """The sequences to measure on, (B, T) int64, and where they come from."""
     device = next(iter(model.parameters())).device
     if args.tokens:
         array = np.load(args.tokens, allow_pickle=False)
@@ -1655,34 +1567,24 @@ def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor,
               f"--tokens {args.tokens}: an array of integers of shape (B, T) is needed")
         return torch.from_numpy(array.astype(np.int64)).to(device), args.tokens
     T = args.length or min(512, model.context)
-    check(2 <= T <= model.context, f"--length {T}: must be from 2 to {model.context}, the model's context")
+    check(2 <= T <= model.context, f"--length {T}: this model takes 2 to {model.context} tokens")
     source, tokenizer = args.data or saved["settings"].get("data"), saved["tokenizer"]
-    if source is None:
-        n, read = text_windows(PYTHON_TOPICS.values(), tokenizer, T)
-        origin = "Python's documentation (for other text: --data)"
-    elif Path(source).is_file():
-        n, read = text_windows(documents(source), tokenizer, T)
-        origin = source
-    else:
+    if source and not Path(source).is_file():
         corpus = Corpus(source)
         check(same_tokenizer(corpus.tokenizer, tokenizer),
               f"{source} has {corpus.tokenizer!r} tokens, the model has {tokenizer!r}: "
               "give another --data")
         n, read = corpus.n_windows("val", T), lambda i: corpus.read("val", i * T, T)
         origin = f"{source} (validation)"
+    else:                                      # texts, joined with an end of text between them
+        texts, end = PYTHON_TOPICS.values(), get_tokenizer(tokenizer).eot_token
+        ids = [i for text in (documents(source) if source else texts)
+               for i in (*encode(tokenizer, text), end)]
+        n, read = max(len(ids) - 1, 0) // T, lambda i: ids[i * T:(i + 1) * T]
+        origin = source or "Python's documentation (for other text: --data)"
     chosen = np.random.default_rng(args.seed).permutation(n)[:max(args.samples, 0)]
     rows = [read(i) for i in np.sort(chosen).tolist()]
     return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, T)).to(device), origin
-
-Windows = tuple[int, Callable[[int], np.ndarray]]      # how many, and the T tokens of window i
-
-def text_windows(texts: Iterable[str], tokenizer: str, T: int) -> Windows:
-    """Windows of the texts, which are joined with an end of text between them."""
-    ids, end = [], get_tokenizer(tokenizer).eot_token
-    for text in texts:
-        ids += [*encode(tokenizer, text), end]
-    tokens = np.array(ids)
-    return max(len(ids) - 1, 0) // T, lambda i: tokens[i * T:(i + 1) * T]
 
 def integers(text: str, flag: str) -> list[int]:
     try:
@@ -1694,9 +1596,6 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
     """--sample: print a prompt and how the model continues it."""
     enc, device = get_tokenizer(saved["tokenizer"]), next(iter(model.parameters())).device
     prompt = torch.tensor([encode(saved["tokenizer"], args.sample) or [enc.eot_token]])   # (1, T)
-    check(prompt.max() < model.vocab_size,
-          f"--sample has tokens beyond vocab_size={model.vocab_size}: "
-          f"{saved['tokenizer']!r} is not the tokenizer of this model")
     if isinstance(model, HFModel):
         torch.manual_seed(args.seed)
         padding = list(range(enc.n_vocab, model.vocab_size)) or None
@@ -1710,33 +1609,35 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
 
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
             out: Path) -> Result:
-    """Measure one model, write probe.json and figures, print tables and summary. All ranks measure;
-    the first one writes and prints. The experiments that are complete survive Ctrl-C."""
+    """Measure one model, write probe.json and figures, print tables and summary.
+
+    All ranks measure; the first one writes and prints. After Ctrl-C or an error such as a lack of
+    memory, the experiments that are complete are written all the same.
+    """
     make_folder(out, "--out")
+    before = read_result(out)                            # fails now, not after the measurement
     result: Result = {"run": {
         "checkpoint": str(path), "weights": checksum(model), "dtype": args.dtype,
         "device": args.device, "settings": saved["settings"]}}
-    failed = None
+    is_first, failed = place_among_ranks()[0] == 0, None
     try:
         if args.only != "tasks":
-            measure_blocks(args, model, saved, result)
+            measure_blocks(args, model, saved, result, Progress(is_first))
         if args.tasks:
-            names, progress = args.tasks.split(","), Progress(args.first, "tasks")
-            found = run_tasks(model, saved["tokenizer"], names, args.task_folder, progress.say)
-            result["tasks"], result["run"]["tasks"] = found, names
-    except (KeyboardInterrupt, RuntimeError) as e:       # such as out of memory
+            names, progress = args.tasks.split(","), Progress(is_first, "tasks")
+            result["tasks"] = run_tasks(model, saved["tokenizer"], names, args.task_folder,
+                                        progress.say)
+    except (KeyboardInterrupt, Exception) as e:
         failed = e
-    result["run"]["experiments"] = [name for name in EXPERIMENTS if name in result]
-    if args.first and ("loss" in result or "tasks" in result):
-        show(path, model, label, result, write_result(out / "probe.json", result), out)
-    elif args.first:
-        print("no experiment is complete yet: nothing is written")
+    if is_first and ("loss" in result or "tasks" in result):
+        show(path, model, label, result, write_result(out, result, before), out)
     if failed:
         raise failed
     return result
 
-def measure_blocks(args: Any, model: Model, saved: dict[str, Any], result: Result) -> None:
-    """Run the experiments and put what they give into `result`, and what they were told."""
+def measure_blocks(args: Any, model: Model, saved: dict[str, Any], result: Result,
+                   progress: Progress) -> None:
+    """Run the experiments. Put their results and the options into `result`."""
     tokens, origin = read_tokens(args, model, saved)
     options = {"remove": integers(args.remove, "--remove"), "sublayers": args.sublayers,
                "pairs": args.pairs, "jacobian_samples": args.jacobian_samples, "seed": args.seed}
@@ -1744,22 +1645,18 @@ def measure_blocks(args: Any, model: Model, saved: dict[str, Any], result: Resul
         "tokens": origin, "samples": len(tokens), "length": tokens.size(1),
         "checksum": zlib.crc32(tokens.cpu().numpy().tobytes())}
     names = [name for name in args.only.split(",") if name not in ("", "tasks")]
-    probe(model, tokens, names or None, **options, into=result,
-          progress=Progress(args.first))
+    probe(model, tokens, names or None, **options, into=result, progress=progress)
 
 def show(path: Path, model: Model, label: str, result: Result, whole: Result, out: Path) -> None:
     """Print the tables of this measurement, draw what probe.json holds, print the summary."""
-    ran = result["run"]
-    if ran["experiments"]:
+    if "loss" in result:
+        ran = result["run"]
         print(f"\n{path} on {ran['samples']} x {ran['length']} tokens of {ran['tokens']}")
-        print(block_table(result), score_table({label: result}), sep="\n\n")
-    for line in getattr(model, "notes", []):
-        print(line)
-    if "tasks" in result:
-        print(f"\n{path} on tasks", task_table(result["tasks"]), sep="\n")
-    log = read_log(path)
-    print("", f"{out / 'probe.json'} written", draw({label: whole | {"log": log}}, out), sep="\n")
-    for line in summary(result | {"log": log}, str(path)):
+        print(block_table(result), end="\n\n")
+    print(score_table({label: result}), *getattr(model, "notes", []), sep="\n")
+    figures = draw({label: whole | {"log": read_log(path)}}, out)
+    print("", f"{out / 'probe.json'} written", figures, sep="\n")
+    for line in summary(result, str(path)):
         sentence, *command = line.split("\n")
         print(textwrap.fill(sentence, TABLE_WIDTH, subsequent_indent="  "), *command, sep="\n    ")
 
@@ -1779,30 +1676,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     found = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in found if line.endswith("\n")]
 
-def write_result(file: Path, result: Result) -> Result:
-    """Write probe.json and return its contents. If it holds results of the same weights on the same
-    tokens, they stay; otherwise the old file is kept as probe.json.old."""
-    new = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
-    earlier = read_result(file) or {"run": {}}
-    now = {key: new["run"][key] for key in ("weights", "dtype", "checksum") if key in new["run"]}
-    if all(earlier["run"].get(key, value) == value for key, value in now.items()):
-        whole = earlier | new
-        for part in ("run", "seconds"):
-            whole[part] = earlier.get(part, {}) | new.get(part, {})
-        whole["run"]["experiments"] = [name for name in EXPERIMENTS if name in whole]
-    else:
-        os.replace(file, f"{file}.old")
-        print(f"{file} is of other weights or tokens: it is {file.name}.old now")
-        whole = new
+def read_result(out: Path) -> Result | None:
+    """The contents of probe.json in a folder, if there is one."""
+    file = out / "probe.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+def write_result(out: Path, result: Result, before: Result | None) -> Result:
+    """Write probe.json and return its contents. before: what it held.
+
+    Results of the same weights on the same tokens stay in the file. Otherwise the old file becomes
+    probe.json.old, and its figures are deleted.
+    """
+    file = out / "probe.json"
+    whole = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
+    if before:
+        old, new = before["run"], whole["run"]
+        if all(old.get(key, new.get(key)) == new.get(key, old.get(key))
+               for key in ("weights", "dtype", "checksum")):
+            seconds = before.get("seconds", {}) | whole.get("seconds", {})
+            whole = before | whole | {"run": old | new, "seconds": seconds}
+        else:
+            os.replace(file, f"{file}.old")
+            print(f"{file} is of other weights or tokens: it is {file.name}.old now")
+            for name in (*EXPERIMENTS, "probe"):
+                for ending in ("png", "svg"):
+                    (out / f"{name}.{ending}").unlink(missing_ok=True)
     write_json(file, whole)
     return whole
-
-def read_result(file: Path) -> Result | None:
-    """The contents of a probe.json, if there is one. One that is damaged is of no known weights."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    except ValueError:
-        return {"run": {"weights": None}}
 
 def draw_again(args: Any) -> None:
     """--figures: draw what is in probe.json."""
@@ -1810,7 +1710,7 @@ def draw_again(args: Any) -> None:
     results: dict[str, Result] = {}
     for path in args.checkpoints:
         label, out = place_of_results(args, path, results)
-        r = read_result(out / "probe.json")
+        r = read_result(out)
         check(r is not None, f"no {out / 'probe.json'}: measure with `python probe.py {path}`")
         results[label] = r | {"log": read_log(path)}
         print(draw({label: results[label]}, out))
@@ -1824,12 +1724,9 @@ def compare(args: Any, results: dict[str, Result]) -> None:
     print("", score_table(results), "", f"comparison: {draw(results, out)}", sep="\n")
 
 def make_folder(out: Path, flag: str) -> None:
-    """Make a folder for results; find out before the work whether it can be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        check(os.access(out, os.W_OK), f"cannot write to {out}: choose another {flag}")
-    except OSError as e:
-        raise UserError(f"cannot make {out} ({e.strerror or e}): choose another {flag}") from e
+    """Make a folder for results. Before the work begins, find out whether it can be written to."""
+    out.mkdir(parents=True, exist_ok=True)
+    check(os.access(out, os.W_OK), f"cannot write to {out}: choose another {flag}")
 
 def home_of(path: Path) -> Path:
     """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face."""
@@ -1851,41 +1748,57 @@ def read_arguments() -> Any:
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt",
         help="a checkpoint of train.py, a Hugging Face folder, or a hub id OWNER/NAME[@REVISION]")
-    add("--only", default="", help=f"some of {','.join(EXPERIMENTS)}; or tasks, for --tasks "
-                                   "alone (default: all that the model allows)")
-    add("--data", help="prepared corpus, of which the validation split is used, or a text file "
-                       "(default: the run's corpus; otherwise Python's documentation)")
-    add("--samples", type=int, default=100, help="sequences (default 100, as in the paper)")
-    add("--length", type=int, default=0, help="tokens per sequence (default: at most 512)")
-    add("--tokens", metavar="FILE.npy", help="integer tokens (B, T) instead of --data")
-    add("--seed", type=int, default=0, help="of random sequences, of pairs, of --sample")
-    add("--remove", default="1", help="lengths of runs to remove, such as 1,2,4 (default 1)")
+    add("--only", default="", metavar="NAMES",
+        help="the experiments to run, separated by commas (default: all that the model allows): "
+             f"{', '.join(EXPERIMENTS)}; or tasks, to run --tasks alone")
+    add("--data", help="a prepared corpus, whose validation split is used, or a text file "
+                       "(default: the run's corpus, or else Python's documentation)")
+    add("--samples", type=int, default=100, metavar="N",
+        help="number of sequences (default 100, as in the paper)")
+    add("--length", type=int, default=0, metavar="T",
+        help="tokens per sequence (default: the model's context, at most 512)")
+    add("--tokens", metavar="FILE.npy",
+        help="token ids, an integer array (B, T), instead of --data")
+    add("--seed", type=int, default=0,
+        help="seed for choosing sequences and pairs, and for --sample (default 0)")
+    add("--remove", default="1", metavar="LENGTHS",
+        help="lengths of the runs of blocks to remove, such as 1,2,4 (default 1)")
     add("--sublayers", action=argparse.BooleanOptionalAction, default=False,
         help="also remove each attention and each FFN alone")
-    add("--pairs", type=int, default=0, help="swap this many random pairs of blocks (default: all)")
-    add("--jacobian_samples", type=int, default=0, help="for the Jacobian (default: half of them)")
-    add("--tasks", help="tasks of lm-evaluation-harness (pip install lm_eval): arc_easy,hellaswag")
-    add("--task_folder", metavar="DIR", help="more tasks, as YAML files; these may run Python code")
-    add("--tokenizer", help="instead of the model's own: bytes, gpt2, ..., a folder, a hub id")
-    add("--out", help="folder for results (default: that of ckpt.pt, X/ for X.pt, out/NAME for "
-                      "Hugging Face); of several models a folder in it for each")
-    add("--drop", help="blocks such as 3,7, or auto:N, the N cheapest: save the rest")
-    add("--save", help="target of --drop (default: pruned.pt beside ckpt.pt, out/NAME_pruned for "
-                       "Hugging Face)")
-    add("--sample", metavar="TEXT", help="print how the model continues the text")
-    add("--new_tokens", type=int, default=200, help="length of --sample in tokens (default 200)")
-    add("--temperature", type=float, default=0.8, help="of --sample; 0: likeliest (default 0.8)")
-    add("--top_k", type=int, default=50, help="--sample draws among the likeliest k (default 50)")
-    add("--export", metavar="DIR", help="write a Hugging Face folder")
+    add("--pairs", type=int, default=0, metavar="N",
+        help="number of random pairs of blocks to swap (default: all pairs)")
+    add("--jacobian_samples", type=int, default=0, metavar="N",
+        help="number of sequences for the Jacobian (default: half of --samples)")
+    add("--tasks", metavar="NAMES",
+        help="tasks of lm-evaluation-harness, such as arc_easy,hellaswag (pip install lm_eval)")
+    add("--task_folder", metavar="DIR",
+        help="folder with more tasks as YAML files, which may run Python code")
+    add("--tokenizer", metavar="NAME",
+        help="tokenizer to use instead of the model's own: bytes, a name of tiktoken such as gpt2, "
+             "a Hugging Face folder or hub id")
+    add("--out", metavar="DIR",
+        help="folder for the results (default: the folder of ckpt.pt, X/ for X.pt, out/NAME for "
+             "Hugging Face); several models get a folder each inside it")
+    add("--drop", metavar="BLOCKS",
+        help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
+    add("--save", metavar="PATH",
+        help="where --drop saves the model (default: pruned.pt in the folder for the results, "
+             "out/NAME_pruned for Hugging Face)")
+    add("--sample", metavar="TEXT", help="print how the model continues this text")
+    add("--new_tokens", type=int, default=200, metavar="N",
+        help="number of tokens that --sample generates (default 200)")
+    add("--temperature", type=float, default=0.8,
+        help="temperature of --sample (default 0.8); 0 takes the likeliest token")
+    add("--top_k", type=int, default=50, metavar="K",
+        help="--sample chooses among the K likeliest tokens (default 50)")
+    add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="device to compute on (default: a GPU if there is one)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
-        help="of weights and streams (default: %(default)s, not TF32)")
+        help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
-    check(args.new_tokens >= 0 and args.temperature >= 0 and args.top_k > 0,
-          "--new_tokens and --temperature must not be negative, --top_k must be positive")
-    check(args.seed >= 0, "--seed must not be negative")
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks")
     return args
 
@@ -1903,7 +1816,6 @@ def join_ranks(device: torch.device) -> torch.device:
 
 def main() -> None:
     args = read_arguments()
-    sys.stdout.reconfigure(errors="replace")      # a terminal may lack characters of --sample
     if args.export:
         return export(args.checkpoints[0], args.export, args.tokenizer)
     if args.figures:
@@ -1912,7 +1824,7 @@ def main() -> None:
     check(not alone or os.environ.get("WORLD_SIZE", "1") == "1",
           "--drop and --sample take one process: start them with python, not torchrun")
     device = join_ranks(choose_device(args.device))
-    args.device, args.first = device.type, place_among_ranks()[0] == 0
+    args.device = device.type
     results: dict[str, Result] = {}
     for path in args.checkpoints:
         model, saved = load_model(path, device, getattr(torch, args.dtype), args.device_map)
@@ -1925,9 +1837,10 @@ def main() -> None:
         else:
             label, out = place_of_results(args, path, results)
             results[label] = measure(args, path, model, saved, label, out)
-    if len(results) > 1 and args.first:
+    rank, ranks = place_among_ranks()
+    if len(results) > 1 and rank == 0:
         compare(args, results)
-    if place_among_ranks()[1] > 1:
+    if ranks > 1:
         dist.barrier()                            # no rank leaves while another one still needs it
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints, as data.py writes and reads them: what is saved comes back, what is no checkpoint is refused by name.
+"""Checkpoints: data.py reads back what it saved, and refuses any other file by name.
 
     python -m pytest -q tests/test_checkpoints.py
 """
@@ -23,17 +23,17 @@ DENSE = dict(vocab_size=61, block_size=12, n_layer=3, n_embd=32, ffn_hidden=40)
 def test_a_model_comes_back_from_its_checkpoint(extra, tmp_path):
     model, idx = make_model(torch.float32, **DENSE | extra), make_tokens(2, 12, 61)
     saved = checkpoint_of(model, step=7)
-    saved["settings"] |= {"learning_rate": 1e-3, "batch_tokens": 4096}       # of train.py: not the model's business
+    saved["settings"] |= {"learning_rate": 1e-3, "batch_tokens": 4096}       # settings of train.py are ignored
     torch.save(saved, tmp_path / "ckpt.pt")
     again, checkpoint = D.load_model(tmp_path / "ckpt.pt")
     assert torch.equal(model(idx)[0], again(idx)[0])
     assert checkpoint["step"] == 7 and not again.training and again.config == model.config
     assert (again.head.weight is again.embed.weight) == bool(extra.get("tie_embeddings"))
-    again(idx, idx)[1].backward()                                            # a probe may want gradients
+    again(idx, idx)[1].backward()                                            # probe.py takes gradients
     assert all(p.grad is not None for p in again.parameters())
 
 
-def test_a_checkpoint_appears_by_rename_and_a_failed_one_leaves_the_old_intact(tmp_path, monkeypatch):
+def test_a_checkpoint_appears_by_rename_and_a_failed_save_leaves_the_old_one_intact(tmp_path, monkeypatch):
     path = tmp_path / "new" / "ckpt.pt"
     D.save_checkpoint(path, whole() | {"step": 1})
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"] and D.load_checkpoint(path)["step"] == 1
@@ -47,7 +47,7 @@ def test_a_checkpoint_appears_by_rename_and_a_failed_one_leaves_the_old_intact(t
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"] and D.load_checkpoint(path)["step"] == 1
 
 
-def test_the_checkpoints_before_the_last_stay_as_many_as_asked_for(tmp_path):
+def test_as_many_older_checkpoints_are_kept_as_asked_for(tmp_path):
     for step in range(1, 6):
         D.save_checkpoint(tmp_path / "ckpt.pt", {"step": step}, keep=3)
         want = {name: step - k for k, name in enumerate(("ckpt.pt", "ckpt.1.pt", "ckpt.2.pt")) if step > k}
@@ -67,7 +67,7 @@ def with_weight(**changes) -> dict:
     return saved | {"model": saved["model"] | {name.replace("__", "."): w for name, w in changes.items()}}
 
 
-REFUSED = {                                          # what the file holds, and what is said of it
+REFUSED = {                                          # the contents of the file, and the message
     "list": (lambda: [1, 2, 3], "lacks model, settings, tokenizer"),
     "no settings": (lambda: {"model": {}, "tokenizer": "bytes"}, "lacks model, settings, tokenizer"),
     "no weights": (lambda: whole() | {"model": {}}, "weights and settings disagree: .* is missing"),
@@ -78,7 +78,7 @@ REFUSED = {                                          # what the file holds, and 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_file_that_is_no_checkpoint_is_refused_with_the_reason(name, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused_with_the_reason(name, tmp_path):
     content, message = REFUSED[name]
     torch.save(content(), tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=f"ckpt.pt.*{message}") as error:
@@ -112,12 +112,12 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(tmp_path, monk
 
 
 def test_a_checkpoint_on_a_path_that_torch_cannot_map_is_read(tmp_path):
-    path = os.fsdecode(bytes(tmp_path) + b"/\xff.pt")                         # no UTF-8
+    path = os.fsdecode(bytes(tmp_path) + b"/\xff.pt")                         # not UTF-8
     try:
         with open(path, "wb") as f:
             torch.save(whole(), f)
     except OSError:
-        pytest.skip("this disk has no such names")
+        pytest.skip("this disk does not allow such names")
     assert D.load_checkpoint(path)["settings"]["n_layer"] == 3
 
 
@@ -139,4 +139,4 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(tmp_p
         D.load_model(path)
     assert not victim.exists()
     pickle.loads(pickle.dumps(RunsCode(victim)))
-    assert victim.exists(), "the code would have run: the test can fail"
+    assert victim.exists(), "pickle does run the code, so the test above could fail"

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def answers(scorer, folder):
-    """The log likelihood of every choice of every question, as the harness got them."""
+    """The log likelihood of each choice of each question, as the harness received it."""
     found = lm_eval.simple_evaluate(scorer, tasks=["tiny_choice"], log_samples=True,
                                     task_manager=TaskManager(include_path=str(folder),
                                                              include_defaults=False))
@@ -57,7 +57,7 @@ def answers(scorer, folder):
 
 @torch.no_grad()
 def one_at_a_time(model):
-    """The same by one pass per choice and a sum over its bytes."""
+    """The same, with one pass per choice and a sum over its bytes."""
     out = []
     for question, choices, _ in QUESTIONS:
         values = []
@@ -74,7 +74,7 @@ def one_at_a_time(model):
     return out
 
 
-def test_log_likelihoods_are_those_of_one_pass_per_choice_and_of_the_harness_itself(folder):
+def test_log_likelihoods_equal_those_of_one_pass_per_choice_and_of_the_harness_itself(folder):
     model, saved = data.load_model(folder / "ckpt.pt")
     ours = answers(probe.make_scorer(model, "bytes", print), folder)
     naive = one_at_a_time(model)
@@ -90,7 +90,7 @@ def test_log_likelihoods_are_those_of_one_pass_per_choice_and_of_the_harness_its
         assert ours[i] == pytest.approx(wrapped[i], abs=1e-4)
 
 
-def test_an_empty_context_is_the_bos_token_even_if_its_id_is_0(tmp_path):
+def test_an_empty_context_becomes_the_bos_token_even_if_its_id_is_0(tmp_path):
     (tmp_path / "bytes").mkdir()
     data.write_tokenizer("bytes", tmp_path / "bytes")
     folder = (tmp_path / "bytes").rename(tmp_path / "bos")            # the first name is cached
