@@ -1,13 +1,13 @@
-"""All that lies on disk: corpora, tokenizers, checkpoints, and models of transformers.
+"""Everything on disk: corpora, tokenizers, checkpoints, and models of transformers.
 
-    python data.py python                          # the sources of torch and Python, in bytes
-    python data.py my_texts/ --tokenizer bytes     # .txt .md .py .jsonl, also .gz: a file or folder
-    python data.py my_rows.parquet --field story   # other formats are read by the package datasets
-    python data.py fineweb-edu --max_tokens 10.5e9 # the paper's corpus; so is any OWNER/NAME[:CONFIG]
+    python data.py python                            # the sources of torch and Python, in bytes
+    python data.py my_texts/ --tokenizer bytes       # a file or folder of .txt .md .py .jsonl, .gz
+    python data.py my_rows.parquet --field story     # the package datasets reads other formats
+    python data.py fineweb-edu --max_tokens 10.5e9   # the paper's corpus, or OWNER/NAME[:CONFIG]
 
 A prepared corpus is a folder: meta.json, train_00000.bin, ..., val_00000.bin, ... The same command
-continues an interrupted preparation. Batches are a pure function of (seed, step), so that a run can
-resume exactly where it was.
+continues an interrupted preparation. Batches are a pure function of (seed, step), so a run can
+resume exactly where it stopped.
 """
 from __future__ import annotations
 
@@ -44,20 +44,21 @@ from torch.utils._pytree import tree_leaves
 from model import GPT, Detail, ModelConfig, UserError, check, wide
 
 EOT = "<|endoftext|>"
-TEXTS = (".txt", ".md", ".py", ".jsonl")     # read here, also packed as .gz; all else by `datasets`
-TEXT_FIELDS = ("text", "content")            # where the text of a row is looked for without --field
+TEXTS = (".txt", ".md", ".py", ".jsonl")     # read here, also as .gz; `datasets` reads the rest
+TEXT_FIELDS = ("text", "content")            # the fields that may hold the text of a row
 SHORT_NAMES = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-100BT"}
-DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents: one is enough to split
-SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interrupted preparation repeats at most so much
-BATCH_DOCUMENTS = 256        # handed to the encoder's threads at a time
-KINDS = {"bytes": (257, 256, "uint16"), "gpt2": (50257, 50256, "uint16")}   # vocabulary, EOT, dtype
-# Two tokenizers with one vocabulary that encode this alike are taken for the same.
+DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents, for both splits
+SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interruption costs at most this much work
+BATCH_DOCUMENTS = 256        # encoded at a time, by several threads
+# Tokenizers with the same vocabulary count as the same if they also encode this text alike.
 SAMPLE = "def f(x):\n\treturn x ** 2  # It's 1234.5, naïve  学习 🙂\n\n" + EOT
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
 class Corpus:
-    """A prepared corpus. Its tokens stay on disk; a batch reads windows of T + 1 tokens."""
+    """A prepared corpus. Its tokens stay on disk until `read` or `batch` asks for some of them.
 
+    Each split is one long sequence of tokens, stored as several files: the shards.
+    """
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.expanduser(folder))
         header = self.folder / "meta.json"
@@ -67,15 +68,15 @@ class Corpus:
         self.tokenizer = tokenizer_beside(header, self.meta["tokenizer"])
         self.vocab_size = self.meta["vocab_size"]
         self.arrays: dict[str, list[np.ndarray]] = {"train": [], "val": []}   # a memmap per shard
-        self.starts: dict[str, np.ndarray] = {}          # where each shard begins, and the end
+        self.starts: dict[str, np.ndarray] = {}          # first token of each shard, and the end
         dtype = np.dtype(self.meta["dtype"])
         for split, arrays in self.arrays.items():
             lengths = [0]
             for shard in self.meta[split]["shards"]:
                 path, n = self.folder / shard["file"], shard["tokens"]
                 check(path.is_file() and path.stat().st_size == n * dtype.itemsize,
-                      f"{path} is not the file of {n:,} tokens that meta.json says: "
-                      "prepare the corpus again")
+                      f"{path} does not have the {n:,} tokens that meta.json says: "
+                      f"delete {folder} and prepare the corpus again")
                 arrays.append(np.memmap(path, dtype=dtype, mode="r"))
                 lengths.append(n)
             self.starts[split] = np.cumsum(lengths)
@@ -108,11 +109,14 @@ class Corpus:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """A permutation of range(n), another one in every epoch."""
+    """A permutation of range(n), different in every epoch."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 def train_windows(seed: int, step: int, per_step: int, n_windows: int) -> np.ndarray:
-    """The windows of the global batch of a step, (per_step,). Each window comes once per epoch."""
+    """The windows in the batch of a step, over all ranks: (per_step,). Steps count from 0.
+
+    Every epoch has each window once.
+    """
     windows = []
     for place in range(step * per_step, (step + 1) * per_step):
         epoch, i = divmod(place, n_windows)
@@ -125,19 +129,19 @@ def eval_windows(count: int, n_windows: int) -> np.ndarray:
 
 # ---- sources: which files, and the documents in them ---------------------------------------------
 class Source(NamedTuple):
-    """What a corpus is made of, as `find_source` found it."""
+    """What a corpus is made from, see `find_source`."""
     name: str                    # python, a path, or the id of a data set
-    files: list[Path]            # in the order in which they are read; empty: `datasets` reads it
-    size: int                    # bytes in all its files; 0 for a data set on the hub
-    skipped: dict[str, int]      # what is left out and why, counted; grows while rows are read
-    field: str | None            # where the text of a row is; None: the first of TEXT_FIELDS
+    files: list[Path]            # in reading order; empty: `datasets` reads the source
+    size: int                    # bytes of all files; 0 for a data set on the hub
+    skipped: dict[str, int]      # how many are left out for each reason; grows during reading
+    field: str | None            # the field with the text of a row; None: one of TEXT_FIELDS
 
 def documents(source: str) -> Iterator[str]:
     """The documents of a source, always in the same order: "python", a path, or a data set."""
     return read_source(find_source(source))
 
 def find_source(name: str, field: str | None = None) -> Source:
-    """The files of a source. Files of other kinds and files that are not UTF-8 are counted."""
+    """Find the files of a source, and count those that are skipped."""
     skipped: Counter[str] = Counter()
     if name == "python":
         roots = [Path(torch.__file__).parent, Path(os.__file__).parent]
@@ -152,7 +156,7 @@ def find_source(name: str, field: str | None = None) -> Source:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found = [(p, p.relative_to(path).parts) for p in inside if p.is_file()]
     ours = [(path, parts) for path, parts in found if kind_of_text(path) in TEXTS]
-    if not ours:                 # `datasets` reads all of it
+    if not ours:                 # `datasets` reads it
         return Source(name, [], sum(path.stat().st_size for path, _ in found), skipped, field)
     files = []
     for path, parts in found:
@@ -168,7 +172,7 @@ def find_source(name: str, field: str | None = None) -> Source:
     return Source(name, files, sum(path.stat().st_size for path in files), skipped, field)
 
 def say_skipped(skipped: dict[str, int]) -> str:
-    """What is left out and why, for the end of a line."""
+    """The end of a line: how many files and rows were skipped, and why."""
     counts = [f"{count} {reason}" for reason, count in sorted(skipped.items())]
     return f"; skipped: {', '.join(counts)}" if counts else ""
 
@@ -182,7 +186,7 @@ def opened(path: Path) -> io.TextIOWrapper:
     return open_any(path, "rt", encoding="utf-8-sig", newline="")
 
 def is_utf8(path: Path) -> bool:
-    """Whether all of a text file is UTF-8. UserError if it cannot be unpacked."""
+    """Whether a text file is in UTF-8. UserError if it cannot be unpacked."""
     try:
         with opened(path) as f:
             while f.read(1 << 20):
@@ -191,7 +195,7 @@ def is_utf8(path: Path) -> bool:
     except UnicodeDecodeError:
         return False
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise UserError(f"{path} is damaged ({e}): get it again, or take it away") from e
+        raise UserError(f"{path} is damaged ({e}): replace it or remove it") from e
 
 def read_source(source: Source) -> Iterator[str]:
     """The documents of a source."""
@@ -205,12 +209,15 @@ def read_source(source: Source) -> Iterator[str]:
             yield from read_text(path)
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file as one document. A long file is cut where no token is lost, if it can be."""
+    """The documents of a text file: one, or several if it is long.
+
+    A long file is cut between lines, and if possible where no token would cross the cut.
+    """
     with opened(path) as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
-            # Every tiktoken encoding starts a new piece where a letter follows a newline that
-            # follows no whitespace.
+            # No token of a tiktoken encoding crosses the end of a line that ends with a visible
+            # character, if the next line begins with a letter or a digit.
             clean = line[0].isalnum() and re.search(r"\S\r?\n\Z", text[-3:])
             if len(text) >= DOCUMENT_CHARS and (clean or len(text) >= 2 * DOCUMENT_CHARS):
                 yield text
@@ -226,11 +233,10 @@ def parse_lines(lines: Iterable[str], path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as e:
-                raise UserError(f"{path}:{number} is no line of JSON ({e})") from e
+                raise UserError(f"{path}:{number} is not a line of JSON ({e})") from e
 
 def load_rows(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of the train split of whatever `datasets` reads, streamed: a file, a folder, or
-    OWNER/NAME[:CONFIG] on the hub."""
+    """Stream the train split of a file, a folder, or OWNER/NAME[:CONFIG] on the hub."""
     datasets = need("datasets", f"reading {name}")
     path, options = Path(name), {}
     if path.is_file():
@@ -243,9 +249,9 @@ def load_rows(name: str) -> Iterator[dict[str, Any]]:
         options = {"name": config or None}
     try:
         yield from datasets.load_dataset(name, split="train", streaming=True, **options)
-    except Exception as e:       # its own errors, Arrow's, the network's; earlier shards stay
-        said = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"datasets cannot read {path if path.exists() else name} ({said})") from e
+    except Exception as e:       # of `datasets`, Arrow or the network
+        where = path if path.exists() else name
+        raise UserError(f"datasets cannot read {where} ({one_line(e)})") from e
 
 def texts(rows: Iterable[Any], source: Source, where: str | Path) -> Iterator[str]:
     """The text of every row. A row whose text is null is skipped and counted."""
@@ -261,8 +267,8 @@ def texts(rows: Iterable[Any], source: Source, where: str | Path) -> Iterator[st
             source.skipped["rows without text"] += 1
             continue
         check(isinstance(text, str), f"{where}: the field {name} holds {type(text).__name__}, "
-                                     "no text: name another with --field")
-        # JSON may hold half of a surrogate pair, which has no UTF-8: U+FFFD instead
+                                     "not text: name another with --field")
+        # Half of a surrogate pair, which JSON may hold, has no UTF-8. It becomes U+FFFD.
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # ---- writing: documents in, shards out -----------------------------------------------------------
@@ -270,13 +276,12 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
             max_tokens: float = math.inf, field: str | None = None) -> Path:
     """Encode a source into token shards under `out`. After an interruption, call it again.
 
-    Every document ends with EOT; `is_validation` says which ones are validation. progress.json says
-    what the shards cover so far. At the end it is renamed to meta.json: a folder with meta.json is
-    complete.
+    Every document ends with EOT. `is_validation` assigns documents to splits. progress.json
+    describes the shards so far. It is renamed to meta.json at the end, so that a folder with
+    meta.json is complete.
     """
     check(0 < val_fraction <= 0.5,
           f"val_fraction={val_fraction} must be above 0 and at most 0.5")
-    check(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
     out, found = Path(os.path.expanduser(out)), find_source(source, field)
     enc = get_tokenizer(tokenizer)
     request = {"source": found.name, "files": len(found.files), "bytes": found.size,
@@ -300,7 +305,10 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
     return out
 
 def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
-    """What meta.json, or progress.json of an interrupted preparation, says; None without both."""
+    """The content of meta.json, else of progress.json, else None.
+
+    UserError if the shards are of another request: another source, tokenizer or option.
+    """
     for file in (out / "meta.json", out / "progress.json"):
         if file.exists():
             meta = json.loads(file.read_text(encoding="utf-8"))
@@ -315,8 +323,9 @@ def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None
 def is_validation(number: int, val_fraction: float) -> bool:
     """Whether the document with this number (from 0) is for validation.
 
-    A hash of the number decides, so that sources that take turns are in both splits. The first is
-    for validation and the second for training: two documents are enough.
+    A hash of the number decides. A period would not do: where two sources alternate, validation
+    might get only one of them. The first document is for validation and the second for training,
+    so that two documents are enough.
     """
     if number < 2:
         return number == 0
@@ -324,11 +333,10 @@ def is_validation(number: int, val_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
 def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any) -> None:
-    """Write documents as shards until there are no more, or max_tokens are reached. `meta` says
-    what is written."""
+    """Write documents as shards, at most until max_tokens is reached. Updates `meta`."""
     request = meta["request"]
     max_tokens = float(request["max_tokens"])
-    pool = ThreadPoolExecutor(os.cpu_count())                # threads help: it releases the GIL
+    pool = ThreadPoolExecutor(os.cpu_count())                # encoding releases the GIL
     buffers: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     written = total = meta["train"]["tokens"] + meta["val"]["tokens"]
     done = False
@@ -353,7 +361,7 @@ def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: 
                   end="\n" if done else "", file=sys.stderr, flush=True)
 
 def check_splits(meta: dict[str, Any], full: bool) -> None:
-    """UserError if a split has no text. full: max_tokens ended the corpus."""
+    """UserError if a split has no text. full: max_tokens is reached."""
     request, n = meta["request"], meta["documents"]
     train, val = meta["train"]["tokens"], meta["val"]["tokens"]
     check(train > 0 or not full,
@@ -365,7 +373,7 @@ def check_splits(meta: dict[str, Any], full: bool) -> None:
           "with some text")
 
 def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
-    """Empty the buffers into a new file for each split, then record the files in progress.json."""
+    """Write each buffer into a new file and empty it. Record the files in progress.json."""
     out.mkdir(parents=True, exist_ok=True)
     for split, parts in buffers.items():
         if not parts:
@@ -381,14 +389,16 @@ def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.nda
     write_json(out / "progress.json", meta)
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file by rename: a reader sees the old one or the new one."""
+    """Replace a JSON file by rename, so that no reader sees a part of it."""
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(tmp, path)
 
 def bigram_entropy(folder: Path, meta: dict[str, Any]) -> float:
-    """Entropy of a token given the one before it, over the training split, in nats: a model must
-    get well under it."""
+    """Entropy in nats of a token given the one before it, in the training split.
+
+    A model that learns from more than one token back has a lower loss.
+    """
     V = meta["vocab_size"]
     pairs = np.zeros((V, V), dtype=np.int64)
     for shard in meta["train"]["shards"]:
@@ -403,7 +413,7 @@ def bigram_entropy(folder: Path, meta: dict[str, Any]) -> float:
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 def encode(tokenizer: str, text: str) -> list[int]:
-    """The token ids of a text. A special token that the text spells stays text."""
+    """The token ids of a text. Special tokens that the text spells out are plain text."""
     return get_tokenizer(tokenizer).encode_ordinary(text)
 
 def decode(tokenizer: str, ids: Sequence[int]) -> str:
@@ -411,15 +421,15 @@ def decode(tokenizer: str, ids: Sequence[int]) -> str:
     return get_tokenizer(tokenizer).decode(list(ids))
 
 def encodings() -> list[str]:
-    """The names of the tokenizers that have no files."""
+    """The tokenizers that are known by name alone: "bytes" and those of tiktoken."""
     return ["bytes", *tiktoken.list_encoding_names()]
 
 @functools.lru_cache(maxsize=None)
 def get_tokenizer(name: str) -> tiktoken.Encoding | HFTokenizer:
-    """A tokenizer, with n_vocab and eot_token.
+    """A tokenizer with n_vocab and eot_token.
 
-    name: "bytes" (256 bytes and an end of text, offline), a tiktoken encoding such as gpt2, or
-    whatever transformers' AutoTokenizer reads: a folder, or an id on the Hugging Face hub.
+    name: "bytes" (256 bytes and an end of text), an encoding of tiktoken such as gpt2, or what
+    AutoTokenizer of transformers reads: a folder, or an id on the Hugging Face hub.
     """
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={EOT: 256},
@@ -433,7 +443,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding | HFTokenizer:
                         "or use --tokenizer bytes") from e
 
 class HFTokenizer:
-    """A tokenizer of transformers, with what is used here of tiktoken.Encoding."""
+    """A tokenizer of transformers with the methods of tiktoken.Encoding that are used here."""
 
     def __init__(self, name: str):
         path = Path(name)
@@ -441,7 +451,7 @@ class HFTokenizer:
               f"no tokenizer {name!r}: give bytes, one of tiktoken's "
               f"({', '.join(encodings()[1:])}), a folder, or OWNER/NAME of the Hugging Face hub")
         transformers = need("transformers", f"the tokenizer {name}")
-        if path.name == "tokenizer.json":                     # AutoTokenizer takes the folder
+        if path.name == "tokenizer.json":                     # AutoTokenizer wants the folder
             path = path.parent
         where, options = hub_name(path)
         try:
@@ -454,12 +464,12 @@ class HFTokenizer:
         self.n_vocab = max(self.vocab.values(), default=-1) + 1
         self.eot_token = self.inner.eos_token_id
         bare = self.encode_ordinary("a")
-        # Without its files, AutoTokenizer makes some tokenizers of nothing but special tokens.
+        # Where files are missing, AutoTokenizer may return a tokenizer of special tokens alone.
         check(self.eot_token is not None and bare not in ([], [self.inner.unk_token_id]),
-              f"the tokenizer {name} is incomplete, it has no end-of-text token or no vocabulary: "
-              "name another tokenizer with --tokenizer")
+              f"the tokenizer {name} has no end-of-text token or no vocabulary: "
+              "name another with --tokenizer")
         self.bos = self.inner.bos_token_id
-        # What it puts in front of a text, such as Llama's BOS. Only tasks begin with that.
+        # The tokens that it puts before a text, such as Llama's BOS. Only --tasks uses them.
         whole = self.inner("a")["input_ids"]
         self.start = whole[:whole.index(bare[0])]
 
@@ -478,32 +488,32 @@ def hub_name(path: str | Path) -> tuple[str, dict[str, Any]]:
     return name, {"trust_remote_code": False, "revision": revision}
 
 def one_line(e: Exception) -> str:
-    """The beginning of what an exception says."""
+    """The type and the beginning of the message of an exception, on one line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
 
 def known_as(name: str) -> str:
-    """A name that two tokenizers share if they give the same ids, wherever their files are."""
+    """A name that is the same for two tokenizers that give the same ids."""
     if name in encodings():
         return name
-    if Path(name).name.startswith("tokenizer_"):              # a copy: needs no transformers
+    if Path(name).name.startswith("tokenizer_"):              # a copy has its fingerprint as name
         return Path(name).name
     return fingerprint(name)
 
 def fingerprint(name: str) -> str:
-    """A checksum of the ids that a tokenizer of transformers gives."""
+    """A name made of a checksum of the ids that a tokenizer of transformers gives."""
     tokenizer = get_tokenizer(name)
     content = sorted(tokenizer.vocab.items()), tokenizer.eot_token, encode(name, SAMPLE)
     return f"tokenizer_{zlib.crc32(repr(content).encode()):08x}"
 
 def same_tokenizer(one: str, other: str) -> bool:
-    """Do two names mean the same tokens?"""
+    """Whether two tokenizers give the same ids."""
     return one == other or known_as(one) == known_as(other)
 
 def copy_tokenizer(name: str, folder: Path) -> str:
-    """Save a tokenizer of transformers in `folder`, for a checkpoint or a corpus that lies there.
+    """Save a tokenizer of transformers in the folder of a checkpoint or corpus.
 
-    Returns the name to store, which `tokenizer_beside` turns back into a path wherever the folder
-    has moved. A tokenizer without files keeps its name.
+    Returns the name to store in the checkpoint or corpus. `tokenizer_beside` finds the copy by
+    this name, also after the folder has moved. "bytes" and tiktoken's encodings are not copied.
     """
     own = known_as(name)
     if name in encodings() or (folder / own).exists():
@@ -522,15 +532,15 @@ def copy_tokenizer(name: str, folder: Path) -> str:
     return own
 
 def tokenizer_beside(file: str | Path, name: str) -> str:
-    """The tokenizer that a checkpoint or a corpus names: the copy beside it, if it has one."""
+    """The tokenizer that a file names: the path of the copy beside the file, if there is one."""
     own = Path(file).parent / name
     return str(own.absolute()) if name.startswith("tokenizer_") and own.exists() else name
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint that appears by rename, so that nobody reads half of one.
+    """Write a checkpoint and rename it to its name, so that no reader sees a part of it.
 
-    The keep - 1 checkpoints before it stay as ckpt.1.pt (the one before), ckpt.2.pt, ...
+    The keep - 1 checkpoints before it are renamed to ckpt.1.pt (the newest), ckpt.2.pt, ...
     """
     tmp = path.with_name(path.name + ".tmp")
     names = [path, *(path.with_suffix(f".{k}.pt") for k in range(1, keep))]
@@ -540,18 +550,20 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
             torch.save(saved, f)
             f.flush()
             os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:         # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as e:         # torch raises RuntimeError when the disk is full
         tmp.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({e!r:.90}): free some space or choose another place; "
-                        "what was there is intact") from e
+        raise UserError(f"cannot write {path} ({one_line(e)}): free some space or choose another "
+                        "place; what was there is intact") from e
     for newer, older in reversed([*zip(names, names[1:])]):
         if newer.exists():
             os.replace(newer, older)
     os.replace(tmp, path)
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The dict that train.py saved: model, optimizer, settings, step, ... Nothing in it is executed.
-    UserError if it is not sound."""
+    """The dict that train.py saved: model, optimizer, settings, step, ...
+
+    No code in it is executed. UserError if the file is not a checkpoint.
+    """
     check(Path(path).is_file(), f"no checkpoint {path}: "
                                 "make one with `python train.py CONFIG.py`, or correct the path")
     try:
@@ -561,37 +573,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     with file:
         try:
             saved = read_checkpoint(path, file)
-        except Exception as e:                   # damaged bytes make torch raise almost anything
-            before = Path(path).with_suffix(".1.pt")     # the last but one, see save_checkpoint
+        except Exception as e:                   # torch may raise anything for damaged bytes
+            before = Path(path).with_suffix(".1.pt")     # see save_checkpoint
             copy = f"another copy, such as {before}" if before.is_file() else "another copy"
             raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}): "
                             f"use {copy}") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
-    sound = isinstance(saved, dict) and all(isinstance(saved.get(key), kinds[key]) for key in kinds)
+    sound = isinstance(saved, dict) and all(isinstance(saved.get(k), kinds[k]) for k in kinds)
     check(sound, f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
-    check_removed(saved["settings"], path)
+    # An earlier model.py had rope_scaling, for converted models. No weight shows that it is gone.
+    check(not saved["settings"].get("rope_scaling"),
+          f"{path} has rope_scaling, which model.py lacks: give the original model to probe.py")
     saved["tokenizer"] = tokenizer_beside(path, saved["tokenizer"])
     return saved
 
-def check_removed(settings: dict[str, Any], path: str | Path) -> None:
-    """UserError where an older checkpoint has a setting that model.py no longer has."""
-    implied = {"qkv_bias": False, "qk_norm": "", "rope_scaling": "", "shared_gate": False}
-    if settings.get("n_embd") and settings.get("n_head"):
-        implied["head_dim"] = settings["n_embd"] / settings["n_head"]
-    for name, value in implied.items():
-        had = settings.get(name) or value
-        check(had == value, f"{path}: {name}={had!r} is a setting of converted models that model.py no "
-                            "longer has: give probe.py the original folder or hub id")
-
 def read_checkpoint(path: str | Path, file: BinaryIO) -> Any:
-    """torch.load, mapped into memory where possible: what is not used is not read."""
+    """torch.load, with the file mapped into memory if possible: unused tensors are not read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:                            # such as a path or a disk that cannot be mapped
+    except Exception:                            # such as a disk that does not support mapping
         return torch.load(file, map_location="cpu", weights_only=True)
 
 def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
-    """UserError where a checkpoint's weights are not those that the model has places for."""
+    """UserError unless a checkpoint has exactly the weights of the model, by name and shape."""
     have = {name: tuple(w.shape) for name, w in saved["model"].items() if isinstance(w, Tensor)}
     want = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     for name in sorted(saved["model"].keys() | want.keys()):
@@ -617,8 +621,6 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
     check(not own.is_file(), f"{path} is the folder of a run: give {own}")
     if not Path(path).is_file() and Path(path).suffix != ".pt":
         return load_hf(path, device, dtype, device_map)
-    check(device_map is None, "--device_map is for models of transformers: "
-                              f"make one with `python probe.py {path} --export FOLDER`")
     saved = load_checkpoint(path)
     known = {f.name for f in fields(ModelConfig)}
     settings = {name: value for name, value in saved["settings"].items() if name in known}
@@ -636,7 +638,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu",
 
 # ---- models of transformers ----------------------------------------------------------------------
 def first(output: Any) -> Any:
-    """The tensor of what a module returns: some return it alone, some in front of others."""
+    """The main tensor of a module's output. In some modules it is the first item of a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
@@ -650,26 +652,27 @@ def tolerance(dtype: torch.dtype) -> float:
 class HFLayer:
     """A decoder layer of transformers as a function of the stream, (B, T, d) -> (B, T, d).
 
-    The stream comes back on the device that it came from, wherever the layer's weights are.
+    The result is on the device of the argument, wherever the weights of the layer are.
     """
 
     def __init__(self, module: nn.Module):
         self.module = module
         self.parameters, self.named_parameters = module.parameters, module.named_parameters
-        self.args: tuple = ()                     # what the model passes beside the stream:
-        self.kwargs: dict[str, Any] = {}          # masks and rotary tables, see HFModel.capture
-        self.n_behind: int | None = None          # values returned behind the stream; None: no tuple
-        # The submodules whose outputs are added to the stream; None where there are no such two.
+        self.args: tuple = ()                     # what the model passes besides the stream, such
+        self.kwargs: dict[str, Any] = {}          # as masks and rotary tables: HFModel.capture
+        # Items behind the stream in the output tuple. None: the output is the stream alone.
+        self.n_behind: int | None = None
+        # The submodules whose outputs are added to the stream. None if there are no two of them.
         self.attn: nn.Module | None = None
         self.ffn: nn.Module | None = None
-        self.scaled = False                       # is an output multiplied before it is added?
+        self.scaled = False                       # whether outputs are scaled before being added
 
     def returned(self, x: Tensor) -> Tensor | tuple:
-        """The stream x as the module returns it: alone, or in front of values that no one needs."""
+        """The stream x in the form of the module's output: alone, or first in a tuple."""
         return x if self.n_behind is None else (x, *[None] * self.n_behind)
 
     def run(self, x: Tensor, hooks: dict[nn.Module, Callable] | None = None) -> Tensor:
-        """The layer with forward hooks on some of its submodules."""
+        """Run the layer with forward hooks on some of its submodules."""
         handles = [module.register_forward_hook(hook) for module, hook in (hooks or {}).items()]
         try:
             return first(self.module(x, *self.args, **self.kwargs)).to(x.device)
@@ -689,7 +692,7 @@ class HFLayer:
         seen: dict[nn.Module, Tensor] = {}
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            # a copy: Falcon adds to the output in place
+            # copied, because Falcon adds to the output in place
             seen[module] = first(output).to(x.device, copy=True).view_as(x)
         y = self.run(x, {self.attn: keep, self.ffn: keep})
         return y, Detail(seen[self.attn], seen[self.ffn], None)
@@ -704,16 +707,16 @@ class HFLayer:
 
     @torch.no_grad()
     def find_sublayers(self, x: Tensor) -> None:
-        """Set attn, ffn and scaled from a run on the stream x.
+        """Run the layer on the stream x, and set attn, ffn and scaled.
 
-        They are the first and the last submodule with weights that is not a norm. Where a norm
-        takes exactly that output, the norm's output is what reaches the stream. With both at zero
-        the layer must be the identity; else nothing is set.
+        attn and ffn are the first and the last submodule that has weights and is not a norm. If a
+        norm follows one of them, the norm takes its place, because the stream gets the output of
+        the norm. With both outputs zero the layer must be the identity. Otherwise both are None.
         """
         parts: list[tuple[nn.Module, Tensor]] = []
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if isinstance(module, nn.Dropout):           # Phi calls one module for both sublayers
+            if isinstance(module, nn.Dropout):           # Phi uses one for both sublayers
                 return
             given = (*args, *kwargs.values())
             for i, (_, out) in enumerate(parts):
@@ -740,18 +743,18 @@ class HFLayer:
         self.scaled = bool(error > 1e-3 * added.norm() + rounding)
 
 def zeros(module: nn.Module, args: Any, output: Any) -> Any:
-    """A forward hook that replaces the tensor that a module returns by zeros."""
+    """A forward hook that replaces the main tensor of the output with zeros."""
     nothing = torch.zeros_like(first(output))
     return nothing if isinstance(output, Tensor) else (nothing, *output[1:])
 
 class Embedded(Exception):
-    """Ends a forward pass where the first layer would begin; its argument is the stream h_0."""
+    """Ends a forward pass before the first layer. The argument is the stream h_0."""
 
 class HFModel:
     """A decoder of transformers with the interface of GPT: embed, blocks, logits.
 
-    Nothing is converted. A block is the model's own layer, called with the arguments that the
-    model passed to it in one run. So call `capture(T)` first, and again when T changes.
+    Nothing is converted. A block is a layer of the model, called with the arguments that the model
+    passes to it for T tokens. `capture(T)` records them: call it first, and again when T changes.
     """
 
     def __init__(self, inner: Any, name: str):
@@ -773,22 +776,22 @@ class HFModel:
         self.n_experts, self.init_std = 0, getattr(config, "initializer_range", None)
         self.dense = not any("experts" in key and isinstance(value, int) and value > 1
                              for key, value in config.to_dict().items())
-        self.norm: nn.Module | None = None        # the final one
-        self.splits = False                       # can attention and FFN be told apart?
-        self.notes: list[str] = []                # what to know about the measurement, a line each
+        self.norm: nn.Module | None = None        # the final norm
+        self.splits = False                       # whether every layer has attn and ffn
+        self.notes: list[str] = []                # lines that a reader of the scores should know
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go, and where the stream is between blocks."""
+        """The device of token ids, and of the stream between blocks."""
         return self.inner.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.inner.get_input_embeddings().weight.dtype
 
     def embed(self, idx: Tensor) -> Tensor:
-        """The stream that the first layer gets, (B, T) -> (B, T, d)."""
+        """The input of the first layer, (B, T) -> (B, T, d)."""
         def stop(layer: nn.Module, args: Any, kwargs: Any) -> None:
             raise Embedded(args[0] if args else kwargs["hidden_states"])
         handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -801,15 +804,19 @@ class HFModel:
         raise RuntimeError(f"{self.name} did not call its first layer")
 
     def logits(self, x: Tensor) -> Tensor:
-        """What the model makes of the last stream x, (B, T, d) -> (B, T, vocab_size)."""
+        """The logits for the last stream x, (B, T, d) -> (B, T, vocab_size).
+
+        The whole model runs, but every layer returns x. So the final norm, and whatever else the
+        model does after its layers, is its own.
+        """
         out = self.blocks[-1].returned(x)
         idx = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         every = range(len(self.blocks))
         return self.with_layers(idx, dict.fromkeys(every, lambda *args, **kwargs: out))
 
     def with_layers(self, idx: Tensor, forwards: dict[int, Callable]) -> Tensor:
-        """The model's own logits with other functions in place of some layers' `forward`."""
-        before = {l: self.layers[l].__dict__.get("forward") for l in forwards}   # accelerate's
+        """The logits of the whole model with `forward` of some layers replaced."""
+        before = {l: self.layers[l].__dict__.get("forward") for l in forwards}   # of accelerate
         try:
             for l, forward in forwards.items():
                 self.layers[l].forward = forward
@@ -822,10 +829,10 @@ class HFModel:
 
     @torch.no_grad()
     def capture(self, T: int) -> None:
-        """Keep what the model passes to its layers for T tokens, compare the chain of the blocks
-        with the model, and find attention and FFN in each layer.
+        """Record what the model passes to its layers for T tokens, and find attention and FFN.
 
-        The run has one sequence, so that masks and tables broadcast over any batch.
+        UserError unless the chain of the blocks computes what the model does. The recorded run has
+        one sequence, so that masks and tables broadcast over any batch.
         """
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal last
@@ -862,8 +869,11 @@ class HFModel:
                             ) from e
 
     def compare(self, idx: Tensor) -> None:
-        """UserError unless the chain of blocks gives the model's logits, and the chain without one
-        block those of the model in which that layer does nothing."""
+        """UserError unless the chain of blocks computes the logits of the model.
+
+        The chain without one block is also compared, with the model in which that layer returns
+        its input.
+        """
         def nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return self.blocks[skipped].returned(hidden_states)
         skipped = len(self.blocks) // 2
@@ -878,7 +888,7 @@ class HFModel:
                   f"layers differ from the model's by {difference:.1e} of the largest logit")
 
     def check_causal(self, idx: Tensor) -> None:
-        """UserError if the logits depend on later tokens, as in an encoder. idx: two sequences."""
+        """UserError if logits depend on later tokens, as in an encoder. idx: two sequences."""
         half = idx.size(1) // 2
         other = torch.cat((idx[:, :half], idx.flip(0)[:, half:]), dim=1)      # other later tokens
         a, b = (self.with_layers(ids, {})[:, :half] for ids in (other, idx))
@@ -889,7 +899,7 @@ class HFModel:
               f"{difference:.1e} of the largest logit")
 
     def find_sublayers(self, idx: Tensor) -> None:
-        """Find attention and FFN in each layer, and say in `notes` what is left out or unusual."""
+        """Find attention and FFN in each layer. Put what is left out or unusual into `notes`."""
         x = self.embed(idx)
         for block in self.blocks:
             block.find_sublayers(x)
@@ -930,7 +940,7 @@ def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
     lacks = [*found["missing_keys"], *found["mismatched_keys"]]
     check(not lacks, f"{name} is incomplete: it lacks {', '.join(map(str, sorted(lacks)[:3]))}")
     model = HFModel(inner if device_map else inner.to(device), str(name))
-    own = getattr(inner.config, "tokenizer", None)            # what `export` writes of an encoding
+    own = getattr(inner.config, "tokenizer", None)            # written by `hf_config`
     settings = {"n_layer": len(model.blocks), "n_head": model.n_head, "n_kv_head": model.n_kv_head,
                 "n_embd": model.d, "vocab_size": model.vocab_size, "block_size": model.context,
                 "family": inner.config.model_type}
@@ -942,14 +952,15 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
              device_map: str | None = None) -> None:
     """Write a model of transformers without some layers as a folder, tokenizer included.
 
-    The folder is loaded again and its logits are compared with those of the chain of the kept
-    layers before it appears under its name. The model object loses the layers too.
+    Nothing in a config says which of its lists have an item for each layer. So every list with as
+    many items as there are layers is cut, except lists of token ids. Then the folder is loaded
+    again. It appears under its name only if its logits are those of the chain of the kept layers,
+    so that a wrong cut is refused. The model object loses the layers too.
     """
     config, n, out = model.inner.config.get_text_config(), len(model.blocks), Path(folder)
-    check(not out.exists() or out.is_dir() and not any(out.iterdir()),
-          f"{out} is not empty: choose another folder")
+    check_empty(out)
     kept = [l for l in range(n) if l not in drop]
-    # Longer than its window, so that a layer that would get another kind of mask is noticed.
+    # T exceeds a sliding window, so that the comparison notices a layer with another mask.
     window = max(getattr(config, name, None) or 0 for name in ("sliding_window",
                                                                "attention_chunk_size"))
     T = min(model.context, max(128, window + 64))
@@ -964,7 +975,7 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
     for l in sorted(drop, reverse=True):
         del model.layers[l]
     for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == n:       # of each layer
+        if isinstance(value, list) and len(value) == n and not key.endswith("token_id"):
             setattr(config, key, [value[l] for l in kept])
     config.num_hidden_layers = len(kept)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -975,7 +986,7 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
         without = f"{model.name} without layers {','.join(map(str, sorted(drop)))}"
         try:
             smaller, _ = load_hf(new, model.device, model.dtype, device_map)
-        except UserError as e:          # such as: every second layer is a MoE
+        except UserError as e:          # such as where every second layer is a MoE
             raise UserError(f"{without} cannot be loaded again, drop others: {e}") from e
         difference = relative_difference(smaller.inner(idx, use_cache=False).logits, want)
         check(difference <= tolerance(model.dtype),
@@ -983,30 +994,33 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
               f"{difference:.1e} of the largest. Nothing is written")
         os.replace(new, out)
 
+def check_empty(folder: Path) -> None:
+    """UserError if a folder to be written has something in it."""
+    check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+          f"{folder} is not empty: choose another folder")
+
 # ---- export --------------------------------------------------------------------------------------
 def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -> None:
-    """Write a checkpoint of ours as a folder of transformers: Llama if dense, else Qwen2-MoE.
+    """Write a checkpoint of train.py as a folder of transformers: Llama if dense, else Qwen2-MoE.
 
-    The folder is loaded again and its logits are compared with the checkpoint's before it appears
-    under its name. tokenizer: a name, by default the checkpoint's.
+    The folder is loaded again. It appears under its name only if its logits are those of the
+    checkpoint. tokenizer: a name, by default the checkpoint's.
     """
     transformers = need("transformers", "--export")
     transformers.utils.logging.disable_progress_bar()
     out = Path(folder)
-    check(not out.exists() or out.is_dir() and not any(out.iterdir()),
-          f"{out} is not empty: choose another folder")
+    check_empty(out)
     check(Path(path).is_file(), f"--export {path}: it takes a checkpoint of train.py")
     model, saved = load_model(path)
     tokenizer = tokenizer or saved["tokenizer"]
     config = hf_config(transformers, model.config, tokenizer)
     with torch.device("meta"):
         inner = transformers.AutoModelForCausalLM.from_config(config)
-    fused = any("gate_up_proj" in name for name in inner.state_dict())
     try:
-        inner.load_state_dict(hf_weights(model, fused), strict=True, assign=True)
+        inner.load_state_dict(hf_weights(model), strict=True, assign=True)
     except (RuntimeError, KeyError) as e:                     # a fork's weights, or Peri-LN's
         raise UserError(f"{path}: {type(inner).__name__} of transformers has other weights "
-                        f"({one_line(e)}). The model stays in its own checkpoint") from e
+                        f"({one_line(e)}). Nothing is written") from e
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as tmp:
         new = Path(tmp, out.name)
@@ -1017,7 +1031,7 @@ def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -
     print(f"{out}: {path} as {type(inner).__name__} in float32")
 
 def hf_config(transformers: Any, c: ModelConfig, tokenizer: str) -> Any:
-    """The configuration of the family that has the settings c."""
+    """The config of the Llama or Qwen2-MoE that equals a model with the settings c."""
     shared = dict(
         vocab_size=c.vocab_size, max_position_embeddings=c.block_size, hidden_size=c.n_embd,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
@@ -1026,7 +1040,7 @@ def hf_config(transformers: Any, c: ModelConfig, tokenizer: str) -> Any:
     end = get_tokenizer(tokenizer).eot_token
     shared |= {"bos_token_id": end, "eos_token_id": end}
     if tokenizer in encodings():
-        shared["tokenizer"] = tokenizer                       # for `load_hf`
+        shared["tokenizer"] = tokenizer                       # read by `load_hf`
     if not c.n_experts:
         return transformers.LlamaConfig(**shared)
     return transformers.Qwen2MoeConfig(
@@ -1040,11 +1054,8 @@ HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_hea
             **{f"ffn.{w}": f"mlp.{w}_proj" for w in ("gate", "up", "down")},
             **{f"ffn.shared.{w}": f"mlp.shared_expert.{w}_proj" for w in ("gate", "up", "down")}}
 
-def hf_weights(model: GPT, fused: bool) -> dict[str, Tensor]:
-    """The weights under their names in Llama and Qwen2-MoE. A weight without one keeps its own.
-
-    fused: the experts of a layer are stored as two tensors, as in transformers 5.
-    """
+def hf_weights(model: GPT) -> dict[str, Tensor]:
+    """The weights under their names in Llama and Qwen2-MoE. Unknown weights keep their names."""
     c, out = model.config, {}
     for name, w in model.state_dict().items():
         prefix, rest = "", name
@@ -1058,21 +1069,22 @@ def hf_weights(model: GPT, fused: bool) -> dict[str, Tensor]:
             parts = w.split([c.n_head * width, c.n_kv_head * width, c.n_kv_head * width])
             for x, part in zip("qkv", parts):
                 out[f"{prefix}self_attn.{x}_proj.weight"] = part.clone()
-        elif rest in ("ffn.gate", "ffn.up", "ffn.down"):      # of all experts, (E, in, out)
+        elif rest in ("ffn.gate", "ffn.up", "ffn.down"):      # all experts, (E, in, out)
             out[f"{prefix}mlp.experts.{rest[4:]}_proj"] = w.mT.contiguous()
         else:
             module = rest.removesuffix(".weight")
             out[f"{prefix}{HF_NAMES.get(module, module)}.weight"] = w
     if c.n_experts:
         for layer in range(c.n_layer):
-            add_qwen2_moe(out, f"model.layers.{layer}.mlp.", c, fused)
+            add_qwen2_moe(out, f"model.layers.{layer}.mlp.", c)
     return out
 
-def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig, fused: bool) -> None:
-    """Put the experts of a layer into the form of Qwen2-MoE.
+def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig) -> None:
+    """Give the experts of a layer the form of Qwen2-MoE, as in transformers 5.
 
-    That family multiplies the shared expert by a sigmoid gate. A gate of zeros halves it, so the
-    shared expert is doubled. A model without a shared expert gets one of width 1 and zero weights.
+    Qwen2-MoE multiplies its shared expert by a sigmoid gate. The weights of the gate are set to
+    zero, so that the gate is 1/2, and the shared expert is doubled. A model without a shared
+    expert gets one of width 1 with zero weights.
     """
     shared, d = f"{mlp}shared_expert.", c.n_embd
     weights[f"{mlp}shared_expert_gate.weight"] = torch.zeros(1, d)
@@ -1081,25 +1093,19 @@ def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig, fused: b
     else:
         for w, shape in {"gate": (1, d), "up": (1, d), "down": (d, 1)}.items():
             weights[f"{shared}{w}_proj.weight"] = torch.zeros(shape)
-    gate, up, down = (weights.pop(f"{mlp}experts.{w}_proj") for w in ("gate", "up", "down"))
-    if fused:
-        weights[f"{mlp}experts.gate_up_proj"] = torch.cat((gate, up), dim=1)  # (E, 2 hidden, d)
-        weights[f"{mlp}experts.down_proj"] = down                             # (E, d, hidden)
-        return
-    for e in range(c.n_experts):
-        for w, matrices in {"gate": gate, "up": up, "down": down}.items():
-            weights[f"{mlp}experts.{e}.{w}_proj.weight"] = matrices[e].clone()
+    gate, up = (weights.pop(f"{mlp}experts.{w}_proj") for w in ("gate", "up"))
+    weights[f"{mlp}experts.gate_up_proj"] = torch.cat((gate, up), dim=1)      # (E, 2 hidden, d)
 
 @torch.no_grad()
 def check_export(model: GPT, folder: Path, path: str | Path) -> None:
-    """UserError unless the folder gives the model's logits for a full context of random tokens."""
+    """UserError unless the folder gives the logits of the model for a context of random tokens."""
     theirs, _ = load_hf(folder, "cpu", torch.float32)
     draw = torch.Generator().manual_seed(0)
     idx = torch.randint(model.vocab_size, (1, model.context), generator=draw)
     difference = relative_difference(theirs.inner(idx, use_cache=False).logits, model(idx)[0])
     check(difference <= tolerance(torch.float32),
           f"{path}: {type(theirs.inner).__name__} of transformers computes something else: the "
-          f"logits differ by {difference:.1e} of the largest. The model stays in its checkpoint")
+          f"logits differ by {difference:.1e} of the largest. Nothing is written")
 
 def write_tokenizer(name: str, folder: Path) -> None:
     """Write a tokenizer into the folder of a model, so that AutoTokenizer gives the same ids."""
@@ -1118,18 +1124,13 @@ def write_tokenizer(name: str, folder: Path) -> None:
           "name another with --tokenizer")
 
 def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:
-    """The tokenizer.json of an encoding whose tokens are bytes and merges of two tokens.
-
-    splits_words: GPT-2's way of cutting text into words first.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letter = {byte: chr(byte) for byte in printable}          # GPT-2 writes each byte as a letter
-    others = [byte for byte in range(256) if byte not in letter]
-    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    """The tokenizer.json of an encoding of tiktoken. splits_words: cut text into words first."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    letter = bytes_to_unicode()                               # GPT-2 writes each byte as a letter
     ids = {}
     for i in range(enc.eot_token):
         ids["".join(letter[byte] for byte in enc.decode_single_token_bytes(i))] = i
-    merges = []
+    merges = []                                               # in the order of the ids
     for token in ids:
         for k in range(1, len(token)):
             if token[:k] in ids and token[k:] in ids:
@@ -1143,47 +1144,45 @@ def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]
 
 # ---- the command line, and what all scripts share of it ------------------------------------------
 def need(package: str, purpose: str) -> Any:
-    """Import an optional package, which comes back as its top level, or say how to get it."""
+    """Import an optional package and return it. UserError says how to install it."""
     try:
         return __import__(package)
     except ImportError as e:
-        raise UserError(f"{purpose} needs {package}: pip install {package.split('.')[0]}") from e
+        raise UserError(f"{purpose} needs {package}: pip install {package}") from e
 
 def choose_device(asked: str) -> torch.device:
-    """Where to compute; auto: the accelerator that torch sees, else the CPU. UserError for one that
-    it does not see."""
+    """The device to compute on. auto: the accelerator that torch sees, else the CPU."""
     seen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     check(asked in ("auto", "cpu", seen.type),
           f"--device={asked}: torch sees none here, use --device={seen.type}")
     return torch.device("cpu") if asked == "cpu" else seen
 
-# What the system says of a path that cannot be used, and of a full disk.
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
-FULL = (errno.ENOSPC, errno.EFBIG)
-
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main. A UserError, an unusable path or a full disk is one line on stderr and
-    exit status 2; Ctrl-C is status 130."""
+    """Run a script's main and exit.
+
+    A UserError, a path that cannot be used and a full disk are one line on stderr and exit status
+    2. Ctrl-C is status 130.
+    """
     for stream in (sys.stdout, sys.stderr):      # a terminal that lacks a character shows a ?
         stream.reconfigure(errors="replace")
     try:
         try:
             main()
         finally:
-            sys.stdout.flush()                   # raises here if nobody reads on
+            sys.stdout.flush()                   # raises BrokenPipeError here, not at exit
     except UserError as e:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)                       # rank 0 says it first, and torchrun stops the others
+            time.sleep(10)                       # rank 0 reports it, then torchrun stops the rest
         stop(str(e))
-    except BrokenPipeError:                      # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())       # or exit would raise again
+    except BrokenPipeError:                      # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for the flush at exit
         sys.exit(141)
     except OSError as e:
-        if e.errno in FULL:
+        if e.errno in (errno.ENOSPC, errno.EFBIG):            # a full disk
             stop(f"cannot write ({e.strerror}): free some space or choose another folder")
-        if e.filename and e.errno in UNUSABLE:
-            stop(f"cannot use {e.filename} ({e.strerror}): give another path, or mend that")
-        raise
+        if e.filename is None:
+            raise
+        stop(f"cannot use {e.filename} ({e.strerror}): give another path")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -1194,7 +1193,7 @@ def stop(mistake: str) -> NoReturn:
     sys.exit(2)
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors and whose abbreviations are off."""
+    """argparse that raises UserError and accepts no abbreviated options."""
     def __init__(self, **kwargs: Any):
         style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
         super().__init__(allow_abbrev=False, formatter_class=style, **kwargs)
@@ -1204,16 +1203,18 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> None:
     parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("name", metavar="NAME",
-                        help="python, a file, a folder, fineweb-edu, or OWNER/NAME[:CONFIG] on the hub")
-    parser.add_argument("--tokenizer", help="bytes, a tiktoken encoding, a model's folder "
-                                            "(default for python: bytes; else: gpt2)")
-    parser.add_argument("--out", help="where to put it (default: data/NAME)")
+    parser.add_argument("name", metavar="NAME", help="python, a file, a folder, fineweb-edu, or "
+                                                     "OWNER/NAME[:CONFIG] on the hub")
+    parser.add_argument("--tokenizer", help="bytes, an encoding of tiktoken, or a model of "
+                                            "transformers (default: gpt2; for python: bytes)")
+    parser.add_argument("--out", help="folder of the corpus (default: data/NAME)")
     parser.add_argument("--val_fraction", type=float,
-                        help="share of documents (default: 0.05; fineweb-edu: 0.001)")
+                        help="fraction of the documents that are for validation "
+                             "(default: 0.05; fineweb-edu: 0.001)")
     parser.add_argument("--max_tokens", type=float, default=math.inf,
-                        help="stop after so many, for example 10.5e9")
-    parser.add_argument("--field", help="where the text of a row is (default: text, or content)")
+                        help="stop after this many tokens, for example 10.5e9")
+    parser.add_argument("--field", help="the field of a row that holds its text "
+                                        "(default: text, else content)")
     args = parser.parse_args()
     stem = Path(os.path.abspath(os.path.expanduser(args.name))).name.lstrip(".").split(".")[0]
     tokenizer = args.tokenizer or ("bytes" if args.name == "python" else "gpt2")

@@ -3,11 +3,11 @@
     model = GPT(ModelConfig(vocab_size=320, n_layer=16, n_kv_head=1))
     logits, loss = model(idx, targets)                             # idx, targets (B, T)
 
-This file holds the network alone: settings, blocks, model, loss, sampling.
-Paper: "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. It uses
-norm="pre"; "lns" and "peri" are remedies that other authors proposed.
-A block maps the residual stream (B, T, n_embd) to the next one, so blocks can be skipped, swapped
-and replaced by hand.
+This file holds only the network: settings, blocks, model, loss, sampling.
+"The paper" is "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. It uses
+norm="pre". The norms "lns" and "peri" are remedies by other authors.
+A block maps the residual stream (B, T, n_embd) to the next one. So a caller can skip, swap and
+replace blocks.
 """
 from __future__ import annotations
 
@@ -24,35 +24,39 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 class UserError(Exception):
-    """A user's mistake. It is printed without a traceback and names the culprit and the remedy."""
+    """A user's mistake. The message names the culprit and the remedy; no traceback is shown."""
+
+ABOVE_0 = 1e-38             # the minimum of a setting that must be above 0
 
 def setting(default: Any, meaning: str, allowed: float | str = 0) -> Any:
-    """A dataclass field with a text for --help. allowed: the minimum, or the words, "pre/lns"."""
+    """A dataclass field with a help text. allowed: its minimum, or words such as "pre/lns"."""
     return field(default=default, metadata={"help": meaning, "allowed": allowed})
 
 @dataclass
 class ModelConfig:
-    """The architecture. A 0 that means "derive it" becomes the derived value on construction."""
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0: the corpus's, rounded up to a multiple of 64")
+    """The architecture. Where 0 stands for a derived value, the constructor fills it in."""
+    vocab_size: int = setting(0, "size of the vocabulary; 0: the corpus's, rounded up to a "
+                                 "multiple of 64")
     block_size: int = setting(128, "context length T in tokens", 1)
-    n_layer: int = setting(8, "blocks L", 1)
-    n_head: int = setting(4, "query heads", 1)
-    n_kv_head: int = setting(0, "key/value heads, a divisor of n_head; 0: n_head (no GQA)")
+    n_layer: int = setting(8, "number of blocks L", 1)
+    n_head: int = setting(4, "number of query heads", 1)
+    n_kv_head: int = setting(0, "number of key/value heads, a divisor of n_head; 0: n_head")
     n_embd: int = setting(128, "width d of the residual stream", 1)
-    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as the paper's dense models")
-    n_experts: int = setting(0, "experts per MoE layer; 0: dense")
-    top_k: int = setting(2, "experts per token", 1)
-    expert_hidden: int = setting(0, "hidden width of an expert; 0: ffn_hidden / top_k, the FLOPs of the dense layer")
-    shared_hidden: int = setting(0, "hidden width of an always-on shared expert; 0: none")
-    norm_topk_prob: bool = setting(False, "rescale the chosen experts' weights to sum to 1")
-    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss (backward pass only)")
-    z_loss_weight: float = setting(0.001, "weight of the router z-loss (backward pass only)")
+    ffn_hidden: int = setting(0, "hidden width of the dense SwiGLU; 0: 4 n_embd, as in the paper")
+    n_experts: int = setting(0, "number of experts in each MoE layer; 0: a dense FFN")
+    top_k: int = setting(2, "number of experts that each token uses", 1)
+    expert_hidden: int = setting(0, "hidden width of an expert; 0: ffn_hidden / top_k")
+    shared_hidden: int = setting(0, "hidden width of an expert that every token uses; 0: none")
+    norm_topk_prob: bool = setting(False, "rescale the weights of a token's experts to sum to 1")
+    lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss in the gradient")
+    z_loss_weight: float = setting(0.001, "weight of the router's z-loss in the gradient")
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", 1)
-    norm_eps: float = setting(1e-6, "epsilon of RMSNorm", 1e-38)
-    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation, whatever its depth")
-    embed_init_std: float = setting(0.0, "that of the embedding; 0: init_std", 0)
-    scaled_init: bool = setting(False, "divide it by sqrt(2 n_layer) in matrices that write to the stream, as GPT-2")
-    tie_embeddings: bool = setting(False, "one matrix for the embedding and the head")
+    norm_eps: float = setting(1e-6, "epsilon of RMSNorm", ABOVE_0)
+    init_std: float = setting(0.02, "standard deviation of every matrix at initialisation")
+    embed_init_std: float = setting(0.0, "the same for the embedding alone; 0: init_std")
+    scaled_init: bool = setting(False, "as in GPT-2, divide init_std by sqrt(2 n_layer) in the "
+                                       "matrices that write to the stream")
+    tie_embeddings: bool = setting(False, "the embedding and the head share one matrix")
     norm: str = setting("pre", "lns: LayerNorm Scaling, arXiv 2502.05795; peri: Peri-LN, 2502.02732", "pre/lns/peri")
 
     def __post_init__(self) -> None:
@@ -70,7 +74,7 @@ class ModelConfig:
             check(self.top_k <= self.n_experts,
                   f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
             self.expert_hidden = self.expert_hidden or self.ffn_hidden // self.top_k
-            for name in ("n_embd", "expert_hidden"):                      # what grouped_mm demands
+            for name in ("n_embd", "expert_hidden"):                      # F.grouped_mm needs this
                 width = getattr(self, name)
                 check(width > 0 and width % 8 == 0,
                       f"{name}={width} must be a multiple of 8 in a MoE")
@@ -81,11 +85,12 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
 def check_allowed(name: str, value: Any, allowed: float | str) -> None:
-    """Raise UserError unless a setting is one of the allowed words, or at least the number."""
+    """UserError unless a setting is one of the allowed words, or not below its minimum."""
     if isinstance(allowed, str):
         check(value in allowed.split("/"), f"{name}={value!r} is none of {allowed}")
     elif isinstance(value, (int, float)):
-        check(value >= allowed, f"{name}={value} must be at least {allowed}")
+        minimum = "above 0" if allowed == ABOVE_0 else f"at least {allowed}"
+        check(value >= allowed, f"{name}={value} must be {minimum}")
 
 def check(ok: bool, message: str) -> None:
     """Raise UserError(message) unless ok."""
@@ -93,23 +98,23 @@ def check(ok: bool, message: str) -> None:
         raise UserError(message)
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32 or better. Losses and statistics are never computed in bfloat16."""
+    """x in at least float32, the precision of losses and statistics."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype for matrix products with x: autocast's if that is on, else x's own."""
+    """The dtype of matrix products with x: autocast's if autocast is on, else x's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
-# ---- the blocks ------------------------------------------------------------------------------------
+# ---- the blocks ----------------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in the precision of the stream. FSDP2 passes the gain in bfloat16."""
+    """RMSNorm in the dtype of its input. FSDP2 may pass the weight in bfloat16."""
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 class RoPE(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) in Llama's layout: pairs (i, i + head_dim / 2)."""
+    """Rotary position embedding, arXiv 2104.09864. Llama's layout: pairs (i, i + head_dim / 2)."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.half = config.head_dim // 2
@@ -118,7 +123,7 @@ class RoPE(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def reset(self) -> None:
-        """Fill the table of cosines and sines. __init__ may have run on the meta device."""
+        """Fill the table of cosines and sines. __init__ cannot: it may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         position = torch.arange(len(self.table), dtype=torch.float64)
         angle = torch.outer(position, freq)[:, None]                      # (T, 1, head_dim / 2)
@@ -130,7 +135,7 @@ class RoPE(nn.Module):
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 class Attention(nn.Module):
-    """Causal self-attention, with grouped queries if n_kv_head < n_head (arXiv 2305.13245)."""
+    """Causal self-attention. With n_kv_head < n_head: grouped queries (arXiv 2305.13245)."""
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
         self.n_head = config.n_head
@@ -157,9 +162,9 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def flops_per_token(self, T: int) -> float:
-        """FLOPs of q k^T and of the weighted sum of T values in a forward pass.
+        """FLOPs of a query that attends to T keys: q k^T, and the weighted sum of the values.
 
-        A fork that attends to fewer keys overrides this. FLOPs of weights are counted elsewhere.
+        Override this where a query attends to fewer keys. The projections are counted elsewhere.
         """
         return 4 * T * self.n_head * self.head_dim
 
@@ -174,12 +179,12 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
-# F.grouped_mm has no float64, and torch.compile rejects its float32: so these custom operations.
+# Custom operations, because F.grouped_mm lacks float64 and torch.compile rejects it in float32.
 @torch.library.custom_op("depth::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each expert's rows by its matrix: x (M, K), w (E, K, N) -> (M, N).
+    """Multiply the rows of each expert by its matrix: x (M, K), w (E, K, N) -> (M, N).
 
-    Rows are sorted by expert. The rows of expert e end before ends[e]; ends is (E,) int32.
+    Rows are sorted by expert. The rows of expert e end before row ends[e]; ends is (E,) int32.
     """
     if x.dtype == torch.float64:
         rows_of = x.tensor_split(ends[:-1].cpu().long())
@@ -188,7 +193,7 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("depth::grouped_mm_weight", mutates_args=())
 def grouped_mm_weight(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """The gradient of w in `grouped_mm`: x (M, K), that of the product (M, N) -> (E, K, N)."""
+    """The gradient of `grouped_mm` for w: x (M, K), grad of the product (M, N) -> (E, K, N)."""
     if x.dtype == torch.float64:
         inner = ends[:-1].cpu().long()
         pairs = zip(x.tensor_split(inner), grad.tensor_split(inner))
@@ -214,16 +219,16 @@ def grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 grouped_mm.register_autograd(grouped_mm_backward, setup_context=grouped_mm_setup)
 
 def expert_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm`. In bfloat16 torch's own costs less per call and inductor can fuse it."""
+    """`grouped_mm`, but torch's own in bfloat16: its calls are cheaper, and inductor fuses it."""
     if x.dtype == torch.bfloat16:
         return F.grouped_mm(x, w, offs=ends)
     return grouped_mm(x, w, ends)
 
 class Gather(torch.autograd.Function):
-    """x[source], where every row of x is used n times: row i // n at place[i].
+    """x[source], which has every row of x (N, d) n times: copy j of row i at place[i n + j].
 
-    The gradient is a gather as well. Indexing would add it up with atomics, which is slow on a GPU
-    and not deterministic.
+    With `place` the gradient is a gather too. The gradient of plain indexing adds rows with
+    atomics, which is slow on a GPU and not deterministic.
     """
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -239,13 +244,13 @@ class Gather(torch.autograd.Function):
         return grad.index_select(0, place).view(N, -1, d).sum(1), None, None
 
 class Router(NamedTuple):
-    """Statistics of the router of one MoE layer over a micro-batch."""
+    """Statistics of a MoE layer's router over a micro-batch."""
     lb_loss: Tensor     # (), 1 when perfectly balanced
     z_loss: Tensor      # ()
-    load: Tensor        # (n_experts,), share of the token-to-expert assignments, sums to 1
+    load: Tensor        # (n_experts,), each expert's share of the assignments, sums to 1
 
 class MoE(nn.Module):
-    """Mixture of SwiGLU experts without dropped tokens: softmax, then top-k (as Switch, OLMoE)."""
+    """Mixture of SwiGLU experts: softmax, then top-k, as in OLMoE. No token is dropped."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, d, h = config.n_experts, config.n_embd, config.expert_hidden
@@ -268,7 +273,7 @@ class MoE(nn.Module):
         order = expert.flatten().argsort(stable=True)                     # (N k,), slots by expert
         count = F.one_hot(expert, E).sum((0, 1))                          # (E,)
         ends = count.cumsum(0).to(torch.int32)
-        place = order.argsort()                                           # (N k,), inverse of order
+        place = order.argsort()                                           # (N k,), its inverse
         dtype = product_dtype(x)
         rows = Gather.apply(x.to(dtype), order // self.top_k, place)      # (N k, d)
         gate, up, down = (w.to(dtype) for w in (self.gate, self.up, self.down))
@@ -280,22 +285,22 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(x)
 
-        load = count.to(probs.dtype) / expert.numel()        # integer division would give float32
+        load = count.to(probs.dtype) / expert.numel()        # int / int would give float32
         lb_loss = E * (load * probs.mean(0)).sum()           # eq. 4 of Switch, arXiv 2101.03961
         z_loss = logits.logsumexp(-1).square().mean()        # eq. 5 of ST-MoE, arXiv 2202.08906
         return y.view(shape), Router(lb_loss, z_loss, load)
 
 class Detail(NamedTuple):
-    """What a block added to the stream. None: a layer of transformers that has no such parts."""
+    """What a block added to the stream. None: not known, in some layers of transformers."""
     attn: Tensor | None         # (B, T, d), from attention
     ffn: Tensor | None          # (B, T, d), from the FFN
-    router: Router | None       # of a MoE layer of ours
+    router: Router | None       # None if the FFN is dense
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper.
 
-    A fork that changes what attention or the FFN adds overrides attn_output or ffn_output, so that
-    probe.py can also remove one of the two.
+    To change what attention or the FFN adds, override attn_output or ffn_output. Then probe.py can
+    still remove one of the two.
     """
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
@@ -305,7 +310,7 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.n_experts else SwiGLU(config.n_embd, config.ffn_hidden)
         self.scale = layer ** -0.5 if config.norm == "lns" else 1.0       # LayerNorm Scaling
         self.attn_out_norm, self.ffn_out_norm = nn.Identity(), nn.Identity()
-        if config.norm == "peri":                                         # norms after sublayers too
+        if config.norm == "peri":                                         # Peri-LN
             self.attn_out_norm, self.ffn_out_norm = norm(), norm()
 
     def scaled(self, x: Tensor) -> Tensor:
@@ -334,14 +339,14 @@ class Block(nn.Module):
         return x + self.attn_output(x)
 
     def forward(self, x: Tensor, detail: bool = False) -> Tensor | tuple[Tensor, Detail]:
-        """The stream after the block, (B, T, d). With `detail` also what each part added."""
+        """The stream after the block, (B, T, d); with `detail`, also what each sublayer added."""
         attn = self.attn_output(x)
         x = x + attn
         ffn, router = self.ffn_output(x)
         x = x + ffn
         return (x, Detail(attn, ffn, router)) if detail else x
 
-# ---- the model -------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 class GPT(nn.Module):
     """embed -> blocks -> norm -> head. All are public, so that probe.py can recombine them.
 
@@ -358,7 +363,7 @@ class GPT(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.n_experts, self.init_std = config.n_experts, config.init_std
         self.recompute = False          # recompute activations in the backward pass
-        self.logits_at_once = 0         # logits held at a time in the loss; 0: see logits_at_once()
+        self.logits_at_once = 0         # how many the loss holds at a time; 0: logits_at_once()
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         rope = RoPE(config)
         layers = range(1, config.n_layer + 1)
@@ -373,11 +378,11 @@ class GPT(nn.Module):
 
         embed_init_std and scaled_init change the standard deviation. Whole matrices are drawn on
         the CPU, so that the values depend neither on the device nor on the number of ranks.
-        put(parameter, values) copies them; a sharded parameter needs its own. On the meta device
-        nothing happens: call this again after `to_empty`.
+        put(parameter, values) copies them; train.py passes one for sharded parameters.
+        Parameters on the meta device are skipped: call this again after `to_empty`.
         """
         if self.config.tie_embeddings:
-            self.head.weight = self.embed.weight          # `to_empty` had separated them
+            self.head.weight = self.embed.weight          # `to_empty` separates them
         for name, p in self.named_parameters():
             if p.is_meta:
                 continue
@@ -394,8 +399,9 @@ class GPT(nn.Module):
         c = self.config
         if name == "embed.weight" and c.embed_init_std:
             return c.embed_init_std
-        writes_to_stream = name.endswith(("attn.proj.weight", ".down", ".down.weight"))
-        return c.init_std / math.sqrt(2 * c.n_layer) if c.scaled_init and writes_to_stream else c.init_std
+        if c.scaled_init and name.endswith(("attn.proj.weight", ".down", ".down.weight")):
+            return c.init_std / math.sqrt(2 * c.n_layer)
+        return c.init_std
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits (B, T, vocab_size) for the last stream x (B, T, d)."""
@@ -403,14 +409,15 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, stats: bool = False,
                 return_logits: bool = True):
-        """Logits (B, T, vocab_size) and the mean cross-entropy in nats, or None without targets.
+        """Return the logits (B, T, vocab_size) and the loss, the mean cross-entropy in nats.
 
-        The value of the loss is the cross-entropy alone. Its gradient includes the auxiliary
-        losses of the MoE. stats=True adds a dict of statistics. With return_logits=False the logits
-        are None and are never held as a whole.
+        Without targets the loss is None. The auxiliary losses of a MoE are part of the gradient
+        but not of the value. stats=True also returns a dict of statistics. With
+        return_logits=False the logits are None, and they are never all in memory.
         """
         c = self.config
-        check(idx.size(1) <= c.block_size, f"{idx.size(1)} tokens exceed block_size={c.block_size}")
+        T = idx.size(1)
+        check(T <= c.block_size, f"{T} tokens exceed block_size={c.block_size}")
         x = self.embed(idx)                                               # (B, T, d)
         variance, attn_variance, ffn_variance, routers = [], [], [], []
         if stats:
@@ -439,7 +446,7 @@ class GPT(nn.Module):
             if router:
                 aux = c.lb_loss_weight * router.lb_loss.mean()
                 aux = aux + c.z_loss_weight * router.z_loss.mean()
-                loss = loss + (aux - aux.detach())                        # adds 0, and a gradient
+                loss = loss + (aux - aux.detach())                        # only adds a gradient
         logits = self.head(x) if return_logits or targets is None else None
         if not stats:
             return logits, loss
@@ -453,8 +460,11 @@ class GPT(nn.Module):
         return logits, loss, seen
 
     def count_parameters(self) -> dict[str, int]:
-        """total; active: without the experts that a token does not use; non_embedding: active
-        without embedding and head."""
+        """Numbers of parameters: total, active, non_embedding.
+
+        active leaves out the experts that a token does not use; non_embedding also leaves out the
+        embedding and the head.
+        """
         c = self.config
         total = sum(p.numel() for p in self.parameters())
         active = total
@@ -468,11 +478,12 @@ class GPT(nn.Module):
         return {"total": total, "active": active, "non_embedding": active - tables}
 
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
-        """FLOPs of a training step per token at context T (default block_size).
+        """FLOPs per token of a training step at context T, by default block_size.
 
-        A forward pass is a third: 2 per active matrix parameter (the head counts, the embedding is
-        a look-up), and attention over all T keys. The causal half is not subtracted (appendix B of
-        PaLM, arXiv 2204.02311).
+        The forward pass takes 2 FLOPs per active parameter of a matrix, and attention over all T
+        keys. The head counts; the embedding is a look-up. The causal half is not subtracted
+        (appendix B of PaLM, arXiv 2204.02311). The backward pass takes twice as much;
+        backward=False leaves it out.
         """
         T = T or self.config.block_size
         vectors = sum(p.numel() for p in self.parameters() if p.dim() == 1)
@@ -483,17 +494,19 @@ class GPT(nn.Module):
 def logits_at_once(device: torch.device) -> int:
     """How many logits the loss holds at a time by default.
 
-    On a CPU 32 MB of float32: malloc requests larger blocks from the system each time. On a GPU
-    0.5 GB, so that products are large. For 16,384 tokens, a vocabulary of 50,304 and d = 2,048 an
-    H200 takes 28, 25 and 24 ms with 2^26, 2^27 and 2^28 logits, and 24 ms with all at once.
+    CPU: 32 MB of float32. malloc requests larger blocks from the system each time.
+    GPU: 0.5 GB, so that matrix products are large. Measured on an H200 with 16,384 tokens, a
+    vocabulary of 50,304 and d = 2,048: 28, 25 and 24 ms for 2^26, 2^27 and 2^28 logits, and 24 ms
+    for all at once.
     """
     return 2**23 if device.type == "cpu" else 2**27
 
 class CrossEntropy(torch.autograd.Function):
-    """-log p summed over the targets (N,) in nats, for the logits x W^T; x (N, d), W (V, d).
+    """The sum of -log p(target) in nats for logits x W^T; x (N, d), W (V, d), targets (N,).
 
-    The forward pass takes `rows` tokens at a time and computes the gradients of x and W with them,
-    from softmax minus one-hot. No logits are kept for the backward pass or computed again there.
+    The forward pass handles `rows` tokens at a time. It also computes the gradients of x and W,
+    from softmax minus one-hot. So no logits are kept, and none are computed again, for the
+    backward pass.
     """
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -524,10 +537,9 @@ class CrossEntropy(torch.autograd.Function):
         return grad * grad_x, grad * grad_W, None, None
 
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0) -> Tensor:
-    """Mean cross-entropy of head(x) in nats, x (B, T, d), targets (B, T) from 0 to V - 1.
+    """Mean cross-entropy of head(x) in nats; x (B, T, d), targets (B, T) from 0 to V - 1.
 
-    at_once: how many logits are held at a time, see `logits_at_once`. A fork whose head is more
-    than a matrix adapts CrossEntropy.
+    at_once: how many logits are held at a time; 0: see the function `logits_at_once`.
     """
     check(type(head) is nn.Linear and head.bias is None,
           "this loss assumes a head that is one matrix: adapt CrossEntropy in model.py to yours")
@@ -551,19 +563,17 @@ def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: i
              n_vocab: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Continue idx (B, T) by n tokens: (B, T + n).
 
-    Each token is drawn from the top_k most likely ones; temperature 0 takes the most likely one.
-    Ids from n_vocab on are padding and never drawn. There is no key/value cache: every token costs
+    Each token is drawn from the top_k likeliest ones. Temperature 0 takes the likeliest one. Ids
+    from n_vocab up are padding and are never drawn. There is no key/value cache: every token costs
     a full pass.
     """
     for _ in range(n):
         x = model.embed(idx[:, -model.config.block_size:])
         for block in model.blocks:
             x = block(x)
-        logits = model.head(model.norm(x[:, -1]))[:, :n_vocab].float()    # (B, n_vocab)
-        check(bool(logits.isfinite().all()),
-              "the logits are nan or infinite: use another checkpoint")
+        logits = model.logits(x[:, -1])[:, :n_vocab].float()              # (B, n_vocab)
         kept, ids = logits.topk(min(top_k, logits.size(-1)))
         chance = ((kept - kept[:, :1]) / max(temperature, 1e-9)).softmax(-1)
-        drawn = torch.multinomial(chance, 1, generator=generator)         # (B, 1), indices into ids
+        drawn = torch.multinomial(chance, 1, generator=generator)         # (B, 1), into ids
         idx = torch.cat((idx, ids.gather(-1, drawn)), dim=1)
     return idx

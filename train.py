@@ -1,13 +1,16 @@
 """Train a model of the paper, on a laptop or on several GPUs.
 
-    python train.py configs/gqa_deep.py                          # two to five minutes on two cores
+    python train.py configs/gqa_deep.py                        # two to five minutes on two cores
     torchrun --nproc-per-node=8 train.py configs/paper/moe_1b.py --parallel=fsdp --resume
-    python train.py configs/paper/moe_1b.py --plan --gpus=8      # parameters, hours, memory; no GPU
+    python train.py configs/paper/moe_1b.py --plan --gpus=8    # parameters, hours, memory; no GPU
 
 A config is a Python file that assigns the settings below. `base = "other.py"` starts from another
 config. The command line overrides both. A run writes log.jsonl (one object per step), ckpt.pt, the
-checkpoint before it (ckpt.1.pt) and config.json (what was run) into out_dir. Ctrl-C and SIGTERM
-save a checkpoint and stop. Several nodes need an out_dir that all of them see.
+checkpoint before it (ckpt.1.pt) and config.json (what was run) into out_dir. On several nodes,
+out_dir must be on a disk that all of them share.
+
+Ctrl-C or SIGTERM stops a run after the step in progress. The run saves a checkpoint and ends with
+exit status 0, as a finished run does. --resume continues it.
 """
 from __future__ import annotations
 
@@ -37,14 +40,14 @@ try:
 except ImportError:                              # Windows
     fcntl = None
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads it when it is imported
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads this on import
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -53,55 +56,58 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from data import (Corpus, Parser, check_weights, choose_device, copy_tokenizer, eval_windows,
                   load_checkpoint, need, prepare, run, same_tokenizer, save_checkpoint,
                   train_windows, write_json)
-from model import GPT, ModelConfig, UserError, check, setting
+from model import ABOVE_0, GPT, ModelConfig, UserError, check, setting
 
 @dataclass
 class TrainConfig(ModelConfig):
-    """Every setting of a run: the model's and these. The optimizer's defaults are the paper's."""
-    data: str = setting("data/python", "corpus made by data.py; data/python: prepared on first use")
-    tokens_per_step: int = setting(2048, "tokens in an optimizer step, over all ranks", 1)
-    batch_size: int = setting(0, "sequences per forward pass and rank; 0: a rank's whole share")
-    eval_tokens: int = setting(65536, "validation tokens, the same ones every time")
+    """All settings of a run: those of the model, and these. Optimizer defaults are the paper's."""
+    data: str = setting("data/python", "corpus made by data.py; data/python: made on first use")
+    tokens_per_step: int = setting(2048, "tokens per optimizer step, over all ranks", 1)
+    batch_size: int = setting(0, "sequences per forward pass of a rank; 0: the rank's whole share")
+    eval_tokens: int = setting(65536, "number of validation tokens, always the same ones")
 
-    max_steps: int = setting(1000, "optimizer steps", 1)
-    learning_rate: float = setting(3e-3, "peak learning rate", 1e-38)
-    min_lr_ratio: float = setting(0.1, "the cosine ends at this share of the peak")
+    max_steps: int = setting(1000, "number of optimizer steps", 1)
+    learning_rate: float = setting(3e-3, "peak learning rate", ABOVE_0)
+    min_lr_ratio: float = setting(0.1, "the cosine ends at this fraction of the peak")
     warmup_steps: int = setting(50, "steps of linear warm-up")
-    weight_decay: float = setting(0.1, "decoupled decay of every matrix; none on norms")
-    beta1: float = setting(0.9, "AdamW's first moment")
-    beta2: float = setting(0.95, "AdamW's second moment")
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices; norms have none")
+    beta1: float = setting(0.9, "decay rate of AdamW's first moment")
+    beta2: float = setting(0.95, "decay rate of AdamW's second moment")
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping")
 
-    out_dir: str = setting("", "where log.jsonl and ckpt.pt go; empty: out/NAME of the config")
-    init_from: str = setting("", "checkpoint whose architecture and weights to start from")
+    out_dir: str = setting("", "folder for the log and checkpoints; empty: out/NAME of the config")
+    init_from: str = setting("", "checkpoint that gives the architecture and the initial weights")
     eval_interval: int = setting(200, "steps between validations; 0: never")
-    stats_interval: int = setting(50, "steps between per-layer statistics; 0: never")
+    stats_interval: int = setting(50, "steps between statistics of each layer; 0: never")
     save_interval: int = setting(500, "steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = setting(2, "how many to keep: ckpt.pt, ckpt.1.pt, ...", 1)
-    wandb: str = setting("", "project of Weights & Biases that also receives the log; empty: none")
-    parallel: str = setting("ddp", "fsdp: FSDP2 shards what ddp copies to every rank", "ddp/fsdp")
-    recompute: bool = setting(False, "recompute activations in the backward pass: saves memory")
-    seed: int = setting(0, "for the initial weights and the order of the data")
-    device: str = setting("auto", "auto: a GPU if there is one; mps: Apple's", "auto/cpu/cuda/mps")
-    dtype: str = setting("auto", "auto: bfloat16 autocast on cuda, else float32 (TF32 on cuda)",
+    wandb: str = setting("", "project of Weights & Biases to send the log to; empty: none")
+    parallel: str = setting("ddp", "on several ranks: ddp copies the weights, fsdp shards them",
+                            "ddp/fsdp")
+    recompute: bool = setting(False, "recompute activations in the backward pass, to save memory")
+    seed: int = setting(0, "seed of the initial weights and of the order of the data")
+    device: str = setting("auto", "auto: a GPU if there is one, else the CPU; mps: Apple's GPU",
+                          "auto/cpu/cuda/mps")
+    dtype: str = setting("auto", "of matrix products; auto: bfloat16 on cuda, else float32",
                          "auto/float32/bfloat16")
-    compile: bool | None = setting(None, "torch.compile; auto: on cuda only [auto/true/false]")
+    compile: bool | None = setting(None, "use torch.compile; auto: only on cuda [auto/true/false]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(max(self.beta1, self.beta2) < 1,
               f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
 
-PYTHON_CORPUS = Path("data/python")              # prepared on first use, as bytes
+PYTHON_CORPUS = Path("data/python")              # prepared on first use, in bytes
 
 # ---- the run -------------------------------------------------------------------------------------
 def train(c: TrainConfig, resume: bool = False, overwrite: bool = False) -> None:
-    """Train to max_steps and write out_dir. resume: go on from its newest checkpoint, if any.
+    """Train to max_steps and write out_dir.
 
+    resume: continue from the newest checkpoint in out_dir, if there is one.
     overwrite: rename the files of an earlier run to *.old.
     """
     here = set_up(c)
-    batch_shape(c, here.world)                   # refuses a batch that does not divide
+    batch_shape(c, here.world)                   # refuses a batch that cannot be divided
     if c.wandb:
         need("wandb", "--wandb")
     corpus = open_corpus(c, here)
@@ -111,10 +117,10 @@ def train(c: TrainConfig, resume: bool = False, overwrite: bool = False) -> None
             check_free(Path(c.out_dir), overwrite)
         train_model(c, corpus, here, resume)
     if dist.is_initialized():
-        dist.destroy_process_group()             # after DDP's end, which gloo waits for
+        dist.destroy_process_group()             # DDP is gone by now, else gloo would wait
 
 def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> None:
-    """All of `train` that needs the model, in an out_dir that is this run's own."""
+    """Build the model, load what it starts from, and take the steps."""
     raw, model = build(c, here)
     optimizer = make_optimizer(raw, c)
     done = 0
@@ -125,7 +131,7 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
     if resume and here.world > 1:
         steps = {"done": torch.tensor(float(done), device=here.device)}
         check(average_over_ranks(steps, here.world)["done"] == done,
-              f"the ranks see different checkpoints: {c.out_dir} must be on a disk that all share")
+              f"the ranks see different checkpoints: put {c.out_dir} on a disk that all share")
     if c.init_from and done == 0:
         start_from_checkpoint(c, raw, corpus.tokenizer)
     if here.rank == 0:
@@ -134,31 +140,33 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
     if c.init_from and done == 0 and c.eval_interval:
         loss = evaluate(model, corpus, c, here)
         if here.rank == 0:
-            print(f"before the first step: val_loss {loss:.4f}, of {c.init_from}", flush=True)
+            print(f"{c.init_from}: val_loss {loss:.4f} before the first step", flush=True)
     stopped = take_steps(c, corpus, here, raw, model, optimizer, done)
     if here.rank == 0:
         print(closing_lines(c, corpus, stopped))
 
 def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: torch.nn.Module,
                optimizer: torch.optim.Optimizer, done: int) -> str:
-    """The training loop, from step done + 1 to max_steps.
+    """The training loop. Steps are numbered from 1, and `done` of them have been taken.
 
-    `raw` holds the weights. `model` is the same network as a step calls it: compiled, in DDP.
-    Returns what stopped the loop before max_steps, or "".
+    raw: the model that holds the weights. model: the same model as it is called, which may be
+    compiled or in DDP. Returns what stopped the loop before max_steps, or "".
     """
     with catch_signals() as caught, open_log(c, here, raw, done, caught) as log:
         batches = read_batches(corpus, c, here, done)
         for step in range(done + 1, c.max_steps + 1):
             begun = time.perf_counter()
-            lr = learning_rate(step - 1, c)
+            lr = learning_rate(step - 1, c)                      # counts from 0, as read_batches
             for group in optimizer.param_groups:
                 group["lr"] = lr
             means = gradients(model, batches, here.dtype, due(step, c.stats_interval, c))
             means["grad_norm"] = clip_gradients(raw, c.grad_clip)
+            # A signal may reach only one rank. Its flag is averaged together with the means: then
+            # all ranks stop after the same step, and all take part in saving.
             means["stop"] = torch.tensor(float(len(caught) > 0), device=here.device)
-            batches = read_batches(corpus, c, here, step)        # next step's, while a GPU computes
+            batches = read_batches(corpus, c, here, step)        # the next, while a GPU computes
             means = average_over_ranks(means, here.world)        # waits for the GPU
-            stop = means.pop("stop") > 0                         # a signal to one rank stops all
+            stop = means.pop("stop") > 0
             check_finite(step, means, c)
             optimizer.step()
             optimizer.zero_grad()
@@ -177,20 +185,20 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: t
 
 # ---- one step ------------------------------------------------------------------------------------
 def due(step: int, interval: int, c: TrainConfig) -> bool:
-    """True every `interval` steps (0: never) and at the last step."""
+    """True every `interval` steps and at the last step; never if interval is 0."""
     return interval > 0 and (step % interval == 0 or step == c.max_steps)
 
 def read_batches(corpus: Corpus, c: TrainConfig, here: Process,
                  step: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of a step, from 0: inputs and targets, each (size, T)."""
+    """This rank's micro-batches: inputs and targets, each (size, T). Steps count from 0."""
     per_step, size = batch_shape(c, here.world)
     n_windows = corpus.n_windows("train", c.block_size)
-    passes = train_windows(c.seed, step, per_step, n_windows).reshape(-1, size)     # of all ranks
-    mine = passes[here.rank::here.world]
+    windows = train_windows(c.seed, step, per_step, n_windows)
+    mine = windows.reshape(-1, size)[here.rank::here.world]      # a row for each forward pass
     return [to_device(corpus.batch("train", ids, c.block_size), here.device) for ids in mine]
 
 def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copy a batch. On CUDA the copy is queued and the CPU goes on."""
+    """Copy a batch to the device. On CUDA the CPU does not wait for the copy."""
     x, y = batch
     if device.type == "cuda":
         return (x.pin_memory().to(device, non_blocking=True),
@@ -206,7 +214,7 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * cosine)
 
 def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on every matrix and none on norms (facts of the released configs)."""
+    """AdamW. Matrices are decayed, norms are not, as in the released configs."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": c.weight_decay},
@@ -216,15 +224,15 @@ def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.AdamW:
 
 def gradients(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype,
               stats: bool) -> dict[str, Tensor]:
-    """Accumulate the gradients of one step's micro-batches.
+    """Accumulate the gradients of the micro-batches of a step.
 
-    Returns their mean loss and, if asked, the means of the statistics.
+    Returns the mean loss and, with `stats`, the mean of each statistic.
     """
     means: dict[str, Tensor] = {}
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1
-        exchange_later = isinstance(model, DDP) and not last    # DDP exchanges once per step
-        with model.no_sync() if exchange_later else contextlib.nullcontext():
+        wait = isinstance(model, DDP) and not last     # DDP exchanges gradients once per step
+        with model.no_sync() if wait else contextlib.nullcontext():
             with autocast(x.device, dtype):
                 if stats:
                     _, loss, seen = model(x, y, stats=True, return_logits=False)
@@ -237,18 +245,18 @@ def gradients(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]], dtyp
     return means
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in bfloat16 if that is the dtype; the weights stay float32."""
+    """A context in which matrix products are computed in dtype. Weights stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 def clip_gradients(model: GPT, limit: float) -> Tensor:
-    """Scale the gradient down to the limit (0: no limit). Returns its norm before that."""
+    """Scale the gradient down to the norm `limit`; 0: no limit. Returns the norm it had."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     """The mean of every value over the ranks, as Python floats and lists.
 
-    All values share one exchange and one synchronisation with the device.
+    All values are exchanged at once, so that the CPU waits for the device only once per step.
     """
     flat = torch.cat([v.flatten() for v in values.values()])
     if world > 1:
@@ -258,7 +266,7 @@ def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     return {name: part.view(v.shape).tolist() for (name, v), part in zip(values.items(), parts)}
 
 def check_finite(step: int, means: dict[str, Any], c: TrainConfig) -> None:
-    """UserError unless the loss and the gradient of a step are finite. All ranks see the same."""
+    """UserError unless loss and gradient are finite. All ranks see the same values and agree."""
     loss, norm = means["loss"], means["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         good = newest_checkpoint(Path(c.out_dir))
@@ -291,11 +299,11 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, here: Proce
 
 # ---- before the first step -----------------------------------------------------------------------
 class Process(NamedTuple):
-    """Where this process computes."""
-    rank: int                   # which of the processes it is, from 0
-    world: int                  # how many there are
+    """This process among all, and how it computes."""
+    rank: int                   # its number, from 0
+    world: int                  # how many processes there are
     device: torch.device
-    dtype: torch.dtype          # of the matrix products
+    dtype: torch.dtype          # of matrix products
 
 def set_up(c: TrainConfig) -> Process:
     """Choose the device, and join the process group if torchrun started several processes."""
@@ -309,26 +317,26 @@ def set_up(c: TrainConfig) -> Process:
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        # torchrun keeps its store when it restarts the processes. A prefix per start keeps them from
-        # finding the addresses of their predecessors.
+        # torchrun keeps its store when it restarts the processes. A prefix for each restart hides
+        # the addresses that the processes before them left there.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank,
-                                world_size=world)
+        backend = dist.get_default_backend_for_device(device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     if c.dtype != "auto":
         dtype = getattr(torch, c.dtype)
-    else:       # On a CPU bfloat16 is anything from faster to 100 times slower than float32.
+    else:       # On some CPUs bfloat16 is 100 times slower than float32.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Process(rank, world, device, dtype)
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[str]]:
-    """Inside, Ctrl-C and SIGTERM do not end the process: their names appear in the list."""
+    """A context in which Ctrl-C and SIGTERM only add their names to the list it yields."""
     caught: list[str] = []
 
     def catch(number: int, _: Any) -> None:
         caught.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)     # another Ctrl-C ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # a second Ctrl-C ends the process at once
 
     before = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -338,18 +346,18 @@ def catch_signals() -> Iterator[list[str]]:
             signal.signal(s, handler)
 
 def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
-    """Sequences per step over all ranks, and sequences per forward pass of one rank."""
+    """The number of sequences per step over all ranks, and per forward pass of one rank."""
     per_step = c.tokens_per_step // c.block_size
     size = c.batch_size or max(1, per_step // world)
     whole_windows = per_step > 0 and per_step * c.block_size == c.tokens_per_step
     ranks = "1 rank" if world == 1 else f"{world} ranks"
     check(whole_windows and per_step % (size * world) == 0,
-          f"tokens_per_step={c.tokens_per_step} is no multiple of block_size={c.block_size} x "
+          f"tokens_per_step={c.tokens_per_step} is not a multiple of block_size={c.block_size} x "
           f"batch_size={size} x {ranks}: change one of them")
     return per_step, size
 
 def open_corpus(c: TrainConfig, here: Process) -> Corpus:
-    """The corpus; PYTHON_CORPUS is prepared first. UserError if it does not suit the settings."""
+    """The corpus c.data. PYTHON_CORPUS is prepared if it is missing. UserError if it is unfit."""
     missing = not Path(c.data, "meta.json").exists()
     if missing and Path(c.data) == PYTHON_CORPUS and here.rank == 0:
         prepare("python", c.data)
@@ -358,15 +366,15 @@ def open_corpus(c: TrainConfig, here: Process) -> Corpus:
     corpus = Corpus(c.data)
     check(vocabulary(c, corpus) >= corpus.vocab_size,
           f"vocab_size={c.vocab_size}, but {c.data} needs {corpus.vocab_size}")
-    corpus.n_windows("train", c.block_size)      # refuses a split that is too short
+    corpus.n_windows("train", c.block_size)      # these refuse a split that is too short
     if c.eval_interval:
         corpus.n_windows("val", c.block_size)
     return corpus
 
 def vocabulary(c: TrainConfig, corpus: Corpus | None = None) -> int:
-    """vocab_size. If it is 0: the corpus's vocabulary, rounded up to a multiple of 64.
+    """vocab_size, or if that is 0 the vocabulary of the corpus, rounded up to a multiple of 64.
 
-    Without a corpus its size is guessed from its name: bytes for PYTHON_CORPUS, else GPT-2's.
+    Without a corpus the vocabulary is a guess: bytes for PYTHON_CORPUS, else GPT-2's.
     """
     if c.vocab_size:
         return c.vocab_size
@@ -379,9 +387,13 @@ def vocabulary(c: TrainConfig, corpus: Corpus | None = None) -> int:
     return 64 * math.ceil(tokens / 64)
 
 def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
-    """The initial model, and the same model as a step calls it: compiled, parallel, or both."""
+    """The initial model twice: as it holds the weights, and as it is called to train.
+
+    Only DDP, and torch.compile on one rank, wrap it. FSDP2, and torch.compile on several ranks,
+    change it in place: then both are the same object.
+    """
     sharded = here.world > 1 and c.parallel == "fsdp"
-    raw = bare(c)                                # FSDP: never whole on one GPU
+    raw = bare(c)                                # with FSDP2 it is never whole on one GPU
     raw.recompute = c.recompute
     compiled = here.device.type == "cuda" if c.compile is None else c.compile
     if compiled and here.world > 1:
@@ -397,7 +409,7 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
         return raw, raw
     ids = [here.device.index] if here.device.type == "cuda" else None
     model = DDP(raw, device_ids=ids, gradient_as_bucket_view=True)
-    model.broadcast_buffers = False              # the only buffers are RoPE's tables
+    model.broadcast_buffers = False              # RoPE's tables are the same on all ranks
     return raw, model
 
 def bare(c: ModelConfig) -> GPT:
@@ -406,23 +418,24 @@ def bare(c: ModelConfig) -> GPT:
         return GPT(c)
 
 def compile_blocks(model: GPT) -> None:
-    """torch.compile block by block. Between two blocks the ranks exchange gradients (DDP) or fetch
-    weights (FSDP2).
+    """Compile every block by itself. Between blocks DDP sends gradients and FSDP2 fetches weights.
 
-    Compiled as a whole, DDP makes a graph for each 25 MB of gradients: 66 graphs of
-    configs/paper/dense_1b.py. Block by block all blocks share one, in less than half the time.
+    torch.compile of a whole DDP model makes one graph for each 25 MB of gradients, which is 66 for
+    configs/paper/dense_1b.py. Single blocks share one graph. That takes less than half the time.
     """
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = 4 * len(model.blocks) + 8    # lns: one graph per block
+    # With norm="lns" every block has its own scale, and so its own graph.
+    torch._dynamo.config.recompile_limit = 4 * len(model.blocks) + 8
     for block in model.blocks:
         block.compile(dynamic=False)
 
 def shard(model: GPT, here: Process) -> None:
-    """FSDP2: each rank holds a part of every weight. A block's weights are whole while it computes.
+    """Shard the model in place with FSDP2: every rank holds a part of every weight.
 
-    Blocks compute in here.dtype. Embedding, norm, head and the stream stay float32.
+    A block gathers its weights when it is called, and frees them afterwards. Blocks compute in
+    here.dtype. The embedding, the final norm, the head and the stream stay in float32.
     """
-    mesh = init_device_mesh(here.device.type, (here.world,))    # not any GPU it sees
+    mesh = init_device_mesh(here.device.type, (here.world,))    # FSDP2 would take any GPU it sees
     policy = MixedPrecisionPolicy(param_dtype=here.dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.blocks:
@@ -430,15 +443,15 @@ def shard(model: GPT, here: Process) -> None:
     fully_shard(model, mesh=mesh)
 
 def put(p: Tensor, values: Tensor) -> None:
-    """Copy a whole tensor into p, which may be this rank's shard of a parameter (FSDP2)."""
+    """Copy a whole tensor into a parameter. Under FSDP2 this rank takes only its shard."""
     if isinstance(p, DTensor):
         values = distribute_tensor(values.to(p.device), p.device_mesh, p.placements,
                                    src_data_rank=None)
     p.copy_(values)
 
 # ---- checkpoints ---------------------------------------------------------------------------------
-# A checkpoint holds whole tensors by name: the same file from one rank, DDP and FSDP2. Saving
-# gathers them on the CPU of rank 0. Loading hands each rank its part on its own device.
+# A checkpoint holds whole tensors by name, so that one rank, DDP and FSDP2 write the same file.
+# Saving gathers the tensors in the CPU memory of rank 0. Loading gives every rank its part.
 WHOLE = StateDictOptions(full_state_dict=True)
 ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -446,13 +459,13 @@ def save(c: TrainConfig, step: int, model: GPT, optimizer: torch.optim.Optimizer
          here: Process) -> None:
     """Write out_dir/ckpt.pt. All ranks must call it. UserError if a weight is not finite."""
     weights = get_model_state_dict(model, options=ON_CPU)
-    moments = {}                                 # before the first step AdamW has none
+    moments = {}                                 # AdamW has none before the first step
     if optimizer.state:
         moments = get_optimizer_state_dict(model, optimizer, options=ON_CPU).get("state", {})
     if here.rank > 0:
         return
     check(all(w.isfinite().all() for w in weights.values()),
-          f"step {step}: weights that are not finite: lower learning_rate={c.learning_rate}; "
+          f"step {step}: some weights are not finite: lower learning_rate={c.learning_rate}; "
           "this step is not saved")
     out = Path(c.out_dir)
     save_checkpoint(out / "ckpt.pt", {
@@ -461,7 +474,7 @@ def save(c: TrainConfig, step: int, model: GPT, optimizer: torch.optim.Optimizer
 
 def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, corpus: Corpus,
             here: Process) -> int:
-    """Load weights and moments from out_dir's newest checkpoint. Returns its step, or 0."""
+    """Load weights and moments from the newest checkpoint in out_dir. Returns its step, or 0."""
     path = newest_checkpoint(Path(c.out_dir))
     if path is None:
         if here.rank == 0:
@@ -474,8 +487,8 @@ def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, corpus
     load_weights(model, saved, path)
     if saved["optimizer"]:
         names = {p: name for name, p in model.named_parameters()}
-        groups = [group | {"params": [names[p] for p in group["params"]]}    # with today's rates
-                  for group in optimizer.param_groups]
+        groups = [group | {"params": [names[p] for p in group["params"]]}    # these, not the saved
+                  for group in optimizer.param_groups]                       # ones, set the decay
         state = {"state": saved["optimizer"], "param_groups": groups}
         set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
     return saved["step"]
@@ -487,12 +500,12 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
 
 def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path: Path,
                     rank: int) -> None:
-    """Print which settings have changed. UserError for those that must not change."""
+    """Print the settings that have changed. UserError for those that must not change."""
     theirs = saved["settings"]
     check(same_tokenizer(corpus.tokenizer, saved["tokenizer"]),
           f"{path} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has "
           f"{corpus.tokenizer!r}: give another --data, or another --out_dir")
-    moved = theirs.get("data") != c.data         # another corpus on purpose: printed below
+    moved = theirs.get("data") != c.data         # on purpose; printed below
     check(moved or saved.get("corpus", checksum(corpus)) == checksum(corpus),
           f"{c.data} has changed since {path} was trained on it: put the old corpus back, "
           "or start over in another --out_dir")
@@ -513,22 +526,22 @@ def checksum(corpus: Corpus) -> int:
     return zlib.crc32(json.dumps(shards).encode())
 
 def start_from_checkpoint(c: TrainConfig, model: GPT, tokenizer: str) -> None:
-    """Load the weights of init_from. They must have been trained on the same tokenizer."""
+    """Load the weights of init_from. Its tokenizer must be that of the corpus."""
     saved = load_checkpoint(c.init_from)
     check(same_tokenizer(saved["tokenizer"], tokenizer),
-          f"{c.init_from} was trained on {saved['tokenizer']!r} tokens "
-          f"and {c.data} has {tokenizer!r}")
+          f"{c.init_from} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has "
+          f"{tokenizer!r}: give another --data")
     load_weights(model, saved, c.init_from)
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """ckpt.pt; ckpt.1.pt where the machine stopped between the two renames of a save; None."""
+    """ckpt.pt, else ckpt.1.pt, else None. A crash between two renames may leave no ckpt.pt."""
     names = [out / "ckpt.pt", out / "ckpt.1.pt"]
     return next((path for path in names if path.exists()), None)
 
-# ---- out_dir, and what is shown ------------------------------------------------------------------
+# ---- out_dir, the log and the terminal -----------------------------------------------------------
 @contextlib.contextmanager
 def only_writer(out: Path, here: Process) -> Iterator[None]:
-    """Inside, no other run writes to out_dir: rank 0 holds a lock that ends with its process."""
+    """A context in which rank 0 locks out_dir against other runs. A lock ends with its process."""
     if here.rank > 0:
         yield
         return
@@ -541,17 +554,17 @@ def only_writer(out: Path, here: Process) -> Iterator[None]:
             raise UserError(f"another run writes to {out}: wait for it, stop it, or give another "
                             "--out_dir") from e
         except OSError as e:                     # some network disks have no locks
-            print(f"no file locks here ({e}): nothing keeps a second run out of {out}")
+            print(f"{out} cannot be locked ({e}): do not start a second run there")
         yield
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """UserError if a fresh start would replace an earlier run."""
+    """UserError if out_dir holds a checkpoint and --overwrite is not given."""
     check(overwrite or newest_checkpoint(out) is None,
-          f"{out} holds a checkpoint: --resume goes on from it, another --out_dir leaves it "
-          "alone, --overwrite renames its files to *.old")
+          f"{out} holds a checkpoint: continue it with --resume, give another --out_dir, or "
+          "rename its files to *.old with --overwrite")
 
 def open_out_dir(c: TrainConfig, here: Process, done: int) -> None:
-    """Write config.json and cut the log after step `done`. At 0 rename an earlier run's files."""
+    """Write config.json. Cut the log after step `done`, or rename the files of an earlier run."""
     out = Path(c.out_dir)
     if done > 0:
         cut_log(out / "log.jsonl", done)
@@ -566,14 +579,15 @@ def open_out_dir(c: TrainConfig, here: Process, done: int) -> None:
         "host": platform.node(), "device": device, "world_size": here.world})
 
 def cut_log(path: Path, done: int) -> None:
-    """Drop the lines of steps after `done`, and a last line that was cut off as it was written."""
+    """Drop the lines of steps after `done`, and an incomplete last line."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
-        os.truncate(path, sum(len(line) for line in kept))       # never loses a line it keeps
+        whole = [line for line in lines if line.endswith(b"\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= done]
+        os.truncate(path, sum(len(line) for line in kept))       # a crash here loses no kept line
 
 def commit() -> str | None:
-    """The git commit of this file, with -dirty if files differ from it. None without git."""
+    """The git commit, with -dirty if files were changed since. None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError):
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -590,7 +604,7 @@ def opening_line(c: TrainConfig, model: GPT, here: Process, done: int) -> str:
 def closing_lines(c: TrainConfig, corpus: Corpus, stopped: str) -> str:
     ckpt = Path(c.out_dir, "ckpt.pt")
     if stopped:
-        return f"stopped by {stopped}; {ckpt} is saved: --resume goes on from there"
+        return f"stopped by {stopped}; {ckpt} is saved: --resume continues from there"
     line = f"trained to step {c.max_steps}"
     if "bigram_entropy" in corpus.meta:
         entropy = corpus.meta["bigram_entropy"]
@@ -600,7 +614,7 @@ def closing_lines(c: TrainConfig, corpus: Corpus, stopped: str) -> str:
 @contextlib.contextmanager
 def open_log(c: TrainConfig, here: Process, model: GPT, done: int,
              caught: list[str]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """log(record) writes a step to log.jsonl, the terminal and, if asked, wandb; rank 0 only."""
+    """log(record) writes a step to log.jsonl, to the terminal and to wandb. Only rank 0 writes."""
     if here.rank > 0:
         yield lambda record: None
         return
@@ -616,15 +630,15 @@ def open_log(c: TrainConfig, here: Process, model: GPT, done: int,
             tracker.log(dict(numbers("", record)), step=record["step"])
         try:
             show(record, c)
-        except BrokenPipeError:                  # as with `| head`: save and stop
+        except BrokenPipeError:                  # nobody reads any more, as after `| head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            caught.append("the end of its output pipe")
+            caught.append("the end of its output pipe")          # save and stop, as for a signal
 
     with wandb_run(c, done) as tracker:
         yield log
 
 def show(record: dict[str, Any], c: TrainConfig) -> None:
-    """One line, never wider than the terminal. About ten lines of a run stay, and validations."""
+    """Print a line that is never wider than the terminal. Ten of a run stay, and validations."""
     step, rate = record["step"], record["tokens_per_s"]
     left = (c.max_steps - step) * c.tokens_per_step / rate / 60
     line = f"step {step}/{c.max_steps}  loss {record['loss']:.4f}"
@@ -647,9 +661,9 @@ def show(record: dict[str, Any], c: TrainConfig) -> None:
               " ".join(f"{v:.2g}" for v in record["variance"]), flush=True)
 
 def wandb_run(c: TrainConfig, done: int) -> Any:
-    """A run of Weights & Biases, as a context; None in a context if none is asked for.
+    """A context with the run of Weights & Biases, or with None if c.wandb is empty.
 
-    A resumed run goes on in the run whose id is in out_dir/wandb_id.
+    A resumed run continues the run whose id is in out_dir/wandb_id.
     """
     if not c.wandb:
         return contextlib.nullcontext()
@@ -661,24 +675,24 @@ def wandb_run(c: TrainConfig, done: int) -> Any:
     return tracker
 
 def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The numbers in a record, each by its own name. An item of a list is name/0, name/1, ..."""
+    """Flatten a record into named numbers. The items of a list are name/0, name/1, ..."""
     if isinstance(value, (dict, list)):
         for key, x in value.items() if isinstance(value, dict) else enumerate(value):
             yield from numbers(f"{name}/{key}" if name else str(key), x)
     else:
         yield name, value
 
-# ---- the speed of a GPU, and what a run would take: --plan ---------------------------------------
-# FLOP/s of dense bfloat16 products that are summed in float32, from the makers' data sheets. The
-# first name that is in a card's name counts.
+# ---- the peak of a GPU, and --plan ---------------------------------------------------------------
+# FLOP/s of dense bfloat16 matrix products with float32 accumulation, from the makers' data sheets.
+# The first entry that is part of the card's name applies.
 PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12,
         "B200": 2250e12, "A100": 312e12, "A10": 125e12, "L4": 121e12, "L40S": 362e12,
         "RTX A6000": 155e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12,
         "MI300X": 1307e12}
-OTHER_CARD = re.compile(r"\b(Laptop|Ti|SUPER|D|NVL|MIG)\b")    # another card, or a part
+OTHER_CARD = re.compile(r"\b(Laptop|Ti|SUPER|D|NVL|MIG)\b")    # a variant, or a part of the card
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s to measure MFU against, from the data sheet; None for a card or dtype not in PEAK."""
+    """The peak FLOP/s that MFU is relative to. None unless PEAK has the card; bfloat16 only."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(device)
         for name, peak in PEAK.items():
@@ -688,10 +702,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
-    """Parameters, FLOPs, hours, and bytes per GPU under DDP and FSDP2. Allocates nothing."""
-    check(gpus > 0 and mfu > 0, f"--gpus={gpus} and --mfu={mfu} must be above 0")
+    """A text with parameters, FLOPs, hours, and memory per GPU. The model is not allocated."""
     c = replace(c, vocab_size=vocabulary(c))
-    batch_shape(c, gpus)                         # refuses what training would refuse
+    batch_shape(c, gpus)                         # refuses a batch that cannot be divided
     model = bare(c)
     n = model.count_parameters()
     tokens = c.max_steps * c.tokens_per_step
@@ -705,7 +718,7 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
         f"hours        {hours:,.1f} on {gpus} H100 at {mfu:.0%} of their {peak / 1e12:.0f} TFLOP/s",
         f"GB per GPU   {'weights':>10}{'gradients':>10}{'AdamW':>10}{'total':>10}  and activations"]
     for parallel, ranks in (("ddp", 1), ("fsdp", gpus)):
-        weights = 4 * n["total"] / ranks / 1e9    # all in float32
+        weights = 4 * n["total"] / ranks / 1e9    # in float32, as gradients and both moments
         columns = (weights, weights, 2 * weights, 4 * weights)
         lines.append(f"  {parallel:11}" + "".join(f"{gb:10.2f}" for gb in columns))
     lines.append(f"host memory  {12 * n['total'] / 1e9:,.1f} GB on rank 0 while it saves")
@@ -713,12 +726,11 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
 
 # ---- settings: defaults < config files < command line --------------------------------------------
 def load_settings(argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
-    """The settings of a command line, and its switches: resume, overwrite, plan, gpus, mfu."""
+    """The settings of a command line, and its options: resume, overwrite, plan, gpus, mfu."""
     args, unknown = make_parser().parse_known_intermixed_args(argv)
     if unknown:
         kind_of(unknown[0].lstrip("-").split("=")[0], "command line")
         raise UserError(f"command line: {unknown[0]}: settings are given as --name=value")
-    check(not (args.resume and args.overwrite), "--resume and --overwrite: one at a time")
     values: dict[str, Any] = {}
     for path in args.configs:
         values |= read_config(Path(path))
@@ -741,14 +753,17 @@ def make_parser() -> Parser:
                     usage="train.py [CONFIG.py ...] [--setting=value ...]")
     add = parser.add_argument
     add("configs", nargs="*", metavar="CONFIG.py", help="files of settings, applied in order")
-    add("--resume", action="store_true", help="go on from out_dir's newest checkpoint, if any")
-    add("--overwrite", action="store_true", help="start over; an earlier run's files become *.old")
-    add("--plan", action="store_true", help="print parameters, FLOPs, hours and memory, and stop")
-    add("--gpus", type=int, default=8, help="how many --plan assumes (default 8)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true",
+                       help="continue from the newest checkpoint in out_dir")
+    start.add_argument("--overwrite", action="store_true",
+                       help="rename an earlier run's files and start anew")
+    add("--plan", action="store_true", help="only print parameters, FLOPs, hours and memory")
+    add("--gpus", type=int, default=8, help="number of GPUs for --plan (default 8)")
     add("--mfu", type=float, default=0.4,
-        help="share of the peak FLOP/s that --plan assumes (default 0.4)")
+        help="fraction of the peak FLOP/s for --plan (default 0.4)")
     group = parser.add_argument_group("model")
-    starts = {"data": "data", "max_steps": "optimizer", "out_dir": "run"}     # first settings
+    starts = {"data": "data", "max_steps": "optimizer", "out_dir": "run"}     # a group's first
     for f in fields(TrainConfig):
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
@@ -762,10 +777,11 @@ def make_parser() -> Parser:
 def read_config(path: Path) -> dict[str, Any]:
     """The settings that a config file assigns, on top of those of its `base`.
 
-    Imported modules, functions and names that begin with _ are the file's own.
+    Modules, functions, and names that begin with _ are not settings.
     """
     check(path.is_file() and path.suffix == ".py",
-          f"no config {path}: give a Python file of assignments such as n_layer = 16")
+          f"no config {path}: {path.absolute()} is not a Python file. Give a file of assignments "
+          "such as n_layer = 16, or a setting such as --n_layer=16")
     try:
         assigned = runpy.run_path(str(path))
     except (Exception, SystemExit) as e:         # the file's mistake, whatever it is
@@ -775,12 +791,14 @@ def read_config(path: Path) -> dict[str, Any]:
         check(name in assigned, f"{path}: `{name}: ...` assigns nothing: write {name} = ...")
     values = {name: value for name, value in assigned.items()
               if not (name.startswith("_") or callable(value) or isinstance(value, ModuleType))}
-    base = values.pop("base", None)
+    base = values.pop("base", "")
+    check(isinstance(base, str),
+          f"{path}: base={base!r} must be the name of another config, such as 'dense.py'")
     inherited = read_config(path.parent / base) if base else {}
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
 
 def kind_of(name: str, where: str) -> str:
-    """The type of a setting, as TrainConfig spells it. UserError names the closest setting."""
+    """The type of a setting, as TrainConfig writes it. UserError if there is no such setting."""
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
@@ -789,7 +807,7 @@ def kind_of(name: str, where: str) -> str:
     return kinds[name]
 
 def typed(name: str, value: Any, where: str) -> Any:
-    """The value of a setting in the setting's type, from Python or from the command line."""
+    """A value from a config or the command line, in the type of its setting."""
     kind = kind_of(name, where)
     if kind == "str" and isinstance(value, str):
         return value
@@ -808,9 +826,9 @@ def typed(name: str, value: Any, where: str) -> Any:
     raise UserError(f"{where}: {name}={value!r} must be {wanted.get(kind, 'true or false')}")
 
 def add_architecture(values: dict[str, Any], path: str) -> None:
-    """Complete the settings by a checkpoint's architecture. UserError where they contradict it."""
+    """Add a checkpoint's architecture to the settings. UserError where the two contradict."""
     saved = load_checkpoint(path)["settings"]
-    free = ("block_size", "lb_loss_weight", "z_loss_weight")    # they shape no weight
+    free = ("block_size", "lb_loss_weight", "z_loss_weight")    # no weight depends on them
     for f in fields(ModelConfig):
         if f.name in saved:
             ours = values.setdefault(f.name, saved[f.name])

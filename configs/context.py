@@ -1,3 +1,4 @@
-# Implicit sparsity, attention: four times the context of depth.py at the same tokens per step. (paper: T = 256 to 8192)
+# Implicit sparsity, attention: depth.py with four times the context, at the same tokens per step. (paper: T = 256 to
+# 8192)
 base = "depth.py"
 block_size = 512

@@ -1,3 +1,3 @@
-# Depth: twice the layers of dense.py and nothing else. Does the second half earn its keep? (paper: depth 12 to 32)
+# Depth: dense.py with twice the layers. Is the second half of them useful? (paper: depth 12 to 32)
 base = "dense.py"
 n_layer = 16

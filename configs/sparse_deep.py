@@ -1,4 +1,4 @@
-# The paper's recipe on top of depth.py: longer context, more weight decay, grouped queries (G = 2), experts.
+# depth.py with the paper's recipe: longer context, more weight decay, grouped queries (G = 2) and experts.
 base = "depth.py"
 block_size = 512
 weight_decay = 0.3

@@ -1,10 +1,9 @@
-"""Run a script of ours on a stand-in for a GPU, which `auto` finds, and which computes on the CPU.
+"""Run a script on a stand-in for a GPU. --device=auto finds the stand-in, which computes on the CPU.
 
     python tests/stand_in.py train.py configs/gqa_deep.py --max_steps=3
 
-To torch it is another device: an operation that mixes it with the CPU fails, and so does float64 on it, which Apple's
-GPUs lack. The last line says how often the script waited for it: for every value, and every decision, that comes back
-to the host.
+For torch it is another device. Operations that mix it with the CPU fail. So does float64, which Apple's GPUs lack. The
+last line of the output says how often the script waited for the device, to get a value or to decide something.
 """
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ class Backend(_DummyBackendModule):
 
 
 class OnDevice(Tensor):
-    """A tensor on the device: `host` has its values."""
+    """A tensor on the device. Its values are in `host`."""
     @staticmethod
     def __new__(cls, host: Tensor) -> OnDevice:
         if host.dtype == torch.float64:
@@ -45,7 +44,7 @@ class OnDevice(Tensor):
         out.host = host
         return out
 
-    def tolist(self) -> list:                                # torch has none for a subclass
+    def tolist(self) -> list:                                # torch's does not work for a subclass
         return self.cpu().tolist()
 
     @classmethod
@@ -86,7 +85,7 @@ def copy_from(source: Tensor, target: OnDevice, non_blocking: bool = False) -> O
 
 _setup_privateuseone_for_python_backend("stand_in", backend_module=Backend())
 DEVICE = torch.device("stand_in", 0)
-LIBRARY = torch.library.Library("aten", "IMPL")              # of these torch makes all others
+LIBRARY = torch.library.Library("aten", "IMPL")              # torch derives the other operations from these
 LIBRARY.impl("empty.memory_format", empty, "PrivateUse1")
 LIBRARY.impl("empty_strided", empty_strided, "PrivateUse1")
 LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
@@ -94,11 +93,11 @@ LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
 if __name__ == "__main__":
     import data
     import probe
-    importlib.import_module("train")                         # imports more of torch, which needs the real Generator
+    importlib.import_module("train")                         # before Generator is replaced, which torch imports use
 
-    generator = torch.Generator                              # torch has none for such a device
+    generator = torch.Generator                              # torch has no generator for this device
     torch.Generator = lambda device="cpu": generator()
-    probe.TOKENS_AT_ONCE = 1                                 # 64 on a device at a width of 8: several micro-batches
+    probe.TOKENS_AT_ONCE = 1                                 # on a device 64 at a width of 8: several micro-batches
     sys.argv = sys.argv[1:]
     try:
         data.run(importlib.import_module(Path(sys.argv[0]).stem).main)

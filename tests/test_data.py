@@ -1,4 +1,4 @@
-"""Corpora, as data.py prepares and reads them: documents in, shards out, windows of tokens back.
+"""Corpora: documents in, shards on disk, windows of tokens out.
 
     python -m pytest -q tests/test_data.py
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_mistake, run_python
+from helpers import assert_mistake, checkpoint_of, make_model
 
 import data as D
 import train
@@ -27,7 +27,7 @@ TEXT = "naïve café — 東京 😀👩‍💻\r\n\n\ttabs   and spaces \x00\x7
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Shards and batches so small that a few kilobytes of text make many of them."""
+    """Make shards and batches so small that a few kilobytes of text fill many of them."""
     monkeypatch.setattr(D, "SHARD_TOKENS", 500)
     monkeypatch.setattr(D, "BATCH_DOCUMENTS", 4)
 
@@ -38,21 +38,20 @@ def texts(n: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choices("abc de\nfé😀", k=rng.randrange(61))) for _ in range(n)]
 
 
-
 def write_rows(path: Path, documents: list) -> str:
-    """A .jsonl file of these texts; returns its name."""
+    """Write a .jsonl file of these texts. Returns its name."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     return str(path)
 
 
 def split_of(number: int, val_fraction: float) -> str:
-    """The first document is validation, the second training, and then a hash of the number decides."""
+    """The first document is for validation, the second for training. For the others a hash decides."""
     lot = int(hashlib.sha256(str(number).encode()).hexdigest()[:16], 16) / 2**64
     return "val" if number == 0 or number > 1 and lot < val_fraction else "train"
 
 
 def split_by_hand(documents: list[str], val_fraction: float) -> dict[str, list[int]]:
-    """The token streams of both splits: UTF-8 and 256 after each document."""
+    """The tokens of both splits: the UTF-8 bytes of each document, then 256."""
     streams: dict[str, list[int]] = {"train": [], "val": []}
     for i, text in enumerate(documents):
         streams[split_of(i, val_fraction)] += [*text.encode(), 256]
@@ -61,7 +60,6 @@ def split_by_hand(documents: list[str], val_fraction: float) -> dict[str, list[i
 
 def stream(corpus: Corpus, split: str) -> list[int]:
     return corpus.read(split, 0, corpus.n_tokens(split)).tolist()
-
 
 
 def assert_holds(folder: Path, streams: dict[str, list[int]]) -> Corpus:
@@ -80,13 +78,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def write_sources(folder: Path) -> list[str]:
-    """Files of each kind, and the documents they hold in the order of their names."""
+    """Write files of each kind. Returns their documents, in the order of the file names."""
     (folder / "sub").mkdir(parents=True)
     rows = [json.dumps({"id": i, "text": f"a{i} {TEXT}"}) + "\n" for i in range(3)]
     (folder / "a.jsonl").write_text("".join(rows) + "\n", encoding="utf-8")
     with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": f"b{i} é\u2028"}, ensure_ascii=False) + "\n" for i in range(300))
-    (folder / "c.md").write_bytes(f"# c\r\n{TEXT}".encode("utf-8-sig"))        # the byte-order mark is no text
+    (folder / "c.md").write_bytes(f"# c\r\n{TEXT}".encode("utf-8-sig"))        # with a byte-order mark
     (folder / "e.PY").write_bytes(b"e = 1\n")
     (folder / "f.txt").write_bytes(b"")
     with gzip.open(folder / "g.txt.gz", "wb") as f:
@@ -99,7 +97,7 @@ def write_sources(folder: Path) -> list[str]:
             "e = 1\n", "g packed é\n", "h \ufffd may stand in a text"]
 
 
-def test_a_prepared_folder_holds_every_documents_bytes_and_an_end_each_and_a_line_says_what_was_skipped(
+def test_a_corpus_has_the_bytes_and_the_end_of_every_document_and_says_what_was_skipped(
         tmp_path, run_main, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = write_sources(tmp_path / "texts")
@@ -107,7 +105,7 @@ def test_a_prepared_folder_holds_every_documents_bytes_and_an_end_each_and_a_lin
     assert done.status == 0 and done.out.endswith("; skipped: 1 .rst, 1 hidden, 1 not in UTF-8\n")
     corpus = assert_holds(tmp_path / "data/texts", split_by_hand(documents, 0.25))
     assert (corpus.meta["documents"], corpus.vocab_size, corpus.meta["eot"]) == (len(documents), 257, 256)
-    assert [*D.documents(str(tmp_path / "texts" / "a.jsonl"))] == documents[:3]     # one file is a source, too
+    assert [*D.documents(str(tmp_path / "texts" / "a.jsonl"))] == documents[:3]     # a file is a source, too
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.arrow", "folder"])
@@ -145,7 +143,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_its_name_and_its_configuration(tmp
 
 @pytest.mark.parametrize("content, said", [
     ('{"text": 5}', "the field text holds int"), ('{"story": "a"}', "no field text or content; .*story.*--field"),
-    ('{"text": "a', r"a\.jsonl:1 is no line of JSON")])
+    ('{"text": "a', r"a\.jsonl:1 is not a line of JSON")])
 def test_a_row_without_a_text_is_refused_by_the_name_of_the_file(content, said, tmp_path):
     (tmp_path / "a.jsonl").write_text(content + "\n")
     with pytest.raises(UserError, match=said):
@@ -153,7 +151,7 @@ def test_a_row_without_a_text_is_refused_by_the_name_of_the_file(content, said, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_null_is_skipped_and_counted_and_half_of_a_surrogate_pair_is_replaced(tmp_path):
+def test_a_null_is_skipped_and_counted_and_half_a_surrogate_pair_is_replaced(tmp_path):
     name = write_rows(tmp_path / "a.jsonl", ["a", None, "b \ud83d c", None, "d"])
     folder = prepare(name, tmp_path / "out", val_fraction=0.1)
     corpus = assert_holds(folder, split_by_hand(["a", "b \ufffd c", "d"], 0.1))
@@ -171,7 +169,7 @@ def test_a_corpus_in_gpt2_tokens_equals_tiktokens_own(gpt2, tmp_path, small_shar
 
 
 def long_text() -> str:
-    """Real English of several hundred pages: blank lines, indented listings, tables; and long runs of whitespace."""
+    """Real English text with blank lines, indented listings and tables, and long runs of whitespace."""
     from pydoc_data.topics import topics
     runs = itertools.cycle(["\n", "\n\n\n\n", " \n" * 7, "\n" + " " * 30 + "\n\t\t\n", "\r\n\r\n", "   "])
     return "".join(text + run for text, run in zip(list(topics.values())[:40], runs))
@@ -185,7 +183,7 @@ def pieces(tmp_path: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("chars", [1000, 2000, 5000])
 def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "DOCUMENT_CHARS", chars)
-    # a line that starts with a letter at least every few lines, so that no cut has to be forced
+    # Every few lines one starts with a letter, so that there always is a place for a clean cut.
     text = "".join(line for line in long_text().splitlines(True) if line[0].isalnum() or line.isspace())
     cut = pieces(tmp_path, text)
     assert len(cut) > 10 and "".join(cut) == text
@@ -229,7 +227,6 @@ def test_a_mistake_is_one_line_and_status_2(arguments, culprit, tmp_path, monkey
     assert_mistake(run_main(D, *arguments, "--tokenizer=bytes"), culprit)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # interrupted, repeated, changed
 
@@ -238,7 +235,7 @@ class PowerCut(Exception):
     pass
 
 
-def test_an_interrupted_preparation_goes_on_to_the_very_same_files(tmp_path, small_shards, monkeypatch):
+def test_an_interrupted_preparation_ends_with_the_same_files(tmp_path, small_shards, monkeypatch):
     name = write_rows(tmp_path / "a.jsonl", texts(300))
     whole = contents(prepare(name, tmp_path / "whole", val_fraction=0.1))
     assert len(whole) > 10, "many shards"
@@ -251,7 +248,7 @@ def test_an_interrupted_preparation_goes_on_to_the_very_same_files(tmp_path, sma
         with pytest.raises(PowerCut):
             prepare(name, tmp_path / "out", val_fraction=0.1)
         with pytest.raises(UserError, match="no prepared corpus"):
-            Corpus(tmp_path / "out")                                 # an unfinished corpus has no header
+            Corpus(tmp_path / "out")                                 # an incomplete corpus has no meta.json
         progress = tmp_path / "out" / "progress.json"
         before, covered = covered, json.loads(progress.read_text())["documents"] if progress.exists() else 0
         assert before <= covered <= n
@@ -272,7 +269,7 @@ def test_a_full_disk_leaves_a_folder_that_can_be_resumed(tmp_path, small_shards,
             raise OSError(28, "No space left on device")
         replace(a, b)
     monkeypatch.setattr(D.os, "replace", fails)
-    for left in (0, 1, 3, 8):                                        # so many renames happen, and the next does not
+    for left in (0, 1, 3, 8):                                        # this many renames succeed
         with pytest.raises(OSError):
             prepare(name, tmp_path / "out")
     monkeypatch.setattr(D.os, "replace", replace)
@@ -297,12 +294,18 @@ def test_a_finished_corpus_is_not_prepared_again_and_one_of_another_request_is_r
     assert contents(tmp_path / "out") == before
 
 
+def test_a_checkpoint_with_rope_scaling_which_model_py_no_longer_has_is_refused(tmp_path):
+    saved = checkpoint_of(make_model(torch.float32))                 # no weight shows the difference
+    torch.save(saved | {"settings": saved["settings"] | {"rope_scaling": "llama3"}}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="ckpt.pt has rope_scaling"):
+        D.load_checkpoint(tmp_path / "ckpt.pt")
+
+
 def test_the_python_corpus_is_the_one_of_the_recorded_experiments():
     folder = Path(D.__file__).parent / "data/python"
     if not (folder / "meta.json").exists() or torch.__version__.split("+")[0] != "2.13.0":
         pytest.skip("data/python is not prepared, or from another torch")
     assert train.checksum(Corpus(folder)) == 3102562760
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,18 +364,18 @@ def test_every_window_comes_once_per_epoch_in_another_order_each_time():
 
 
 def test_a_step_larger_than_an_epoch_takes_each_window_once_before_any_comes_again():
-    windows = train_windows(0, 0, 23, 10).tolist()
+    windows = train_windows(0, 0, 23, 10).tolist()                   # two epochs of 10, and 3 windows more
     assert sorted(windows[:10]) == sorted(windows[10:20]) == list(range(10)) and len(set(windows[20:])) == 3
 
 
-def test_windows_of_a_step_depend_on_nothing_but_the_arguments():
+def test_the_windows_of_a_step_depend_on_the_arguments_alone():
     forward = [train_windows(7, step, 5, 13) for step in range(30)]
     D.epoch_order.cache_clear()
-    for step in random.Random(0).sample(range(30), 30):             # in any order, as after a resumption
-        np.random.seed(step)                                         # and whatever the global generators do
+    for step in random.Random(0).sample(range(30), 30):              # in another order, as after --resume
+        np.random.seed(step)                                         # the global generator has no effect
         again = train_windows(7, step, 5, 13)
         assert again.shape == (5,) and again.tolist() == forward[step].tolist()
-        again[:] = -1                                                # a caller's array is not the cache's
+        again[:] = -1                                                # the result is not the cached array
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(corpus):
@@ -381,7 +384,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(corpus):
     batches = []
     for world in (1, 2, 3, 4, 12):
         seen = []
-        for rank in range(world):                                    # each works out its own share
+        for rank in range(world):
             mine = train_windows(3, 41, per_step, n).reshape(-1, micro)[rank::world]
             seen += [(*x.tolist(), *y.tolist()) for w in mine for x, y in zip(*corpus.batch("train", w, T))]
         batches.append(sorted(seen))
@@ -414,7 +417,7 @@ def test_bigram_entropy_equals_a_double_loop(tmp_path):
 
 
 def test_bigram_entropy_of_simple_chains_is_known(tmp_path):
-    """A cycle is certain: 0. Independent draws: that of the draws. Long enough to be counted in several pieces."""
+    """0 for a cycle; for independent draws the entropy of a draw. The tokens are counted in several pieces."""
     n = (1 << 22) + 70_000
     independent = np.random.default_rng(0).choice(3, n, p=[0.5, 0.25, 0.25])
     for tokens, want, tolerance in ((np.arange(n) % 3, 0.0, 1e-12), (independent, 1.5 * math.log(2), 2e-3)):
@@ -422,7 +425,7 @@ def test_bigram_entropy_of_simple_chains_is_known(tmp_path):
         meta = {"vocab_size": 3, "dtype": "uint16", "train": {"shards": [{"file": "t.bin", "tokens": n}]}}
         assert D.bigram_entropy(tmp_path, meta) == pytest.approx(want, abs=tolerance)
     once = np.zeros(n, dtype=np.uint16)
-    once[1 << 22] = 1                                                # the only 1 sits where the first piece ends
+    once[1 << 22] = 1                                                # the only 1 is where the first piece ends
     once.tofile(tmp_path / "t.bin")
     want = -(math.log((n - 3) / (n - 2)) * (n - 3) + math.log(1 / (n - 2))) / (n - 1)
     assert D.bigram_entropy(tmp_path, meta) == pytest.approx(want, rel=1e-6)
@@ -434,7 +437,7 @@ def test_a_missing_corpus_or_a_truncated_shard_is_refused_by_name(corpus, tmp_pa
     shard = corpus.folder / "train_00001.bin"
     for content in (shard.read_bytes()[:-2], b""):
         shard.write_bytes(content)
-        with pytest.raises(UserError, match="train_00001.bin is not the file of"):
+        with pytest.raises(UserError, match="train_00001.bin does not have the .* tokens"):
             Corpus(corpus.folder)
 
 
@@ -444,20 +447,14 @@ def test_the_share_of_validation_is_the_one_asked_for(fraction):
     chosen = [i for i in range(n) if D.is_validation(i, fraction)]
     sigma = (n * fraction * (1 - fraction)) ** 0.5
     assert abs(len(chosen) - n * fraction) < 4 * sigma
-    for period in (2, 3, 5, 20):                             # sources that take turns are in it alike
+    for period in (2, 3, 5, 20):                             # alternating sources have equal shares
         for turn in range(period):
             mine = [i for i in chosen if i % period == turn]
             assert abs(len(mine) - len(chosen) / period) < 4 * (len(chosen) / period) ** 0.5 + 1
 
 
-def test_a_larger_share_has_all_documents_of_a_smaller_one_and_two_are_enough():
+def test_a_larger_fraction_includes_the_documents_of_a_smaller_one_and_two_documents_are_enough():
     small = {i for i in range(5000) if D.is_validation(i, 0.05)}
     assert small < {i for i in range(5000) if D.is_validation(i, 0.3)}
     for fraction in (1e-9, 0.001, 0.5):
         assert [D.is_validation(i, fraction) for i in range(2)] == [True, False]
-
-
-def test_a_terminal_that_lacks_a_character_shows_a_replacement():
-    done = run_python("-c", "import data; data.run(lambda: print('naïve 東京'))", cwd=Path(D.__file__).parent,
-                      env={"PYTHONIOENCODING": "ascii"})
-    assert done == (0, "na?ve ??\n", "")

@@ -1,4 +1,4 @@
-"""The scripts on a device that is not the CPU, and which they take for a GPU: tests/stand_in.py.
+"""The scripts on a stand-in for a GPU, see tests/stand_in.py.
 
     python -m pytest -q tests/test_devices.py
 """
@@ -17,23 +17,23 @@ import train
 from data import Corpus
 from train import TrainConfig
 
-KINDS = {"dense": dict(n_kv_head=1, recompute=True), "moe": MOE | dict(norm="peri", shared_hidden=8)}
+KIND = MOE | dict(n_kv_head=1, recompute=True, norm="peri", shared_hidden=8)
 
 
 def on_device(cwd, script, *args, env=None):
-    """Run a script on the stand-in; returns what it printed, and how often it waited for the device."""
+    """Run a script on the stand-in. Returns its output, and how often it waited for the device."""
     status, out, err = run_script("tests/stand_in.py", script, *args, cwd=cwd, env=env)
     assert status == 0, err
     *printed, last = out.splitlines(keepends=True)
     return "".join(printed), int(re.fullmatch(r"waited (\d+) times: .*\n", last)[1])
 
 
-def told(kind, corpus, **given):
-    return TINY | KINDS[kind] | {"data": str(corpus), "stats_interval": 1, "eval_interval": 100} | given
+def told(corpus, **given):
+    return TINY | KIND | {"data": str(corpus), "stats_interval": 1, "eval_interval": 100} | given
 
 
-# ---- the instrument ----------------------------------------------------------------------------------------------
-SEEN = {                                                        # lines about x on the device, and what comes of them
+# ---- the stand-in ------------------------------------------------------------------------------------------------
+SEEN = {                                             # expressions of x on the device: the error, or the number of waits
     "x + torch.ones(3)": "aten::add mixes the device with the CPU",
     "x.double()": "float64 on a device that has none",
     "torch.zeros(3, dtype=torch.float64, device=x.device)": "float64 on a device that has none",
@@ -55,24 +55,23 @@ print(json.dumps(seen))
 """
 
 
-def test_the_stand_in_sees_what_a_gpu_would_mind():
+def test_the_stand_in_fails_and_waits_where_a_gpu_would():
     done = run_python("-c", TRY, json.dumps([*SEEN]), env={"PYTHONPATH": str(ROOT / "tests")})
     assert json.loads(done.out) == SEEN
 
 
 # ---- train.py ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_on_a_device_waits_once_a_step_and_goes_as_on_the_cpu_also_after_a_resume(kind, corpus, tmp_path):
+def test_training_on_a_device_waits_once_per_step_and_equals_training_on_the_cpu(corpus, tmp_path):
     def waits(name, steps, *more):
-        given = told(kind, corpus, device="auto", compile="auto", out_dir=name, max_steps=steps)
+        given = told(corpus, device="auto", compile="auto", out_dir=name, max_steps=steps)
         return on_device(tmp_path, "train.py", *(f"--{name}={value}" for name, value in given.items()), *more)[1]
 
     whole, first = waits("whole", 5), waits("parts", 2)
     assert whole - first == 5 - 2
-    assert waits("parts", 5, "--resume") - first == 3 - 2             # it takes 3 steps; weights wait for nothing
-    train.train(TrainConfig(**told(kind, corpus, out_dir=str(tmp_path / "cpu"), max_steps=5)))
+    assert waits("parts", 5, "--resume") - first == 3 - 2             # 3 steps; loading the weights does not wait
+    train.train(TrainConfig(**told(corpus, out_dir=str(tmp_path / "cpu"), max_steps=5)))
     log, parts, cpu = (without_rates(read_log(tmp_path / name)) for name in ("whole", "parts", "cpu"))
-    del parts[1]["val_loss"]                                          # as at the end of every run
+    del parts[1]["val_loss"]                                          # which every run has at its end
     assert parts == log
     for ours, theirs in zip(log, cpu, strict=True):
         assert ours.keys() == theirs.keys()
@@ -82,7 +81,7 @@ def test_training_on_a_device_waits_once_a_step_and_goes_as_on_the_cpu_also_afte
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_arrive_on_a_gpu_as_they_are_on_the_cpu(corpus):
+def test_batches_on_a_gpu_equal_those_on_the_cpu(corpus):
     c = TrainConfig(**TINY | {"data": str(corpus)})
     cpu = train.Process(0, 1, torch.device("cpu"), torch.float32)
     gpu = cpu._replace(device=torch.device("cuda", 0))
@@ -93,7 +92,7 @@ def test_batches_arrive_on_a_gpu_as_they_are_on_the_cpu(corpus):
 
 # ---- probe.py ----------------------------------------------------------------------------------------------------
 def assert_alike(ours, theirs, name=""):
-    """The same numbers up to float32's precision, in the same places."""
+    """Both have the same structure and, up to the precision of float32, the same numbers."""
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), name
         for key in theirs.keys() - {"seconds", "device"}:
@@ -108,10 +107,9 @@ def assert_alike(ours, theirs, name=""):
         assert ours == theirs, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_device_measures_scores_and_writes_as_the_cpu_does(kind, corpus, tmp_path, run_main, monkeypatch):
+def test_measuring_and_sampling_on_a_device_equal_those_on_the_cpu(corpus, tmp_path, run_main, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.train(TrainConfig(**told(kind, corpus, out_dir="run", max_steps=20, learning_rate=1e-2)))
+    train.train(TrainConfig(**told(corpus, out_dir="run", max_steps=20, learning_rate=1e-2)))
     measure = "run/ckpt.pt", "--samples=4", "--jacobian_samples=1"
     on_device(tmp_path, "probe.py", *measure, "--out=ours")
     assert run_main(probe, *measure, "--out=theirs", "--device=cpu").status == 0
@@ -123,8 +121,8 @@ def test_a_device_measures_scores_and_writes_as_the_cpu_does(kind, corpus, tmp_p
     assert on_device(tmp_path, "probe.py", *write)[0] == run_main(probe, *write, "--device=cpu").out
 
 
-def test_measuring_waits_for_the_device_a_few_times_per_micro_batch_and_not_per_intervention(corpus, tmp_path):
-    """Per block it may wait for what is fitted on the CPU, where the device has no float64."""
+def test_measuring_waits_a_few_times_per_micro_batch_and_not_for_every_intervention(corpus, tmp_path):
+    """It may wait for each block, because the fits are made in float64, which the device lacks."""
     waits = {}
     no_figures = without("matplotlib", tmp_path)
     for n_layer in (2, 6):

@@ -1,9 +1,9 @@
-"""Who changes the block in model.py gets every experiment and the tasks of the changed block: nothing else knows it.
+"""After a change of the block in model.py, every experiment and every task is about the changed block.
 
     python -m pytest -q tests/test_fork.py
 
-Three forks of Attention, each beside the same change written out by hand: values that are scaled and a window of keys;
-an output gate, which is one matrix more; an attention that does without torch's scaled_dot_product_attention.
+There are three forks of Attention. Each is compared with the same change written by hand: scaled values and a window
+of keys; an output gate, which is one more matrix; an attention that does not call scaled_dot_product_attention.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODELS = {"dense": dict(n_layer=3), "moe_peri": dict(n_layer=3, norm="peri", **E
 
 
 class Windowed(Attention):
-    """Values are scaled, and a query sees the keys less than WINDOW positions before it."""
+    """Values are scaled. A query sees itself and the WINDOW - 1 keys before it."""
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, SCALE * v, attn_mask=window(x.size(1)), enable_gqa=True)
@@ -67,7 +67,7 @@ def window(n: int) -> Tensor:
 
 
 class Gated(Attention):
-    """What attention says is weighed, feature by feature, by what its input makes of a matrix."""
+    """The output of attention is multiplied by the sigmoid of a linear map of its input."""
     def __init__(self, config: M.ModelConfig, rope: M.RoPE):
         super().__init__(config, rope)
         self.out_gate = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -94,7 +94,7 @@ def gated_by_hand(block: M.Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 class WrittenOut(Attention):
-    """The same function, with a softmax of its own."""
+    """The same function as Attention, written with a softmax."""
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         k, v = (y.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for y in (k, v))
@@ -106,7 +106,7 @@ class WrittenOut(Attention):
 class Fork(NamedTuple):
     attention: type[Attention]
     by_hand: Callable
-    seen: Callable[[int], Tensor]       # which keys its queries see
+    seen: Callable[[int], Tensor]       # the keys that each query sees
 
 
 FORKS = {"windowed": Fork(Windowed, windowed_by_hand, window),
@@ -116,7 +116,7 @@ every_model = pytest.mark.parametrize("kind", MODELS)
 
 
 def forked(fork: str | type[Attention], dtype: torch.dtype = torch.float64, **settings: Any) -> M.GPT:
-    """A model that was built with the fork's attention."""
+    """A model with the attention of a fork."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(M, "Attention", FORKS[fork].attention if isinstance(fork, str) else fork)
         return make_model(dtype, **settings)
@@ -124,7 +124,7 @@ def forked(fork: str | type[Attention], dtype: torch.dtype = torch.float64, **se
 
 @functools.cache
 def measured(fork: str, kind: str) -> tuple[dict[str, Any], Truth]:
-    """What probe.py says of a fork, all experiments at once, and what the naive versions start from."""
+    """The result of all experiments on a fork, and the Truth that the naive versions start from."""
     model, tokens = forked(fork, **MODELS[kind]), make_tokens(5, T)
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         m.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
@@ -140,15 +140,15 @@ def measured(fork: str, kind: str) -> tuple[dict[str, Any], Truth]:
 @every_model
 @every_fork
 @torch.no_grad()
-def test_every_experiment_is_of_the_forked_block(fork, kind, name):
+def test_every_experiment_measures_the_forked_block(fork, kind, name):
     got, truth = measured(fork, kind)
     assert_close(NAIVE[name](truth) | naive_loss(truth), got)
 
 
 @every_model
 @every_fork
-def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
-    """What the comparison is worth: the changes matter to every score but those of the weights."""
+def test_no_experiment_measures_the_original_block(fork, kind):
+    """The changes affect every score, except the scores of weights. So the comparison above can fail."""
     got, truth = measured(fork, kind)
     plain = probe.probe(make_model(**MODELS[kind]), truth.tokens, remove=REMOVE, sublayers=True)
 
@@ -159,7 +159,7 @@ def test_no_experiment_is_of_the_block_as_it_was(fork, kind):
             elif key not in same:
                 assert want[key] != got[key], key
     same = {"permutation_pairs", "permutation_standard_error", "loose_fit", "score", "top5_overlap",
-            "3"}                                              # without all 3 blocks none is left
+            "3"}                                              # all 3 blocks removed: nothing is left
     matters({key: value for key, value in plain.items() if key not in ("sparsity", "seconds")}, got)
     if fork == "windowed":
         matters(plain["sparsity"]["attention"], got["sparsity"]["attention"])
@@ -175,7 +175,7 @@ def test_a_block_may_also_be_changed_after_the_model_was_built():
     assert plain["variance"] != pytest.approx(got["variance"], rel=1e-3)
 
 
-def test_attention_that_sees_itself_alone_has_no_entropy(monkeypatch):
+def test_attention_to_the_token_itself_alone_has_no_entropy(monkeypatch):
     monkeypatch.setattr("test_fork.WINDOW", 1)
     model = forked("windowed", **MODELS["dense"])
     got = probe.probe(model, make_tokens(2, T), ["sparsity"])["sparsity"]
@@ -184,7 +184,7 @@ def test_attention_that_sees_itself_alone_has_no_entropy(monkeypatch):
 
 
 def test_attention_is_compared_with_a_uniform_one_over_the_keys_it_sees():
-    """Queries of zeros weigh all visible keys alike: 2, then 3 and so on with the window at WINDOW."""
+    """With queries of zeros, all visible keys have the same weight. The entropy is relative to that."""
     model = forked("windowed", **MODELS["dense"])
     with torch.no_grad():
         for block in model.blocks:
@@ -194,7 +194,7 @@ def test_attention_is_compared_with_a_uniform_one_over_the_keys_it_sees():
         assert row == pytest.approx([1] * 3, abs=1e-6)
 
 
-def test_scaled_values_show_in_what_attention_contributes():
+def test_scaled_values_scale_the_contribution_of_attention():
     model, tokens = make_model(**MODELS["dense"]), make_tokens(4, T)
     before = probe.probe(model, tokens, ["contribution"])["contribution"]
     heads = Attention.heads
@@ -210,16 +210,16 @@ def test_scaled_values_show_in_what_attention_contributes():
     assert after["attn_ratio"][1] != pytest.approx(before["attn_ratio"][1], rel=1e-3)
 
 
-def test_the_scores_of_weights_have_the_new_matrix_among_them():
+def test_the_scores_of_weights_include_a_new_matrix():
     weights = measured("gated", "dense")[0]["sparsity"]["weights"]
     assert len(weights["attn.out_gate"]["hoyer"]) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# an attention whose probabilities are not seen
+# an attention that does not call scaled_dot_product_attention: its probabilities are not seen
 
 
-def test_of_an_attention_that_is_not_seen_all_but_the_sparsity_is_measured():
+def test_all_but_the_sparsity_of_attention_is_measured_if_its_probabilities_are_not_seen():
     model, tokens = forked(WrittenOut, **MODELS["dense"]), make_tokens(4, T)
     others = [name for name in EXPERIMENTS if name != "sparsity"]
     want, got = probe.probe(make_model(**MODELS["dense"]), tokens, others), probe.probe(model, tokens, others)
@@ -235,7 +235,7 @@ def test_of_an_attention_that_is_not_seen_all_but_the_sparsity_is_measured():
 
 
 def some_pairs() -> list[tuple[list[int], list[int]]]:
-    """Contexts with several continuations, contexts of their own, contexts that are cut."""
+    """Pairs of context and continuation. Some pairs share a context, and some contexts are cut."""
     draw = random.Random(0)
 
     def some(n: int) -> list[int]:
@@ -249,7 +249,7 @@ def some_pairs() -> list[tuple[list[int], list[int]]]:
 
 @torch.no_grad()
 def by_hand(model: M.GPT, attention: Callable, context: list[int], continuation: list[int]) -> float:
-    """log p(continuation | context) with layers that are written out, a pass for every token."""
+    """log p(continuation | context) with layers written by hand, and a pass for every token."""
     limit, total = model.config.block_size, 0.0
     whole = (context + continuation)[-limit - 1:]
     for j in range(max(1, len(whole) - len(continuation)), len(whole)):
@@ -261,17 +261,17 @@ def by_hand(model: M.GPT, attention: Callable, context: list[int], continuation:
 
 @every_model
 @every_fork
-def test_tasks_are_scored_by_the_forked_block_as_one_token_at_a_time(fork, kind, monkeypatch):
+def test_tasks_on_a_forked_block_are_scored_as_one_token_at_a_time(fork, kind, monkeypatch):
     model, pairs = forked(fork, **MODELS[kind]), some_pairs()
     want = [by_hand(model, FORKS[fork].by_hand, *pair) for pair in pairs]
     for tokens_at_once in (4096, 60):
         monkeypatch.setattr(probe, "TOKENS_AT_ONCE", tokens_at_once)
         assert [value for value, _ in loglikelihoods(model, pairs)] == pytest.approx(want, rel=1e-10, abs=1e-10)
     plain = [by_hand(make_model(**MODELS[kind]), attention_by_hand, *pair) for pair in pairs[-5:]]
-    assert all(abs(a - b) > 1e-3 for a, b in zip(plain, want[-5:]))                    # those of long contexts
+    assert all(abs(a - b) > 1e-3 for a, b in zip(plain, want[-5:]))                    # the last have long contexts
 
 
-def test_tasks_do_not_need_an_attention_that_is_seen():
+def test_tasks_do_not_need_the_probabilities_of_attention():
     pairs = some_pairs()
     want = loglikelihoods(make_model(**MODELS["dense"]), pairs)
     got = loglikelihoods(forked(WrittenOut, **MODELS["dense"]), pairs)
@@ -280,7 +280,7 @@ def test_tasks_do_not_need_an_attention_that_is_seen():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what else must know of a new matrix
+# what else depends on a new matrix
 
 
 @every_model
@@ -295,7 +295,7 @@ def test_the_flops_count_the_matrix_of_the_gate(kind):
     assert {key: have[key] - had[key] for key in have} == dict.fromkeys(have, n * d * d)
 
 
-def test_the_gate_goes_through_a_checkpoint_and_survives_a_dropped_block(tmp_path, monkeypatch):
+def test_the_gate_is_saved_and_loaded_and_kept_when_a_block_is_dropped(tmp_path, monkeypatch):
     model, tokens = forked("gated", torch.float32, **MODELS["dense"]), make_tokens(3, T)
     data.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(model))
     data.save_checkpoint(tmp_path / "pruned.pt", probe.without_blocks(checkpoint_of(model), [1]))
@@ -314,7 +314,7 @@ def test_the_gate_goes_through_a_checkpoint_and_survives_a_dropped_block(tmp_pat
 
 
 class Twice(Attention):
-    """Half of what comes out is of an attention to the token itself alone."""
+    """The mean of Attention and of an attention to the token itself alone."""
     def forward(self, x):
         q, k, v = self.heads(x)
         itself = torch.eye(x.size(1), dtype=torch.bool)
@@ -322,7 +322,7 @@ class Twice(Attention):
         return (super().forward(x) + self.proj(y.transpose(1, 2).flatten(2))) / 2
 
 
-def test_of_several_attentions_in_a_block_the_mean_is_taken(monkeypatch):
+def test_the_sparsity_of_several_attentions_in_a_block_is_their_mean(monkeypatch):
     plain = probe.probe(make_model(n_layer=1), make_tokens(4, T), ["sparsity"])["sparsity"]["attention"]
     monkeypatch.setattr(M, "Attention", Twice)
     both = probe.probe(make_model(n_layer=1), make_tokens(4, T), ["sparsity"])["sparsity"]["attention"]
@@ -330,7 +330,7 @@ def test_of_several_attentions_in_a_block_the_mean_is_taken(monkeypatch):
     assert both["effective_keys"] == pytest.approx([(plain["effective_keys"][0] + 1) / 2])
 
 
-def test_a_matrix_of_three_dimensions_is_no_expert(monkeypatch):
+def test_a_tensor_of_three_dimensions_outside_the_ffn_is_not_counted_as_experts(monkeypatch):
     class Extra(Attention):
         def __init__(self, config, rope):
             super().__init__(config, rope)
@@ -343,7 +343,7 @@ def test_a_matrix_of_three_dimensions_is_no_expert(monkeypatch):
 
 @pytest.mark.parametrize("fork", [Windowed, Gated])
 def test_a_fork_that_transformers_has_no_class_for_is_not_exported(fork, tmp_path, monkeypatch):
-    """Nobody lists the forks: the gate's weights have no place, and the window's logits differ."""
+    """The weights of the gate have no place in Llama, and the logits of the window differ."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(M, "Attention", fork)
     torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "ckpt.pt")

@@ -1,4 +1,4 @@
-"""model.py against what it should compute, written a second time: slowly, in float64, with loops (tests/helpers.py).
+"""model.py compared with a second implementation in float64 and with loops, which is in tests/helpers.py.
 
     python -m pytest -q tests/test_model.py
 """
@@ -71,7 +71,7 @@ def test_rope_turns_each_token_by_its_position():
                                        atol=1e-12)
 
 
-def test_rotated_queries_and_keys_meet_by_their_distance_only():
+def test_the_product_of_a_rotated_query_and_key_depends_only_on_their_distance():
     rope = RoPE(ModelConfig(**dict(DENSE, block_size=40))).double()
     rope.reset()
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_rotated_queries_and_keys_meet_by_their_distance_only():
     for distance in range(-39, 40):
         diagonal = gram.diagonal(distance)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-12)
-    assert np.unique(np.round(gram[0], 6)).size == 40, "but different distances differ"
+    assert np.unique(np.round(gram[0], 6)).size == 40, "every distance has another product"
     assert gram[0, 0] == pytest.approx(float((q * k).sum()))
 
 
@@ -92,12 +92,12 @@ MOE_VARIANTS = [dict(), dict(norm_topk_prob=True), dict(shared_hidden=24), dict(
 
 
 def moe_with_an_idle_expert(dtype: torch.dtype, **variant) -> tuple[MoE, ModelConfig, torch.Tensor]:
-    """A MoE whose expert 2 no token of x (2, 9, d) chooses, unless all must be chosen."""
+    """A MoE and inputs x (2, 9, d). No token chooses expert 2, unless top_k is the number of experts."""
     model = make_model(dtype, **(SPARSE | variant))
     moe, x = model.blocks[0].ffn, torch.randn(2, 9, 32)
     with torch.no_grad():
         x[..., 0] = 3.0
-        moe.router.weight.mul_(3)         # away from ties, which float32 and float64 might break differently
+        moe.router.weight.mul_(3)         # no ties, which float32 and float64 might break differently
         moe.router.weight[2, 0] = -20.0
     return moe, model.config, x.to(dtype)
 
@@ -119,7 +119,7 @@ def test_moe_under_bfloat16_autocast_stays_near_the_float64_loop():
     with torch.autocast("cpu", torch.bfloat16):
         got = array(moe(x)[0]).reshape(18, 32)
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert 0 < error < 0.02, "bfloat16 has 8 bits: an error of 0 would mean that it was not used"
+    assert 0 < error < 0.02, "bfloat16 has 8 bits; an error of 0 would mean that it was not used"
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient_in_float32_and_the_others_that_of_float64():
@@ -144,7 +144,7 @@ def grouped(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_grouped_matrix_product_and_its_gradient_are_well_formed_custom_ops(dtype):
-    """PyTorch's own check: the schema, the fake tensors that torch.compile traces with, the registered autograd."""
+    """PyTorch's own check of the schema, of the fake tensors for torch.compile, and of the autograd formula."""
     x, w, grad, ends = grouped(dtype)
     torch.library.opcheck(torch.ops.depth.grouped_mm_weight.default, (x, grad, ends))
     torch.library.opcheck(torch.ops.depth.grouped_mm.default, (x.requires_grad_(), w.requires_grad_(), ends))
@@ -163,7 +163,7 @@ def test_the_grouped_matrix_product_and_its_gradient_equal_a_loop_over_rows(dtyp
 
 
 def router_of(logits: list[list[float]], top_k: int) -> M.Router:
-    """What a MoE says of tokens with the given router logits (N, E)."""
+    """The statistics of a MoE for tokens with these router logits (N, E)."""
     E = len(logits[0])
     moe = MoE(ModelConfig(vocab_size=8, n_embd=8, n_head=1, n_experts=E, top_k=top_k, expert_hidden=8)).double()
     with torch.no_grad():
@@ -200,14 +200,14 @@ def test_load_balancing_loss_is_1_when_balanced_and_the_number_of_experts_when_c
 
 
 def mean_variance(layers: list[list[torch.Tensor]]) -> list[float]:
-    """Of each layer: mean over all tokens of the unbiased variance over features. layers: [sequence][layer], (T, d)."""
+    """For each layer, the mean over tokens of the unbiased variance over features. layers: [sequence][layer]."""
     return [np.mean([array(x).var(-1, ddof=1) for x in of_one]) for of_one in zip(*layers)]
 
 
 @pytest.mark.parametrize("norm", ["pre", "lns", "peri"])
 @pytest.mark.parametrize("settings", [DENSE, SPARSE], ids=["dense", "moe"])
 def test_logits_loss_and_statistics_equal_a_model_written_by_hand(settings, norm):
-    """"lns" is a factor of 1/sqrt(layer) on what each norm puts out, "peri" a second norm after each sublayer."""
+    """"lns" multiplies the output of each norm by 1/sqrt(layer). "peri" adds a norm after each sublayer."""
     settings = dict(settings, norm=norm)
     model, idx = make_model(**settings), tokens(settings)
     targets = tokens(settings, seed=2)
@@ -225,7 +225,7 @@ def test_logits_loss_and_statistics_equal_a_model_written_by_hand(settings, norm
 
 
 @pytest.mark.parametrize("settings", [DENSE, SPARSE], ids=["dense", "moe"])
-def test_a_block_adds_what_it_adds_by_hand_and_says_so(settings):
+def test_a_block_and_its_details_equal_those_computed_by_hand(settings):
     model, x = make_model(**settings), torch.randn(1, 12, 32, dtype=torch.float64)
     block = model.blocks[1]
     after, detail = block(x, detail=True)
@@ -239,8 +239,8 @@ def test_a_block_adds_what_it_adds_by_hand_and_says_so(settings):
         assert detail.router.load.tolist() == pytest.approx([slots.count(e) / len(slots) for e in range(5)])
 
 
-def test_norm_variants_really_differ():
-    """Without this the three cases above could all be "pre" in both implementations."""
+def test_the_norm_variants_differ():
+    """Otherwise all cases above might be "pre" in both implementations."""
     idx = tokens(DENSE)
     logits = [make_model(**dict(DENSE, norm=norm))(idx)[0] for norm in ("pre", "lns", "peri")]
     assert min((a - b).abs().max() for a, b in [logits[:2], logits[1:], logits[::2]]) > 0.1
@@ -271,20 +271,6 @@ def test_dense_gqa_equals_the_llama_of_transformers():
         torch.testing.assert_close(model(idx)[0], theirs(idx).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_of_a_moe_hold_each_layers_load_and_the_mean_losses():
-    model, idx = make_model(**SPARSE), tokens(SPARSE)
-    stats = model(idx, stats=True)[2]
-    assert stats["expert_load"].shape == (3, 5)
-    np.testing.assert_allclose(array(stats["expert_load"].sum(1)), 1, rtol=1e-6)
-    x, routers = model.embed(idx), []
-    for block in model.blocks:
-        x, detail = block(x, detail=True)
-        routers.append(detail.router)
-    for name in ("lb_loss", "z_loss"):
-        assert stats[name].item() == pytest.approx(sum(getattr(r, name).item() for r in routers) / 3)
-    torch.testing.assert_close(stats["expert_load"], torch.stack([r.load for r in routers]))
-
-
 def test_streams_recombined_from_the_public_parts_give_the_models_logits():
     for settings in (DENSE, SPARSE):
         model, idx = make_model(**settings), tokens(settings)
@@ -301,12 +287,12 @@ def test_changing_a_token_leaves_earlier_logits_bit_identical(t):
     changed[:, t] = (changed[:, t] + 1) % 61
     before, after = model(idx)[0], model(changed)[0]
     assert torch.equal(before[:, :t], after[:, :t])
-    assert (before[:, t:] != after[:, t:]).any(-1).all(), "and no later position is blind to the change"
+    assert (before[:, t:] != after[:, t:]).any(-1).all(), "all later positions change"
 
 
 @pytest.mark.parametrize("t", [0, 5, 11])
 def test_changing_a_token_leaves_earlier_logits_of_a_moe_alone(t):
-    """Close and not bit-identical: an expert that gets another number of rows may be multiplied by another kernel."""
+    """Only up to rounding: another number of rows may select another kernel for an expert."""
     model, idx = make_model(torch.float32, **SPARSE), tokens(SPARSE)
     changed = idx.clone()
     changed[:, t] = (changed[:, t] + 1) % 61
@@ -323,9 +309,9 @@ SMALL = dict(vocab_size=11, block_size=6, n_layer=2, n_head=4, n_kv_head=2, n_em
     dict(n_experts=4, expert_hidden=8, shared_hidden=8, lb_loss_weight=0.0, z_loss_weight=0.0),
     dict(n_experts=4, expert_hidden=8, norm_topk_prob=True, lb_loss_weight=0.0, z_loss_weight=0.0)], ids=str)
 def test_gradient_of_every_parameter_equals_finite_differences(extra):
-    """Without the auxiliary losses, whose gradient is by design not that of the loss's value: see the next test.
+    """Without the auxiliary losses, which change the gradient but not the value of the loss: see the next test.
 
-    Each parameter moves along a random direction, as in gradcheck's fast mode, which takes minutes to say what failed.
+    Each parameter moves along a random direction, as in the fast mode of torch.autograd.gradcheck.
     """
     settings, step = SMALL | extra, 3e-6
     model, idx, targets = make_model(**settings), tokens(settings, T=6), tokens(settings, T=6, seed=2)
@@ -354,7 +340,7 @@ def test_loss_is_the_cross_entropy_and_its_gradient_includes_the_auxiliary_losse
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert loss.item() == pytest.approx(plain.item(), abs=1e-12)
 
-    lb, z, x = 0.0, 0.0, model.embed(idx)                        # the losses a second time, layer by layer, by loops
+    lb, z, x = 0.0, 0.0, model.embed(idx)                        # the auxiliary losses again, with loops
     for block in model.blocks:
         x = x + block.attn_output(x)
         scores = (block.ffn_norm(x) @ block.ffn.router.weight.T).flatten(0, 1)
@@ -368,7 +354,7 @@ def test_loss_is_the_cross_entropy_and_its_gradient_includes_the_auxiliary_losse
     for got, a, b in zip(gradients(model, loss), want, without):
         torch.testing.assert_close(got, a, rtol=1e-6, atol=1e-8)
     router = [name for name, _ in model.named_parameters()].index("blocks.0.ffn.router.weight")
-    assert (want[router] - without[router]).abs().max() > 1e-3, "the auxiliary losses matter in this test"
+    assert (want[router] - without[router]).abs().max() > 1e-3, "the auxiliary losses have an effect here"
 
 
 class Names(TorchDispatchMode):
@@ -384,7 +370,7 @@ class Names(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_go_to_experts_and_back_without_atomic_sums(dtype):
-    """Atomics add in another order each time; a gathered gradient is the same in every run, also on a GPU."""
+    """On a GPU the order of atomic additions varies. A gathered gradient is the same in every run."""
     moe = make_model(torch.float32, **SPARSE).blocks[0].ffn
     x = torch.randn(2, 7, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -393,7 +379,7 @@ def test_tokens_go_to_experts_and_back_without_atomic_sums(dtype):
         y.sum().backward()
     assert "index_select" in seen.names
     assert not seen.names & {"index_add", "index_add_", "index_put", "scatter_add"}
-    assert ("_grouped_mm" in seen.names) == (dtype == torch.bfloat16), "in bfloat16 inductor is to see it"
+    assert ("_grouped_mm" in seen.names) == (dtype == torch.bfloat16), "in bfloat16 inductor must see it"
 
 
 def test_a_gathered_gradient_is_that_of_indexing():
@@ -430,7 +416,7 @@ def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once):
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation puts out, forward and backward."""
+    """Records the size of the largest output of any operation, forward and backward."""
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -445,38 +431,11 @@ def test_complete_logits_never_exist_when_the_loss_runs_in_chunks():
     model, idx = make_model(torch.float32, **settings), tokens(settings)
     with Largest() as seen:
         model(idx, idx)[1].backward()
-    assert seen.numel == 24 * 200, "as one piece they do exist: the recorder sees them"
+    assert seen.numel == 24 * 200, "without chunks they exist, and the recorder sees them"
     model.logits_at_once = 5 * 200
     with Largest() as seen:
         model(idx, idx, return_logits=False)[1].backward()
-    assert seen.numel == 8 * 200, "the largest is the head's own gradient, above a chunk of 5 rows"
-
-
-class Products(TorchDispatchMode):
-    """Counts the matrix products that have a vocabulary of 200 among their sizes, forward and backward."""
-    flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
-            a, b = args[-2:]
-            if 200 in (*a.shape, *b.shape):
-                self.flops += 2 * a.size(0) * a.size(1) * b.size(1)
-        return out
-
-
-@pytest.mark.parametrize("at_once", [0, 5 * 200])
-def test_the_loss_takes_three_products_and_without_gradients_one(at_once):
-    settings = dict(DENSE, vocab_size=200)
-    model, idx = make_model(torch.float32, **settings), tokens(settings)
-    model.logits_at_once = at_once
-    one = 2 * idx.numel() * settings["n_embd"] * 200
-    with Products() as seen:
-        model(idx, idx, return_logits=False)[1].backward()
-    assert seen.flops == 3 * one
-    with torch.no_grad(), Products() as seen:
-        model(idx, idx, return_logits=False)
-    assert seen.flops == one
+    assert seen.numel == 8 * 200, "the gradient of the head is larger than a chunk of 5 rows"
 
 
 def test_no_logits_are_kept_for_the_backward_pass():
@@ -494,7 +453,7 @@ def test_no_logits_are_kept_for_the_backward_pass():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_one(dtype):
-    """Nearer, if anything: the gradient of the matrix is added up in float32 and not in bfloat16."""
+    """It may be nearer, because the gradient of the head is accumulated in float32, not in bfloat16."""
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 200, bias=False)
     x, targets = torch.randn(2, 40, 32), torch.randint(200, (2, 40))
@@ -520,14 +479,14 @@ def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_one(dtype):
 
 
 @pytest.mark.parametrize("head", [torch.nn.Linear(32, 61), torch.nn.Sequential(torch.nn.Linear(32, 61, bias=False))])
-def test_a_head_that_is_more_than_a_matrix_is_refused_and_not_taken_for_one(head):
+def test_a_head_that_is_more_than_a_matrix_is_refused(head):
     model, idx = make_model(torch.float32, **DENSE), tokens(DENSE)
     model.head = head
     with pytest.raises(UserError, match="one matrix"):
         model(idx, idx)
 
 
-def test_logits_come_back_without_targets_whatever_return_logits_says():
+def test_without_targets_the_logits_are_returned_even_if_return_logits_is_false():
     model, idx = make_model(**DENSE), tokens(DENSE)
     logits, loss = model(idx, return_logits=False)
     assert loss is None and logits.shape == (2, 12, 61)
@@ -542,35 +501,12 @@ def count_on_meta(**settings) -> dict[str, int]:
         return GPT(ModelConfig(**settings)).count_parameters()
 
 
-PAPER = dict(vocab_size=50304, n_embd=2048, n_head=16, n_layer=16)
-
-
 def test_parameters_of_the_papers_dense_1b_model_are_counted():
-    count = count_on_meta(**PAPER, ffn_hidden=8192)
+    count = count_on_meta(vocab_size=50304, n_embd=2048, n_head=16, n_layer=16, ffn_hidden=8192)
     V, d, L, h = 50304, 2048, 16, 8192
     assert count["total"] == count["active"] == 2 * V * d + L * (4 * d * d + 3 * d * h + 2 * d) + d
     assert count["non_embedding"] == L * (4 * d * d + 3 * d * h + 2 * d) + d
-    assert count["total"] == pytest.approx(1.28e9, abs=0.005e9)                # facts: 1.28B, to the digits given
-
-
-def test_parameters_of_the_papers_moe_7b_model_are_counted():
-    count = count_on_meta(**PAPER, n_experts=64, top_k=8, expert_hidden=1024)
-    V, d, L, E, h = 50304, 2048, 16, 64, 1024
-    for name, experts in (("total", E), ("active", 8)):
-        assert count[name] == 2 * V * d + L * (4 * d * d + d * E + experts * 3 * d * h + 2 * d) + d
-    assert count["active"] == pytest.approx(1.28e9, abs=0.005e9)
-    assert count["total"] == pytest.approx(6.92e9, abs=0.005e9)
-
-
-def test_parameters_of_the_papers_recipe_are_counted():
-    """"About 1.24B active / 7.8B total": G = 2 halves keys and values, which takes 40M off; hence 4% and 2%."""
-    count = count_on_meta(vocab_size=50304, n_embd=1120, n_head=16, n_kv_head=8, n_layer=32, n_experts=64, top_k=8,
-                          expert_hidden=1120)
-    V, d, L, E = 50304, 1120, 32, 64
-    for name, experts in (("total", E), ("active", 8)):
-        assert count[name] == 2 * V * d + L * (3 * d * d + d * E + experts * 3 * d * d + 2 * d) + d
-    assert count["active"] == pytest.approx(1.24e9, rel=0.04)
-    assert count["total"] == pytest.approx(7.8e9, rel=0.02)
+    assert count["total"] == pytest.approx(1.28e9, abs=0.005e9)                # the paper says 1.28B
 
 
 def test_parameters_of_the_papers_moe_2b_model_with_a_shared_expert_are_counted():
@@ -591,9 +527,9 @@ def test_tied_embeddings_are_counted_once():
                                    dict(tie_embeddings=True), dict(n_experts=5, expert_hidden=16),
                                    dict(n_experts=4, top_k=3, expert_hidden=8, shared_hidden=8)], ids=str)
 def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
-    """The math backend of attention, since the CPU's fused one is not counted; the grouped product is told by hand."""
+    """PyTorch cannot count fused attention on a CPU, so this uses the math backend; nor can it count our products."""
     def product(a: tuple, b: tuple, ends: tuple, out_shape: tuple | None = None, **_) -> int:
-        return 2 * a[0] * a[1] * b[-1]             # of the shapes x (M, K), w (E, K, N); or x (M, K), grad (M, N)
+        return 2 * a[0] * a[1] * b[-1]             # shapes x (M, K), w (E, K, N); or x (M, K), grad (M, N)
 
     settings = DENSE | extra
     model, idx = make_model(torch.float32, **settings), tokens(settings, T=8)
@@ -603,26 +539,19 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
     told = {torch.ops.depth.grouped_mm: product, torch.ops.depth.grouped_mm_weight: product,
             torch.ops.aten.addmm_: added}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=told) as forward:
-        loss = model(idx, idx, return_logits=False)[1]           # or the head runs twice
+        loss = model(idx, idx, return_logits=False)[1]           # with logits the head would run twice
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=told) as backward:
         loss.backward()
     both = forward.get_total_flops() + backward.get_total_flops()
-    gradients = 2 * 2 * idx.numel() * settings["n_embd"] * settings["vocab_size"]      # which the loss takes at once
+    gradients = 2 * 2 * idx.numel() * settings["n_embd"] * settings["vocab_size"]      # in the loss's forward pass
     only_forward = forward.get_total_flops() - gradients
     assert model.flops_per_token(8, backward=False) * idx.numel() == pytest.approx(only_forward, rel=0.01)
     assert model.flops_per_token(8) * idx.numel() == pytest.approx(both, rel=0.01)
     assert model.flops_per_token() == model.flops_per_token(12), "the default is a full context"
 
 
-@pytest.mark.parametrize("n_kv_head", [1, 4])
-def test_flops_of_an_attention_are_those_of_its_two_products(n_kv_head):
-    """Over T keys q k^T and the sum of the values take 2 T head_dim each, for every query head."""
-    model = make_model(**dict(DENSE, n_kv_head=n_kv_head))
-    assert [block.attn.flops_per_token(10) for block in model.blocks] == 3 * [4 * (2 * 10 * 8 + 2 * 10 * 8)]
-
-
-def test_the_flops_of_a_model_are_those_that_its_attentions_say(monkeypatch):
-    """A fork's attention that sees fewer keys says so in one place."""
+def test_the_flops_of_a_model_include_those_that_each_attention_reports(monkeypatch):
+    """An attention that sees fewer keys overrides flops_per_token, and nothing else."""
     model = make_model(**DENSE)
     before = model.flops_per_token(12, backward=False)
     monkeypatch.setattr(model.blocks[1].attn, "flops_per_token", lambda T: 1000.0 * T)
@@ -642,7 +571,7 @@ def test_every_matrix_starts_at_std_002_whatever_its_depth_and_every_norm_at_1(s
             n = p.numel()         # five standard errors of a standard deviation and of a mean
             assert p.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * n)), name
             assert abs(p.mean().item()) < 5 * 0.02 / math.sqrt(n), name
-    # over a whole block a factor of 1/sqrt(2 L) or 1/sqrt(layer) would be tens of standard errors
+    # in a whole block, a factor of 1/sqrt(2 L) or 1/sqrt(layer) would be tens of standard errors away
     for block in model.blocks:
         matrices = torch.cat([p.flatten() for p in block.parameters() if p.dim() > 1])
         assert matrices.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * matrices.numel()))
@@ -661,9 +590,9 @@ def test_a_model_made_on_the_meta_device_is_the_same_after_init_weights():
     assert torch.equal(direct(idx)[0], deferred(idx)[0])
 
 
-@pytest.mark.parametrize("settings", [DENSE, dict(SPARSE, shared_hidden=16)], ids=["dense", "moe"])
-def test_compiling_into_one_graph_changes_neither_loss_nor_gradients(settings):
-    """fullgraph=True raises on a graph break. The aot_eager backend traces all but generates no code: it is fast."""
+def test_compiling_into_one_graph_changes_neither_loss_nor_gradients():
+    """fullgraph=True raises on a graph break. The backend aot_eager is fast, because it generates no code."""
+    settings = dict(SPARSE, shared_hidden=16)                    # its shared expert is a dense FFN
     model, idx, targets = make_model(torch.float32, **settings), tokens(settings), tokens(settings, seed=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -683,15 +612,10 @@ def test_compiling_into_one_graph_changes_neither_loss_nor_gradients(settings):
 
 @pytest.mark.parametrize("bad, name", [
     (dict(n_head=3), "n_head=3"), (dict(n_head=0), "n_head=0"), (dict(n_kv_head=3), "n_kv_head=3"),
-    (dict(n_kv_head=8), "n_kv_head=8"), (dict(n_kv_head=-2), "n_kv_head=-2"), (dict(n_embd=0), "n_embd=0"),
-    (dict(n_embd=12), "n_head=4"), (dict(n_layer=0), "n_layer=0"), (dict(block_size=-1), "block_size=-1"),
-    (dict(ffn_hidden=-8), "ffn_hidden=-8"), (dict(norm="post"), "norm='post'"), (dict(vocab_size=-1), "vocab_size=-1"),
-    (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=0.0), "rope_theta=0.0"),
-    (dict(n_experts=-1), "n_experts=-1"), (dict(n_experts=2, top_k=3, expert_hidden=8), "top_k=3"),
+    (dict(n_kv_head=8), "n_kv_head=8"), (dict(n_embd=12), "n_head=4"), (dict(norm="post"), "norm='post'"),
+    (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(n_experts=2, top_k=3, expert_hidden=8), "top_k=3"),
     (dict(n_experts=2, top_k=0), "top_k=0"), (dict(n_experts=4, expert_hidden=12), "expert_hidden=12"),
-    (dict(n_experts=4, expert_hidden=-8), "expert_hidden=-8"), (dict(n_experts=4, n_embd=36, n_head=2), "n_embd=36"),
-    (dict(shared_hidden=-1), "shared_hidden=-1"), (dict(lb_loss_weight=-0.1), "lb_loss_weight=-0.1"),
-    (dict(z_loss_weight=-0.1), "z_loss_weight=-0.1"), (dict(init_std=-0.1), "init_std=-0.1")], ids=str)
+    (dict(n_experts=4, n_embd=36, n_head=2), "n_embd=36"), (dict(init_std=-0.1), "init_std=-0.1")], ids=str)
 def test_impossible_shapes_are_refused_by_the_name_of_the_setting(bad, name):
     with pytest.raises(UserError, match=name):
         ModelConfig(**(DENSE | dict(n_kv_head=0) | bad))
@@ -701,7 +625,7 @@ def test_zeros_in_the_configuration_stand_for_derived_values():
     c = ModelConfig(vocab_size=10, n_embd=64, n_head=4)
     assert (c.n_kv_head, c.ffn_hidden, c.expert_hidden) == (4, 256, 0)
     c = ModelConfig(vocab_size=10, n_embd=64, n_head=4, n_experts=8, top_k=2)
-    assert c.expert_hidden == 128, "two experts of half the width cost what the dense layer costs"
+    assert c.expert_hidden == 128, "two experts of half the width cost as much as the dense layer"
 
 
 def test_a_model_without_a_vocabulary_and_a_context_that_is_too_long_are_refused():
@@ -715,7 +639,7 @@ def test_a_model_without_a_vocabulary_and_a_context_that_is_too_long_are_refused
 # sampling
 
 
-def test_generation_at_temperature_0_takes_the_likeliest_token_also_beyond_the_block_size():
+def test_generation_at_temperature_0_takes_the_likeliest_token_even_beyond_the_block_size():
     model, idx = make_model(torch.float32, **DENSE), tokens(DENSE, T=4)
     want = idx
     for _ in range(20):
@@ -731,7 +655,7 @@ def test_generation_never_draws_the_padding_of_the_vocabulary():
     for temperature in (0.0, 5.0):
         drawn = M.generate(model, idx, 30, temperature, n_vocab=40)
         assert int(drawn.max()) < 40
-    assert int(M.generate(model, idx, 30, 5.0).max()) >= 40, "without n_vocab it does draw from there"
+    assert int(M.generate(model, idx, 30, 5.0).max()) >= 40, "without n_vocab it draws padding"
 
 
 def test_generation_with_the_same_seed_repeats_itself_and_with_another_does_not():

@@ -1,6 +1,6 @@
-"""The README's worked examples, run as they stand there: its text is what a reader pastes.
+"""Run the examples of the README from its text, as a reader would paste them.
 
-And what it and the pages that it leads to say of the files: links, names, columns, times.
+And check what the README and the other pages say about the files: links, names, columns, times.
 """
 import ast
 import json
@@ -25,9 +25,9 @@ def code_blocks(language):
 
 
 def apply_changes(diff, text):
-    """Replace, piece by piece, what a diff shows as it was (" ", "-") by what it shows as it is (" ", "+").
+    """Apply a diff: replace the old lines (" ", "-") of each piece by its new lines (" ", "+").
 
-    A line " # in ..." says where the next piece is; the piece must be in the text exactly once.
+    A line " # in ..." begins a piece. The old lines must be in the text exactly once.
     """
     for piece in re.split(r"^ # in .*\n", diff, flags=re.MULTILINE)[1:]:
         lines = piece.splitlines()
@@ -40,7 +40,7 @@ def apply_changes(diff, text):
 
 @pytest.fixture
 def fork(tmp_path):
-    """A copy of the five files, to be changed."""
+    """A copy of the five files that a test may change."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     return tmp_path
@@ -53,7 +53,7 @@ def in_fork(fork, *args, env=None):
 
 
 def table(out, first):
-    """The rows of the last table whose header begins with a word: dicts of text by column."""
+    """The rows of the last table whose header begins with the word `first`, as dicts."""
     lines = out.splitlines()
     start = max(i for i, line in enumerate(lines) if line.split()[:1] == [first])
     header = lines[start].split()
@@ -66,7 +66,7 @@ def table(out, first):
     return rows
 
 
-def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and_is_refused_by_export(fork, corpus):
+def test_the_example_norm_is_trained_probed_and_dropped_and_refused_by_export(fork, corpus):
     no_figures = without("matplotlib", fork)
     diff, = code_blocks("diff")
     (fork / "model.py").write_text(apply_changes(diff, (fork / "model.py").read_text()))
@@ -80,8 +80,8 @@ def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and
     saved = torch.load(fork / "out/ffn_post/ckpt.pt", weights_only=True)
     gains = [name for name in saved["model"] if "out_norm" in name]
     assert gains == [f"blocks.{l}.ffn_out_norm.weight" for l in range(3)]          # after the FFN, not after attention
-    assert all((saved["model"][name] != 1).any() for name in gains)                # and they were trained
-    added = {norm: r["ffn_variance"][0] for norm, r in results.items()}            # almost 0 where nothing norms it
+    assert all((saved["model"][name] != 1).any() for name in gains)                # they have been trained
+    added = {norm: r["ffn_variance"][0] for norm, r in results.items()}            # almost 0 without the norm
     assert 100 * added["pre"] < added["ffn_post"] < 1
 
     in_fork(fork, "probe.py", "out/ffn_post/ckpt.pt", "--drop", 1, "--samples", 4, env=no_figures)
@@ -91,7 +91,7 @@ def test_the_worked_example_of_a_norm_goes_through_training_probing_dropping_and
     assert not (fork / "hf").exists()
 
 
-def test_the_worked_example_of_an_experiment_appears_everywhere(fork, corpus):
+def test_the_example_experiment_is_in_the_result_the_table_and_the_comparison(fork, corpus):
     example, = code_blocks("python")
     text = (fork / "probe.py").read_text("utf-8")
     place = "# ---- the whole measurement"
@@ -108,7 +108,7 @@ def test_the_worked_example_of_an_experiment_appears_everywhere(fork, corpus):
     assert [float(row["likeness"]) for row in table(out, "block")] == pytest.approx(likeness, rel=1e-3)
     comparison = [line.split() for line in out.splitlines() if line.startswith("seed_1 ")][-1]
     assert float(comparison[-1]) == pytest.approx(likeness.mean(), abs=1e-4)
-    # the truth: one sequence at a time, through the model itself
+    # the truth: one sequence at a time, with loops
     truth = run_python("-c", LIKENESS_BY_HAND, fork / "out/seed_1/ckpt.pt", corpus, cwd=fork)
     assert truth.status == 0, truth.err
     assert likeness == pytest.approx(np.array(json.loads(truth.out)), rel=1e-5)
@@ -176,7 +176,7 @@ def test_no_cell_of_a_table_is_too_wide_to_read(page):
     assert [cell for cell in cells if len(cell) > 120] == []
 
 
-def test_what_the_readme_looks_for_is_where_it_says():
+def test_the_names_that_the_readme_mentions_are_in_the_files_it_mentions():
     places = re.findall(r"`(\w+)` in\s`(\w+\.py)`", README)
     assert len(places) >= 8
     for name, file in places:
@@ -198,7 +198,7 @@ def test_every_experiment_and_every_column_of_the_tables_is_explained():
         assert name in explained and not missing, (name, missing)
 
 
-def test_the_first_run_takes_as_long_wherever_its_time_is_said():
+def test_the_time_of_the_first_run_is_the_same_in_all_places():
     said = {}
     for file in ("README.md", "train.py", "configs/gqa_deep.py"):
         said[file] = set(re.findall(r"[\w.]+ to [\w.]+ minutes on two cores", (ROOT / file).read_text()))

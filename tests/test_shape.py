@@ -1,4 +1,4 @@
-"""The shape of the code: which file may know which, so that each can be read without those after it.
+"""The imports between the files go one way, so that each file can be read without the later ones.
 
     model <- data <- {train, probe} <- recipe
 
@@ -12,14 +12,14 @@ import sys
 import pytest
 from helpers import ROOT
 
-MAY_IMPORT = {                                                  # of ours
+MAY_IMPORT = {                                                  # which of our files each one may import
     "model": set(),
     "data": {"model"},
     "train": {"model", "data"},
     "probe": {"model", "data"},
     "recipe": {"model", "data", "train", "probe"},
 }
-REQUIRED = {"torch", "numpy", "tiktoken"}                       # requirements.txt; all else is optional
+REQUIRED = {"torch", "numpy", "tiktoken"}                       # in requirements.txt
 OPTIONAL = {"matplotlib", "transformers", "accelerate", "lm_eval", "datasets", "huggingface_hub", "pyarrow", "wandb"}
 
 
@@ -28,14 +28,14 @@ def parse(name: str) -> ast.Module:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules that an import statement names, dotted; none of any other node."""
+    """The modules that an import statement names. Other nodes name none."""
     if isinstance(node, ast.ImportFrom):
         return ["." * node.level + (node.module or "")]
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def imports(name: str) -> set[str]:
-    """The top-level names of all that a file imports, wherever in it."""
+    """The top-level packages that a file imports anywhere."""
     return {module.split(".")[0] for node in ast.walk(parse(name)) for module in imported(node)}
 
 
@@ -45,7 +45,7 @@ def test_imports_among_our_files_go_one_way(name):
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_what_is_imported_is_python_a_requirement_or_an_optional_package(name):
+def test_a_file_imports_only_pythons_own_required_and_optional_packages(name):
     assert imports(name) <= sys.stdlib_module_names | MAY_IMPORT.keys() | REQUIRED | OPTIONAL
 
 
@@ -55,7 +55,7 @@ def test_the_requirements_are_those_of_requirements_txt():
     assert packages == REQUIRED | {"pytest"}
 
 
-def test_the_network_is_alone_and_has_no_command_line():
+def test_model_py_imports_none_of_our_files_and_has_no_command_line():
     tree = parse("model")
     functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert not imports("model") & (MAY_IMPORT.keys() | {"argparse", "sys", "os", "json", "pathlib"})
@@ -63,7 +63,7 @@ def test_the_network_is_alone_and_has_no_command_line():
 
 
 @pytest.mark.parametrize("name", [name for name in MAY_IMPORT if name != "model"])
-def test_every_other_file_is_a_script_whose_main_is_last(name):
+def test_every_other_file_is_a_script_that_ends_with_main(name):
     tree = parse(name)
     main, guard = tree.body[-2:]
     assert isinstance(main, ast.FunctionDef) and main.name == "main"

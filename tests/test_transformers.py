@@ -1,6 +1,6 @@
-"""Models of transformers: HFModel beside the model itself, pruning, export. Random tiny weights, no network.
+"""Models of transformers: HFModel compared with the model itself, pruning, export. Tiny random weights, no network.
 
-The truth is the model's own forward pass, in which hooks record the streams and a layer is made to return its input.
+The truth is the forward pass of the model, in which hooks record the streams or make a layer return its input.
 """
 import contextlib
 import json
@@ -23,10 +23,10 @@ SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_laye
 FAMILIES = {
     "llama": (dict(), "self_attn", "mlp"),
     "gpt2": (dict(), "attn", "mlp"),
-    "gemma2": (dict(head_dim=8, sliding_window=5, query_pre_attn_scalar=8), "self_attn", "mlp"),   # norms behind
+    "gemma2": (dict(head_dim=8, sliding_window=5, query_pre_attn_scalar=8), "self_attn", "mlp"),   # norms after both
     "gpt_neox": (dict(), "attention", "mlp"),                                                      # in parallel
     "phi": (dict(), "self_attn", "mlp"),                                                 # one dropout for both
-    "granite": (dict(residual_multiplier=0.22), "self_attn", "mlp"),                     # scaled before they are added
+    "granite": (dict(residual_multiplier=0.22), "self_attn", "mlp"),                     # scaled outputs
     "qwen2_moe": (dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
                        shared_expert_intermediate_size=16), "self_attn", "mlp"),
     "mamba": (dict(state_size=4), None, None),
@@ -35,7 +35,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def build(family, dtype=torch.float32, **settings):
-    """A tiny model with large weights, and the ids (B, T) that it is run on."""
+    """A tiny model with large weights, and token ids (B, T)."""
     torch.manual_seed(0)
     more = FAMILIES[family][0] if family in FAMILIES else {}
     config = transformers.AutoConfig.for_model(family, **SMALL | more | settings)
@@ -52,7 +52,7 @@ def layers_of(inner):
 
 @contextlib.contextmanager
 def doing_nothing(layer):
-    """Inside of this context the layer returns its input."""
+    """A context in which the layer returns its input."""
     def same(module, args, kwargs, output):
         x = args[0] if args else kwargs["hidden_states"]
         return (x, *output[1:]) if isinstance(output, tuple) else x
@@ -63,7 +63,7 @@ def doing_nothing(layer):
 
 @torch.no_grad()
 def streams_and_logits(inner, idx):
-    """h_0 .. h_n and the logits of the model's own forward pass."""
+    """h_0 .. h_n and the logits of a forward pass of the model."""
     h = []
 
     def before(module, args, kwargs):
@@ -80,7 +80,7 @@ def streams_and_logits(inner, idx):
 
 @torch.no_grad()
 def chain(model, idx, without=()):
-    """The same by HFModel, without some blocks: a block that is left out passes its input on."""
+    """The same by HFModel. The blocks in `without` are skipped."""
     h = [model.embed(idx)]
     for l, block in enumerate(model.blocks):
         h.append(h[-1] if l in without else block(h[-1]))
@@ -88,7 +88,7 @@ def chain(model, idx, without=()):
 
 
 def scores(h, skipped, idx):
-    """variance, influence, causal and removal of streams h; skipped: of each block, streams and logits without it."""
+    """variance, influence, causal and removal of streams h. skipped: streams and logits without each block."""
     h = [x.double() for x in h]
     n = len(h) - 1
     update = [h[l + 1] - h[l] for l in range(n)]
@@ -122,7 +122,7 @@ def test_scores_are_those_of_a_naive_loop_over_the_models_own_layers(family, dty
 @every_family
 @torch.no_grad()
 def test_a_layer_without_attention_or_ffn_is_the_layer_with_their_weights_at_zero(family):
-    """The truth costs the weights, and so the model is built anew for each sublayer."""
+    """The model is built again for each sublayer, because its weights are set to zero."""
     names = FAMILIES[family][1:]
     inner, idx = build(family)
     model = data.HFModel(inner, family)
@@ -160,10 +160,10 @@ def test_masks_are_captured_again_for_another_length():
     for length in (4, T):
         model.capture(length)
         torch.testing.assert_close(chain(model, idx[:, :length])[1], streams_and_logits(inner, idx[:, :length])[1])
-    assert any("keeps its own" in note for note in model.notes)          # windows in every other layer
+    assert any("keeps its own" in note for note in model.notes)          # every other layer has a window
 
 
-def test_a_model_whose_layers_know_more_than_the_stream_is_refused_with_the_difference():
+def test_a_model_whose_layers_depend_on_more_than_the_stream_is_refused_with_the_difference():
     inner, _ = build("llama")
     inner.model.register_forward_pre_hook(
         lambda module, args, kwargs: setattr(inner, "seen", (args or [kwargs["input_ids"]])[0]), with_kwargs=True)
@@ -175,7 +175,7 @@ def test_a_model_whose_layers_know_more_than_the_stream_is_refused_with_the_diff
 
 
 def test_a_layer_may_return_more_than_the_stream():
-    inner, idx = build("rwkv", attention_hidden_size=32, context_length=64)             # also a state and the attention
+    inner, idx = build("rwkv", attention_hidden_size=32, context_length=64)             # it returns a state, too
     model = data.HFModel(inner, "rwkv")
     model.capture(T)
     torch.testing.assert_close(chain(model, idx)[1], streams_and_logits(inner, idx)[1])
@@ -210,11 +210,27 @@ def test_a_pruned_folder_computes_what_the_model_does_without_the_layers(family,
     torch.testing.assert_close(chain(model, idx)[1], want, rtol=1e-5, atol=1e-5)
 
 
-def test_layers_that_can_only_stand_where_they_are_are_not_pruned_and_nothing_is_left(tmp_path):
-    inner, _ = build("qwen2_moe", mlp_only_layers=[1])                    # by its number: after the cut it is another
+def test_layers_that_cannot_change_places_are_not_pruned_and_nothing_is_left(tmp_path):
+    inner, _ = build("qwen2_moe", mlp_only_layers=[1])                    # number 1 would be another layer
     with pytest.raises(UserError, match="without layers 0 cannot be loaded again"):
         data.prune_hf(data.HFModel(inner, "mixed"), [0], tmp_path / "pruned", "bytes")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_that_depends_on_its_number_is_noticed_by_the_logits(tmp_path):
+    inner, _ = build("gpt2", scale_attn_by_inverse_layer_idx=True)        # layer 1 becomes layer 0
+    with pytest.raises(UserError, match="without layers 0 computes something else"):
+        data.prune_hf(data.HFModel(inner, "numbered"), [0], tmp_path / "pruned", "bytes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_that_has_as_many_items_as_layers_by_accident_is_not_cut_in_silence(tmp_path):
+    inner, _ = build("llama", eos_token_id=[2, 3, 4, 5])                  # no logit depends on it
+    data.prune_hf(data.HFModel(inner, "ends"), [0], tmp_path / "pruned", "bytes")
+    assert json.loads((tmp_path / "pruned/config.json").read_text())["eos_token_id"] == [2, 3, 4, 5]
+    inner, _ = build("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])           # numbers of layers: [1, 2, 3] is wrong
+    with pytest.raises(UserError, match="cannot be loaded again"):
+        data.prune_hf(data.HFModel(inner, "dense"), [0], tmp_path / "other", "bytes")
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
@@ -226,7 +242,7 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path):
         data.load_model(tmp_path / "hf")
 
 
-def test_what_is_no_model_is_one_line(tmp_path):
+def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty as a model of transformers") as e:
         data.load_model(tmp_path / "empty")
@@ -243,7 +259,7 @@ EXPORTED = {"dense": dict(), "lns": dict(norm="lns"), "tied": dict(tie_embedding
 
 @pytest.mark.parametrize("case", EXPORTED)
 @torch.no_grad()
-def test_an_exported_checkpoint_is_what_it_was(case, tmp_path):
+def test_an_exported_checkpoint_computes_the_same(case, tmp_path):
     ours = make_model(torch.float32, vocab_size=257, block_size=40, n_embd=32, **EXPORTED[case])
     torch.save(checkpoint_of(ours), tmp_path / "ckpt.pt")
     data.export(tmp_path / "ckpt.pt", tmp_path / "moved/hf")
@@ -273,20 +289,20 @@ TEXT = "def f(x):\n\treturn x  # naïve 学习 <|endoftext|> 🙂\n\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a tokenizer of transformers: bytes, and <|endoftext|>."""
+    """A folder with a tokenizer of transformers that is equal to "bytes"."""
     (tmp_path / "tok").mkdir()
     data.write_tokenizer("bytes", tmp_path / "tok")
     return tmp_path / "tok"
 
 
-def test_text_that_spells_a_special_token_stays_text(folder):
+def test_a_special_token_that_is_spelled_out_in_a_text_is_plain_text(folder):
     for name in ("bytes", str(folder)):
         ids = data.encode(name, TEXT)
         assert ids == list(TEXT.encode()) and data.decode(name, ids) == TEXT
         assert (data.get_tokenizer(name).n_vocab, data.get_tokenizer(name).eot_token) == (257, 256)
 
 
-def test_gpt2_of_tiktoken_is_gpt2_of_transformers(gpt2, tmp_path):
+def test_gpt2_written_for_transformers_gives_the_ids_of_tiktoken(gpt2, tmp_path):
     data.write_tokenizer("gpt2", tmp_path)
     assert data.encode(str(tmp_path), TEXT) == data.encode("gpt2", TEXT) == gpt2.encode_ordinary(TEXT)
     assert data.get_tokenizer(str(tmp_path)).n_vocab == 50257
@@ -307,12 +323,12 @@ def test_a_copy_beside_a_checkpoint_survives_a_move_and_is_known_as_the_same(fol
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "llama"])
 def test_a_folder_without_a_tokenizer_is_refused(family, tmp_path):
-    build(family)[0].config.save_pretrained(tmp_path)                 # AutoTokenizer makes an empty one for Gemma
+    build(family)[0].config.save_pretrained(tmp_path)                 # for Gemma, AutoTokenizer makes an empty one
     with pytest.raises(UserError, match="--tokenizer"):
         data.get_tokenizer(str(tmp_path))
 
 
-def test_no_such_tokenizer_is_one_line():
+def test_an_unknown_tokenizer_is_refused_by_name():
     for name in ("gtp2", "/no/such/folder"):
         with pytest.raises(UserError, match=name):
             data.get_tokenizer(name)

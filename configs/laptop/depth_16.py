@@ -1,3 +1,3 @@
-# Depth: L = 8 stands for the paper's 16, half of it as in the others; nothing else changes.
+# Depth: L = 8 stands for the paper's 16. The other depths are halved, too; nothing else changes.
 base = "base.py"
 n_layer = 8

@@ -1,3 +1,3 @@
-# The recipe's ladder, first row: L = 8 stands for the paper's 16. It has the width of the second
-# row, so half of its parameters. Neither the width nor the size of the paper's is stated.
+# The recipe's ladder, first row: L = 8 stands for the paper's 16. It is as wide as the second row, so it has half of
+# the parameters. The paper does not state the width or the size of this row.
 base = "base.py"

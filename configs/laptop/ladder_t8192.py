@@ -1,3 +1,3 @@
-# The ladder: T = 512, which stands for the paper's 8192, instead.
+# The ladder: T = 512 instead, which stands for the paper's 8192.
 base = "ladder_32.py"
 block_size = 512

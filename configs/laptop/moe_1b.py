@@ -1,4 +1,4 @@
-# Explicit sparsity, experts: 64, 8 per token, as in the paper, with the active FLOPs of dense_1b.py.
+# Explicit sparsity, experts: 64 with 8 per token, as in the paper. The active FLOPs are those of dense_1b.py.
 base = "dense_1b.py"
 n_experts = 64
 top_k = 8

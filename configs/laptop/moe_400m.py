@@ -1,5 +1,5 @@
-# Explicit sparsity, experts: 32, 4 per token, as in the paper; and one that all tokens share. Each is as wide, relative
-# to n_embd, as the paper's.
+# Explicit sparsity, experts: 32 with 4 per token, and a shared one that every token uses, as in the paper. Relative
+# to n_embd an expert is as wide as in the paper.
 base = "dense_400m.py"
 n_experts = 32
 top_k = 4

@@ -1,18 +1,18 @@
-# What the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the released optimizer. All start here.
+# The settings that the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the released optimizer.
 # Prepare the data with  python data.py fineweb-edu --max_tokens 10.5e9
-data = "data/fineweb-edu"   # the paper's tokenizer is GPT-NeoX's (50280, padded to 50304); tiktoken has GPT-2's: ours
+data = "data/fineweb-edu"   # in tokens of GPT-2, which tiktoken has; the paper uses GPT-NeoX's (50280, padded to 50304)
 vocab_size = 50304
 n_layer = 16
 n_head = 16
 n_embd = 2048               # SwiGLU hidden 8192 = 4 n_embd: 1.28B parameters with both embeddings
 
-weight_decay = 0.1          # our choice, the best of the paper's own sweep
+weight_decay = 0.1          # our choice: the best of the paper's sweep
 learning_rate = 4e-4        # our choice: the peak is not stated
 warmup_steps = 1000
 block_size = 2048           # our choice: the context of these runs is not stated
-tokens_per_step = 2**21     # about 2M, the GQA and MoE runs
+tokens_per_step = 2**21     # about 2M, as in the GQA and MoE runs
 max_steps = 4768            # 10B tokens
-batch_size = 8              # sequences per pass and GPU: what fits 80 GB, no influence on a dense result
+batch_size = 8              # sequences per pass and GPU, for 80 GB; no effect on the result of a dense model
 
 eval_interval = 250
 eval_tokens = 2**21

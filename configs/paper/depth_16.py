@@ -1,4 +1,5 @@
-# Depth scaling, L = 16; 12, 24 and 32 start from this one. That the width stays the dense 1B's is our choice.
+# Depth scaling: L = 16. The depths 12, 24 and 32 start from this file. All have the width of the dense 1B model, our
+# choice.
 base = "base.py"
 tokens_per_step = 2**19     # about 0.5M
 max_steps = 19073           # 10B tokens

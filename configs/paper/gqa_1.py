@@ -1,2 +1,2 @@
-# Explicit sparsity, key/value heads: G = 1 query head per key/value head, that is, plain multi-head attention.
+# Explicit sparsity, key/value heads: G = 1 query head per key/value head, which is multi-head attention.
 base = "dense_1b.py"

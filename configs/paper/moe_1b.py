@@ -1,9 +1,9 @@
-# Explicit sparsity, experts: MoE 7B / 1B active, 64 experts, 8 per token.
+# Explicit sparsity, experts: MoE 7B with 1B active, 64 experts, 8 per token.
 base = "dense_1b.py"
 n_experts = 64
 top_k = 8
-expert_hidden = 1024        # 6.92B total, 1.28B active; the released yaml says 2048, which would be 13.4B in total
+expert_hidden = 1024        # 6.92B in total, 1.28B active. The released yaml says 2048, which would be 13.4B in total
 lb_loss_weight = 0.01
 z_loss_weight = 0.001
 batch_size = 4
-parallel = "fsdp"           # 8 GPUs of 80 GB cannot hold it otherwise: see --plan
+parallel = "fsdp"           # with ddp it does not fit into 80 GB: see --plan

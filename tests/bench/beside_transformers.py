@@ -1,11 +1,12 @@
-"""A training step of ours beside one of the `transformers` Llama of the same shape, optimizer, data.
+"""Compare a training step with one of the `transformers` Llama: same shape, optimizer and data.
 
     pip install transformers
-    python tests/bench/beside_transformers.py                               # the SHAPES
-    python tests/bench/beside_transformers.py --n_embd=512 --n_layer=4      # another one
+    python tests/bench/beside_transformers.py                               # the shapes in SHAPES
+    python tests/bench/beside_transformers.py --n_embd=512 --n_layer=4      # another shape
 
-Takes the settings of train.py, on a CPU. Prints tokens/s of both and their ratio, above 1 is ours
-ahead, eager and compiled (with --compile only that). Timed in turn, the best of ten rounds counts.
+Takes the settings of train.py and runs on a CPU, eager and compiled; --compile chooses one of the
+two. Prints tokens/s of both models and their ratio. Above 1, ours is faster. The two models are
+timed in turn, and the best of ten rounds counts.
 """
 import sys
 import time
@@ -26,7 +27,7 @@ SHAPES = (["--n_embd=64", "--n_layer=16"], ["--n_embd=256", "--n_layer=8"],
 
 
 def llama(c: TrainConfig) -> LlamaForCausalLM:
-    """The same shape: the same count of parameters."""
+    """The Llama of the same shape, which has as many parameters."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_hidden,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
@@ -34,7 +35,7 @@ def llama(c: TrainConfig) -> LlamaForCausalLM:
 
 
 def time_in_turn(c: TrainConfig, compiled: bool) -> tuple[float, float]:
-    """Seconds of a step of ours and of one of theirs."""
+    """Seconds per step of our model and of theirs."""
     idx = torch.randint(c.vocab_size, (c.tokens_per_step // c.block_size, c.block_size + 1))
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
     ours, theirs = GPT(c), llama(c)
@@ -53,13 +54,13 @@ def time_in_turn(c: TrainConfig, compiled: bool) -> tuple[float, float]:
         our_optimizer.zero_grad()
 
     def their_step() -> None:
-        # It shifts the labels itself: T - 1 targets where ours has T, the same matrix products.
+        # It shifts the labels itself, so it has T - 1 targets instead of T. The matrix products are equal.
         their_forward(input_ids=x, labels=x).loss.backward()
         clip_gradients(theirs, c.grad_clip)
         their_optimizer.step()
         their_optimizer.zero_grad()
 
-    for _ in range(2):                                     # compiles, allocates
+    for _ in range(2):                                     # to compile and allocate
         our_step()
         their_step()
     rounds = [(seconds(our_step), seconds(their_step)) for _ in range(10)]
@@ -73,7 +74,7 @@ def seconds(step: Callable[[], None]) -> float:
 
 
 def compare(c: TrainConfig, compiled: bool) -> None:
-    """Print a line: tokens/s of both, and their ratio."""
+    """Print a line with tokens/s of both models and their ratio."""
     ours, theirs = time_in_turn(c, compiled)
     way = "compiled" if compiled else "eager"
     print(f"n_embd={c.n_embd} n_layer={c.n_layer} {way}: ours {c.tokens_per_step / ours:,.0f} tokens/s, "

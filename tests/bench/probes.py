@@ -1,9 +1,9 @@
-"""Each probe beside the naive way, which the authors' scripts go: every intervention a whole pass from the embedding.
+"""Compare each probe with the naive way of the authors' scripts: a whole pass for every intervention.
 
     python tests/bench/probes.py out/gqa_deep/ckpt.pt --samples 16
 
-Both ways are timed in turn in one process, the best of five rounds counts. What they compute is compared in
-tests/test_probe.py, with the bench itself.
+Both ways are timed in turn in one process, and the best of five rounds counts. tests/test_probe.py compares their
+results.
 """
 import argparse
 import sys
@@ -23,14 +23,14 @@ from probe import causal_row, jacobian_sum, probe, streams_of, swapped, update_n
 
 
 def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], rounds: int = 5) -> None:
-    """Time a thing and its naive version in turn; print the best of the rounds and their ratio."""
+    """Time a probe and its naive version in turn. Prints the best of the rounds and their ratio."""
     times = [(timeit(here, number=1), timeit(naive, number=1)) for _ in range(rounds)]
     ours, theirs = (min(column) for column in zip(*times))
     print(f"{name:15} here {ours:8.3f} s   naive {theirs:8.3f} s   {theirs / ours:.2f}x", flush=True)
 
 
 def nll(model: GPT, x: Tensor, tokens: Tensor, layers: Any = ()) -> Tensor:
-    """-log p in nats, summed over all predictions, of the stream x (B, T, d) after the layers."""
+    """The sum of -log p over all predictions in nats, for the stream x (B, T, d) after the layers."""
     for layer in layers:
         x = layer(x)
     return F.cross_entropy(model.logits(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
@@ -38,7 +38,7 @@ def nll(model: GPT, x: Tensor, tokens: Tensor, layers: Any = ()) -> Tensor:
 
 @torch.no_grad()
 def naive_causal(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """The causal numerators, and the loss without each block, which is returned: summed, in nats."""
+    """Compute the causal numerators. Returns the loss without each block, summed, in nats."""
     blocks = list(model.blocks)
     h = streams_of(blocks, model.embed(tokens))
     losses = []
@@ -59,8 +59,11 @@ def naive_permutation(model: GPT, tokens: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def naive_usefulness(model: GPT, tokens: Tensor) -> list[tuple[float, float]]:
-    """Of each block the loss with its affine map instead, fitted on all tokens, and on the first half and judged on the
-    second: summed, in nats. For every block the streams are made anew, and least squares sees all tokens at once."""
+    """The loss with each block replaced by its affine map, summed, in nats.
+
+    Each block has two losses: of all tokens, with a map fitted on all tokens, and of the second half, with a map fitted
+    on the first half. The streams are computed again for every block, and least squares takes all tokens at once.
+    """
     blocks, d, half = list(model.blocks), model.config.n_embd, len(tokens) // 2
     losses = []
     for l in range(len(blocks)):
@@ -78,7 +81,7 @@ def naive_usefulness(model: GPT, tokens: Tensor) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def naive_jacobian(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """The Jacobian of each block, summed over the tokens, from streams that are made anew."""
+    """The Jacobian of each block, summed over tokens. The streams are computed again for every block."""
     blocks = list(model.blocks)
     return [jacobian_sum(block, streams_of(blocks, model.embed(tokens))[l]) for l, block in enumerate(blocks)]
 

@@ -1,16 +1,17 @@
-"""How fast is a training step?  Whole steps on random tokens, several ways in turn: a line of JSON.
+"""Time whole training steps on random tokens, with several variants in turn. Prints a line of JSON.
 
     python tests/bench/step.py --n_embd=256 --n_layer=8                         # eager, compiled
     python tests/bench/step.py --n_embd=256 --n_layer=8 --compile=false --families
     OMP_NUM_THREADS=1 torchrun --nproc-per-node=2 tests/bench/step.py --n_embd=256 --batch_size=4
 
-Takes the configs and settings of train.py; needs no data. With --compile only that way; --families:
-the model made dense, with GQA, with experts of equal active FLOPs, and with four times the context;
-under torchrun: rank 0 alone, DDP, FSDP2. Of each way, the best of six rounds:
+Takes the configs and settings of train.py and needs no data. The variants are eager and compiled,
+or only one of them with --compile. With --families they are a dense model, GQA, experts of equal
+active FLOPs, and four times the context. Under torchrun they are rank 0 alone, DDP and FSDP2. For
+each variant it prints the best of six rounds:
 
     tokens_per_s, flops_per_s
-    speed            relative to the first way
-    kernel_share     of a step's time inside KERNELS: drifts less with a shared machine than rates do
+    speed            relative to the first variant
+    kernel_share     share of a step inside KERNELS; on a shared machine it varies less than rates
 """
 import argparse
 import json
@@ -57,7 +58,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
 
 
 def ways_to_go(c: TrainConfig, world: int, families: bool) -> dict[str, TrainConfig]:
-    """What is to be compared: the settings of each way by its name."""
+    """The variants to compare: name and settings."""
     if world > 1:
         return {"alone": c, "ddp": replace(c, parallel="ddp"), "fsdp": replace(c, parallel="fsdp")}
     if families:
@@ -74,7 +75,7 @@ def ways_to_go(c: TrainConfig, world: int, families: bool) -> dict[str, TrainCon
 
 
 def make_step(c: TrainConfig, here: Process) -> Callable[[], None]:
-    """A function that takes one whole step, as `train` does."""
+    """A function that takes one whole training step."""
     per_step, size = train.batch_shape(c, here.world)
     idx = torch.randint(c.vocab_size, (per_step // here.world, c.block_size), device=here.device)
     batches = [(x, x) for x in idx.split(size)]
@@ -90,19 +91,19 @@ def make_step(c: TrainConfig, here: Process) -> Callable[[], None]:
 
 
 def kernel_share(step: Callable[[], None], device: torch.device) -> float:
-    """Share of the time of a step that is spent inside KERNELS."""
-    with torch.profiler.profile() as profile:              # of the CPU, and of the GPU if there is one
+    """The share of the time of a step that is spent inside KERNELS."""
+    with torch.profiler.profile() as profile:              # the CPU, and the GPU if there is one
         seconds = timed(step, device)
     kernels = [event for event in profile.key_averages() if event.key.startswith(KERNELS)]
     if device.type == "cuda":
         inside = sum(event.self_device_time_total for event in kernels)
     else:
         inside = sum(event.self_cpu_time_total for event in kernels)
-    return inside / 1e6 / seconds                          # they are in microseconds
+    return inside / 1e6 / seconds                          # from microseconds
 
 
 def bench(c: TrainConfig, here: Process, families: bool) -> dict[str, Any]:
-    """The shape, the machine, and what was measured of each way."""
+    """The shape, the machine, and the results of each variant."""
     c = replace(c, vocab_size=train.vocabulary(c))
     ways = ways_to_go(c, here.world, families)
     steps = {}
@@ -112,7 +113,7 @@ def bench(c: TrainConfig, here: Process, families: bool) -> dict[str, Any]:
         elif here.rank == 0:
             steps[name] = make_step(way, here._replace(world=1))
         else:
-            steps[name] = lambda: None                     # the other ranks stand by
+            steps[name] = lambda: None                     # the other ranks wait
     seconds = {name: math.inf for name in ways}
     for _ in range(6):                                     # the first round compiles and allocates
         for name, step in steps.items():
