@@ -45,15 +45,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from data import (Corpus, HFModel, Parser, check_finite, choose_device, copy_tokenizer, decode,
-                  documents, encode, export, get_tokenizer, load_model, need, prune_hf, run,
-                  same_tokenizer, save_checkpoint, write_json)
+from data import (Corpus, HFModel, Parser, check_empty, check_finite, choose_device,
+                  copy_tokenizer, decode, documents, encode, export, get_tokenizer, load_model,
+                  need, prune_hf, run, same_tokenizer, save_checkpoint, write_json)
 from model import (GPT, Detail, UserError, check, generate, logits_at_once, token_variance, wide)
 
 TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: a block's activations fit into the cache
 KEPT_IN_MEMORY = 2**30      # bytes of streams; for a larger sample they are computed again
 USEFUL = 1.1                # a block is useful if its affine map multiplies the loss by more
 BELOW = 0.1                 # a weight is near zero if it is below this times init_std
+
+FITTING = 0.5               # cost of fitting a block's affine map, in evaluations of the block
 
 Model = Any                             # GPT, or HFModel of data.py
 Layer = Callable[[Tensor], Tensor]      # a block or a replacement for one: (B, T, d) -> (B, T, d)
@@ -490,6 +492,7 @@ def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
             for half, rows in ((first_half, ~later), (second_half, later)):
                 if rows.any():
                     half[l] += moments(pick(p.h[l], rows), pick(p.h[l + 1], rows))
+            p.progress.done += FITTING * len(p.idx)
         if getattr(model, "norm", None) is not None:
             to_recorded += moments(p.h[-2], recorded(model, p.h)[-1])
         x = p.h[0]
@@ -1004,7 +1007,8 @@ def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
     works = [experiment.work(n, options) for experiment in experiments]
     blocks, losses, jacobians = map(sum, zip(*works))
     few = min(1, (options.jacobian_samples or len(tokens) / 2) / len(tokens))
-    return n + blocks + losses * head_cost(model) + 2 * model.d * jacobians * few
+    maps = FITTING * n if any(experiment.fits for experiment in experiments) else 0
+    return n + blocks + maps + losses * head_cost(model) + 2 * model.d * jacobians * few
 
 def place_among_ranks() -> tuple[int, int]:
     """The number of this process among torchrun's processes, from 0, and how many there are."""
@@ -1436,6 +1440,8 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
         default = Path("out", f"{path.name}_pruned")
     target = Path(args.save or default)
     check(target.resolve() != path.resolve(), f"--save {target} is the model itself")
+    if isinstance(model, HFModel):
+        check_empty(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
     if auto:

@@ -658,7 +658,7 @@ def show(record: dict[str, Any], c: TrainConfig) -> None:
         print(line, flush=True)
     if step == c.max_steps and "variance" in record:
         print(f"variance of the streams h_0 .. h_{c.n_layer}:",
-              " ".join(f"{v:.2g}" for v in record["variance"]), flush=True)
+              " ".join(f"{v:.3g}" for v in record["variance"]), flush=True)
 
 def wandb_run(c: TrainConfig, done: int) -> Any:
     """A context with the run of Weights & Biases, or with None if c.wandb is empty.
