@@ -1060,7 +1060,7 @@ def draw_blocks(runs: Runs) -> Any:
 
 MAPS = {"causal": "Causal score: how much does the later block's update change if the earlier one "
                   "is skipped?",
-        "permutation": "Permutation score: how much does the output change if the two blocks swap "
+        "permutation": "Permutation score: how much does the loss change if the two blocks swap "
                        "places?"}
 
 def draw_maps(runs: Runs, name: str) -> Any:
