@@ -107,7 +107,7 @@ class Maps(NamedTuple):
     """The least-squares affine map of each block, see `fit_maps`."""
     whole: list[Map]            # fitted on all sequences
     half: list[Map]             # fitted on the first half of the sequences
-    recorded: Map | None        # of the last block, to the stream that the released scripts record
+    recorded: Map | None        # of the last block, fitted to its output in `recorded`
 
 @dataclass
 class Pass:
@@ -161,7 +161,7 @@ class Pass:
         return g
 
     def end_without(self, s: int) -> Tensor:
-        """The last stream without block s, (B, T, d). It is cached for every size of sample."""
+        """The last stream without block s, (B, T, d). Cached even if the sample is large."""
         return (self.cache.get(("without", s)) or self.without(s))[-1]
 
     def jacobian(self, l: int) -> Tensor:
@@ -182,8 +182,8 @@ class Pass:
         return min(self.options.jacobian_samples or self.total - self.total // 2, self.total)
 
     def place(self, x: Tensor) -> Tensor:
-        """Values (..., B) of these sequences among zeros for all others: (..., total). Their sum
-        over micro-batches and ranks holds the values of all sequences."""
+        """Put the values (..., B) of these sequences at their places among zeros, (..., total). The
+        sum of such tensors over micro-batches and ranks holds the values of all sequences."""
         out = torch.zeros(*x.shape[:-1], self.total, dtype=torch.float64)
         out[..., self.number] = to_cpu_float64(x)
         return out
@@ -213,7 +213,8 @@ def streams_of(layers: Iterable[Layer], x: Tensor) -> list[Tensor]:
     return list(accumulate(layers, lambda x, layer: layer(x), initial=x))
 
 def head_cost(model: Model) -> float:
-    """The cost of the logits in blocks: d x vocab_size weights, where a block has about 12 d^2."""
+    """The cost of the logits, in evaluations of a block. The head has d x vocab_size weights, a
+    block about 12 d^2."""
     return model.vocab_size / (12 * model.d)
 
 def pick(x: Tensor, which: Tensor) -> Tensor:
@@ -359,7 +360,7 @@ def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> Tensor:
     """The numerators of C[s, l] for all blocks l, (n,); 0 for l <= s. g: the streams without s."""
-    # h - g: its step from l to l + 1 is the change of block l's update.
+    # The step of h - g from l to l + 1 is the change of block l's update.
     missing = [wide(x) - wide(y) for x, y in zip(h[s + 1:], g[s + 1:])]
     row = wide(h[0].new_zeros(len(h) - 1))
     for l, norm in enumerate(update_norms(missing), s + 1):
@@ -534,7 +535,8 @@ def log_ratios(r: Result) -> list[float]:
     return np.log(r["usefulness"]["ratio"]).tolist()
 
 def map_ratios(r: Result, key: str = "ratio") -> dict[str, Sequence[float]]:
-    """The loss ratios with each block's affine map, by what the map was fitted on."""
+    """The loss ratio of each block's affine map, named by the sequences that the map was fitted
+    on."""
     return {"fitted on all": r["usefulness"][key], "held out": r["usefulness_heldout"][key]}
 
 EXPERIMENTS["usefulness"] = Experiment(
@@ -642,10 +644,11 @@ def removal(model: Model, p: Pass) -> Sums:
     return sums | {f"without {what}": p.place(torch.stack(x)) for what, x in found.items()}
 
 def removal_score(model: Model, totals: Sums) -> Result:
-    """removal: the mean loss. removal_stderr: the standard error of its growth over sequences.
+    """removal: the mean loss after each removal. removal_stderr: the standard error of the growth
+    of the loss.
 
-    removal_halves: the growth on every other sequence, to choose the cheapest removal by, and the
-    growth on the rest, where the price of that choice has no bias.
+    removal_halves: `chosen_by` is the growth on every other sequence, by which the cheapest removal
+    is chosen. `price` is the growth on the rest, which gives that choice a price without bias.
     """
     per_sequence = totals["predictions"] / len(totals["loss"])         # predictions
     out: Result = {"removal": {}, "removal_stderr": {}, "removal_halves": {},
@@ -670,13 +673,14 @@ def ratio_of(growth: float) -> float:
     return math.exp(min(growth, 700))
 
 def perplexity_errors(r: Result, what: str) -> list[float]:
-    """Their standard errors."""
+    """The standard errors of `perplexity_ratios`."""
     errors = r["removal_stderr"][what]
     return [ratio * number(error) for ratio, error in zip(perplexity_ratios(r, what), errors)]
 
 def every_removal(r: Result, values: Callable[[Result, str], list[float]]
                   ) -> dict[str, list[float]]:
-    """The values of all removals, by legend. No run begins at the last blocks: nan there."""
+    """The values of all removals, by their names in the legend. A run of 2 cannot begin at the last
+    block: nan there."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
     found = {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
     n = max(map(len, found.values()))
@@ -999,7 +1003,8 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
 def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
             options: Options) -> float:
     """The work per sequence, in evaluations of a block. An experiment's `work` gives its numbers of
-    block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes."""
+    block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes, which cost
+    two evaluations each."""
     n = len(model.blocks)
     works = [experiment.work(n, options) for experiment in experiments]
     blocks, losses, jacobians = map(sum, zip(*works))
@@ -1132,8 +1137,8 @@ LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline,
           "context 4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
 
 def summary(r: Result, path: str = "CKPT") -> list[str]:
-    """What the measurement says about the model. A difference counts if it exceeds two standard
-    errors."""
+    """What the measurement says about the model, one string per statement. A difference counts if
+    it exceeds two standard errors."""
     said = []
     enough = r.get("run", {}).get("samples", ENOUGH) >= ENOUGH
     if "usefulness" in r:
@@ -1169,6 +1174,8 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
     uncertain = [l for l in range(n) if not certain[l]]
     said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
             f"{USEFUL}: {named(useful)}."]
+    if len(uncertain) == n:
+        said = ["Which blocks are useful is not certain."]
     share = f"{len(useful) / n:.2f}"
     if uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
@@ -1223,8 +1230,8 @@ Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, on
 def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabel: str,
           scale: str = "linear", errors: Named = lambda r: {}, threshold: float | None = None,
           sort: bool = False) -> None:
-    """Lines over the blocks. With several models, colors tell the models and line styles the names
-    apart. With a single one, both tell the names apart.
+    """Lines over the blocks. With several models, the color identifies the model and the line style
+    the name. With a single model, color and line style both identify the name.
 
     scale: linear, log, or growth, which shows ratios as growth in percent. errors: standard errors;
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
@@ -1381,7 +1388,7 @@ def save_figure(fig: Any, path: Path) -> None:
 
 # ---- dropping blocks -----------------------------------------------------------------------------
 class Part:
-    """The model with these of its blocks only."""
+    """A model with only some of its blocks."""
     def __init__(self, model: Model, blocks: Sequence[Layer]) -> None:
         self.model, self.blocks = model, blocks
 
@@ -1389,7 +1396,8 @@ class Part:
         return getattr(self.model, name)
 
 def cheapest_drops(model: Model, tokens: Tensor, count: int, shown: bool = False) -> list[int]:
-    """`count` blocks in the order in which they go: each is the cheapest after the ones before."""
+    """Choose `count` blocks, one after the other. Each is the cheapest to remove from the model
+    that no longer has the blocks chosen before."""
     kept, gone = list(range(len(model.blocks))), []
     while len(gone) < count:
         part = Part(model, [model.blocks[l] for l in kept])
@@ -1421,7 +1429,7 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
             "step": saved.get("step", 0), "tokenizer": saved["tokenizer"],
             "kept": [numbers[l] for l in kept]}
 
-# A short run at a tenth of train.py's peak learning rate; more would unlearn more (measured).
+# A short run at a tenth of train.py's peak learning rate. A higher rate does more harm (measured).
 HEALING = "--learning_rate=3e-4 --warmup_steps=20 --max_steps=200"
 
 def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> None:
@@ -1684,8 +1692,8 @@ def read_result(out: Path) -> Result | None:
 def write_result(out: Path, result: Result, before: Result | None) -> Result:
     """Write probe.json and return its contents. before: what it held.
 
-    Results of the same weights on the same tokens stay in the file. Otherwise the old file becomes
-    probe.json.old, and its figures are deleted.
+    If the file holds results of the same weights on the same tokens, these results are kept.
+    Otherwise the file becomes probe.json.old, and its figures are deleted.
     """
     file = out / "probe.json"
     whole = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
@@ -1697,7 +1705,7 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
             whole = before | whole | {"run": old | new, "seconds": seconds}
         else:
             os.replace(file, f"{file}.old")
-            print(f"{file} is of other weights or tokens: it is {file.name}.old now")
+            print(f"{file} was measured with other weights or tokens: it is now {file.name}.old")
             for name in (*EXPERIMENTS, "probe"):
                 for ending in ("png", "svg"):
                     (out / f"{name}.{ending}").unlink(missing_ok=True)
