@@ -682,7 +682,7 @@ def every_removal(r: Result, values: Callable[[Result, str], list[float]]
     """The values of all removals, by their names in the legend. A run of 2 cannot begin at the last
     block: nan there."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    found = {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
+    found = {names.get(what, f"run of {what} from it"): values(r, what) for what in r["removal"]}
     n = max(map(len, found.values()))
     return {name: x + [math.nan] * (n - len(x)) for name, x in found.items()}
 
@@ -1114,6 +1114,12 @@ def scores(r: Result) -> dict[str, float]:
         found["accuracy"] = r["tasks"]["average"]["acc"]
     return found
 
+def decimal(x: float) -> str:
+    """x to four decimals, or in scientific notation where these would hide a small value."""
+    if math.isnan(x):
+        return "-"
+    return f"{x:.4f}" if x == 0 or abs(x) >= 0.001 else f"{x:.2e}"
+
 def score_table(results: dict[str, Result]) -> str:
     """One line per model, with the columns that were measured for all of them."""
     rows = {label: scores(r) for label, r in results.items()}
@@ -1124,7 +1130,7 @@ def score_table(results: dict[str, Result]) -> str:
         some = columns[start:start + 9]
         lines = [" " * width + "".join(f"{name:>11}" for name in some)]
         for label, row in rows.items():
-            texts = ["-" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in some]
+            texts = [decimal(row[name]) for name in some]
             lines.append(f"{label:{width}}" + "".join(f" {text:>10}" for text in texts))
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
@@ -1223,7 +1229,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLES = ("-", "--", ":", "-.")
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
-         "legend.fontsize": 7}
+         "legend.fontsize": 7, "legend.handlelength": 3}
 
 Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
 
@@ -1253,6 +1259,8 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabe
                         marker="o", elinewidth=0.8, linestyle=STYLES[i % len(STYLES)],
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
                         label=name if k == 0 else "")
+    if any(errors(r) for r in results.values()):
+        ylabel += ", ± 2 std. errors"
     ax.set(xlabel="block", ylabel=ylabel)
     ax.locator_params("x", integer=True)
     if sort and len(results) == 1:
@@ -1277,10 +1285,10 @@ def growth_axis(ax: Any) -> None:
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
 
 def finish(fig: Any, ax: Any, title: str) -> None:
-    """The title, and a legend below the axes if there are several names."""
+    """The title, and a legend below the axes, unless the only name is that of a line."""
     fig.suptitle(textwrap.fill(title, 52), weight="bold", fontsize=9)
     handles, names = ax.get_legend_handles_labels()
-    if len(names) > 1:
+    if len(names) > 1 or names and ax.images:
         fig.legend(handles, names, loc="outside lower center", ncols=4)
 
 def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel: str, ylabel: str,
@@ -1304,7 +1312,8 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
         image = ax.imshow(np.maximum(a, low), norm=LogNorm(low, high), aspect="auto")
         if errors:
             y, x = np.nonzero(a < 2 * np.array(r[errors], dtype=float))
-            ax.plot(x, y, ".", color="white")
+            ax.plot(x, y, "o", color="white", markeredgecolor="black", markeredgewidth=0.3,
+                    label="below two standard errors")
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)
@@ -1570,6 +1579,7 @@ def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor,
     """The sequences to measure on, (B, T) int64, and where they come from."""
     device = next(iter(model.parameters())).device
     if args.tokens:
+        check(Path(args.tokens).is_file(), f"--tokens {args.tokens}: there is no such file")
         array = np.load(args.tokens, allow_pickle=False)
         check(array.ndim == 2 and array.dtype.kind in "iu",
               f"--tokens {args.tokens}: an array of integers of shape (B, T) is needed")
@@ -1700,7 +1710,7 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
     if before:
         old, new = before["run"], whole["run"]
         if all(old.get(key, new.get(key)) == new.get(key, old.get(key))
-               for key in ("weights", "dtype", "checksum")):
+               for key in ("weights", "dtype", "checksum", "samples", "length")):
             seconds = before.get("seconds", {}) | whole.get("seconds", {})
             whole = before | whole | {"run": old | new, "seconds": seconds}
         else:
@@ -1737,10 +1747,12 @@ def make_folder(out: Path, flag: str) -> None:
     check(os.access(out, os.W_OK), f"cannot write to {out}: choose another {flag}")
 
 def home_of(path: Path) -> Path:
-    """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face."""
+    """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face. If
+    out/NAME is the model itself, its results are in out/NAME_probe."""
     if path.is_file():
         return path.parent if path.name == "ckpt.pt" else path.with_suffix("")
-    return Path("out", path.name)
+    home = Path("out", path.resolve().name)
+    return home if home.resolve() != path.resolve() else Path(f"{home}_probe")
 
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
     """The label of a model among the others, and the folder of its results."""
@@ -1807,6 +1819,7 @@ def read_arguments() -> Any:
         help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
+    args.only = args.only.replace(" ", "")
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks")
     return args
 
@@ -1828,7 +1841,7 @@ def main() -> None:
         return export(args.checkpoints[0], args.export, args.tokenizer)
     if args.figures:
         return draw_again(args)
-    alone = args.drop or args.sample is not None
+    alone = args.drop is not None or args.sample is not None
     check(not alone or os.environ.get("WORLD_SIZE", "1") == "1",
           "--drop and --sample take one process: start them with python, not torchrun")
     device = join_ranks(choose_device(args.device))
@@ -1840,7 +1853,7 @@ def main() -> None:
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
         if args.sample is not None:
             sample(args, model, saved)
-        elif args.drop:
+        elif args.drop is not None:
             drop_blocks(args, path, model, saved)
         else:
             label, out = place_of_results(args, path, results)

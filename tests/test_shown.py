@@ -95,6 +95,11 @@ def test_a_ratio_that_counts_as_below_the_threshold_is_not_printed_as_the_thresh
         "1.1", "1.09996", "1.1000004", "1.235", "0.5"]
 
 
+def test_a_small_score_keeps_its_digits():
+    table = probe.score_table({"x": {"variance": [1e-4, 2e-4, 5.48e-4], "loss": 3.1041}})
+    assert table.split()[-3:] == ["3.1041", "5.48e-04", f"{math.log(2.74):.4f}"]
+
+
 # ---- the closing summary ---------------------------------------------------------------------------------------------
 
 
