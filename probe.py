@@ -1175,16 +1175,19 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
     """Which blocks are useful, which are uncertain, and their share beside the paper's values."""
     n = len(u["ratio"])
     above = [ratio - USEFUL for ratio in u["ratio"]]
-    certain = [enough and abs(x) > 2 * number(e) for x, e in zip(above, u["ratio_stderr"])]
+    # Maps that were fitted to few tokens fit them too well, and the ratio is too low.
+    certain = [enough and abs(x) > 2 * number(e) and (x > 0 or not u["loose_fit"])
+               for x, e in zip(above, u["ratio_stderr"])]
     useful = [l for l in range(n) if certain[l] and above[l] > 0]
     uncertain = [l for l in range(n) if not certain[l]]
     said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
             f"{USEFUL}: {named(useful)}."]
-    if len(uncertain) == n:
-        said = ["Which blocks are useful is not certain."]
     share = f"{len(useful) / n:.2f}"
-    if uncertain:
+    if len(uncertain) == n:
+        said = ["It is not certain which blocks are useful: more --samples would tell."]
+    elif uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
+    if uncertain:
         share = f"between {share} and {(len(useful) + len(uncertain)) / n:.2f}"
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
@@ -1243,24 +1246,26 @@ def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabe
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
     the order of the first name's values.
     """
-    ax, growth = fig.subplots(), scale == "growth"
+    ax, growth, labelled = fig.subplots(), scale == "growth", set()
     if growth:
         growth_axis(ax)
+    names = list(dict.fromkeys(name for r in results.values() for name in values(r)))
     for k, r in enumerate(results.values()):
-        for i, (name, its_values) in enumerate(values(r).items()):
-            y, bars = np.array(its_values, dtype=float), errors(r).get(name)
+        for name, its_values in values(r).items():
+            y, bars, i = np.array(its_values, dtype=float), errors(r).get(name), names.index(name)
             if growth:
                 y = 100 * (y - 1)
             if bars is not None:
                 bars = 2 * np.array(bars, dtype=float) * (100 if growth else 1)
-            if i == 0:
+            if name == next(iter(values(r))):
                 order = np.argsort(y) if sort else np.arange(len(y))
             ax.errorbar(range(len(y)), y[order], None if bars is None else bars[order],
                         marker="o", elinewidth=0.8, linestyle=STYLES[i % len(STYLES)],
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                        label=name if k == 0 else "")
+                        label="" if name in labelled else name)
+            labelled.add(name)
     if any(errors(r) for r in results.values()):
-        ylabel += ", ± 2 std. errors"
+        ylabel += ", ± 2 s.e."
     ax.set(xlabel="block", ylabel=ylabel)
     ax.locator_params("x", integer=True)
     if sort and len(results) == 1:
@@ -1443,6 +1448,7 @@ HEALING = "--learning_rate=3e-4 --warmup_steps=20 --max_steps=200"
 
 def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> None:
     """--drop: choose the blocks, save the model without them, say what it costs."""
+    check(not args.save or len(args.checkpoints) == 1, "--save: give one model, not several")
     n, auto = len(model.blocks), args.drop.startswith("auto:")
     drop = integers(args.drop.removeprefix("auto:"), "--drop")
     check((len(drop) == 1 and 0 < drop[0] < n) if auto else
@@ -1621,8 +1627,8 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
         text = model.inner.generate(prompt.to(device), max_new_tokens=args.new_tokens,
                                     do_sample=bool(how), suppress_tokens=padding, **how)
     else:
-        text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
-                        enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
+        text = generate(model, prompt.to(device), args.new_tokens, args.temperature,
+                        args.top_k or enc.n_vocab, enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
     print(decode(saved["tokenizer"], text[0].tolist()))
 
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
@@ -1716,11 +1722,14 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
         else:
             os.replace(file, f"{file}.old")
             print(f"{file} was measured with other weights or tokens: it is now {file.name}.old")
-            for name in (*EXPERIMENTS, "probe"):
-                for ending in ("png", "svg"):
-                    (out / f"{name}.{ending}").unlink(missing_ok=True)
+            delete_figures(out)
     write_json(file, whole)
     return whole
+
+def delete_figures(out: Path) -> None:
+    for name in (*EXPERIMENTS, "probe"):
+        for ending in ("png", "svg"):
+            (out / f"{name}.{ending}").unlink(missing_ok=True)
 
 def draw_again(args: Any) -> None:
     """--figures: draw what is in probe.json."""
@@ -1736,9 +1745,11 @@ def draw_again(args: Any) -> None:
         compare(args, results)
 
 def compare(args: Any, results: dict[str, Result]) -> None:
-    """The scores of several models side by side, and their figures."""
+    """The scores of several models side by side, and their figures. Figures of an earlier comparison
+    are deleted."""
     out = Path(args.out or home_of(args.checkpoints[0]).parent / "comparison")
     make_folder(out, "--out")
+    delete_figures(out)
     print("", score_table(results), "", f"comparison: {draw(results, out)}", sep="\n")
 
 def make_folder(out: Path, flag: str) -> None:
@@ -1802,7 +1813,7 @@ def read_arguments() -> Any:
     add("--drop", metavar="BLOCKS",
         help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
     add("--save", metavar="PATH",
-        help="where --drop saves the model (default: pruned.pt in the folder for the results, "
+        help="where --drop saves the model (default: pruned.pt beside ckpt.pt, X/pruned.pt for X.pt, "
              "out/NAME_pruned for Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues this text")
     add("--new_tokens", type=int, default=200, metavar="N",
@@ -1810,7 +1821,7 @@ def read_arguments() -> Any:
     add("--temperature", type=float, default=0.8,
         help="temperature of --sample (default 0.8); 0 takes the likeliest token")
     add("--top_k", type=int, default=50, metavar="K",
-        help="--sample chooses among the K likeliest tokens (default 50)")
+        help="--sample chooses among the K likeliest tokens (default 50); 0: among all")
     add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),

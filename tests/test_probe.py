@@ -162,6 +162,8 @@ def test_two_checkpoints_are_compared(workplace, run_main):
         for folder in ("both", "both/dense", "both/moe"):
             assert Path(folder, f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(workplace.glob("dense/*.png"))
+    assert run_main(probe, "dense/ckpt.pt", "moe/ckpt.pt", "--samples", 4, "--only", "variance", "--out", "both").status == 0
+    assert {path.stem for path in workplace.glob("both/*.png")} == {"variance", "probe"}
 
 
 def test_checkpoints_in_one_folder_have_separate_results(cli):
@@ -308,6 +310,7 @@ def test_progress_is_never_wider_than_the_terminal(monkeypatch, capsys):
     (["dense/ckpt.pt", "--remove", "x"], "--remove x"), (["dense/ckpt.pt", "--drop", "4"], "--drop 4"),
     (["dense/ckpt.pt", "--drop", "auto:4"], "--drop auto:4"), (["dense/ckpt.pt", "--figures"], "matplotlib"),
     (["dense/ckpt.pt", "--drop", "1", "--save", "dense/ckpt.pt"], "--save"),
+    (["dense/ckpt.pt", "moe/ckpt.pt", "--drop", "1", "--save", "p.pt"], "--save"),
     (["dense/ckpt.pt", "--drop", ""], "--drop"), (["dense/ckpt.pt", "--tokens", "no.npy"], "no.npy"),
     (["dense/ckpt.pt", "--only", "tasks"], "--tasks"), (["dense/ckpt.pt", "--magic"], "--magic")], ids=str)
 def test_a_mistake_is_one_line_and_status_2(args, word, cli):
