@@ -1192,7 +1192,7 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
                     "well: give more --samples.")
-    if enough and n > 1:
+    if enough and n > max(1, len(uncertain)):
         said.append(f"The share of useful blocks is {share}; {LADDER}.")
     return said
 
@@ -1768,7 +1768,7 @@ def home_of(path: Path) -> Path:
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
     """The label of a model among the others, and the folder of its results."""
     home = home_of(path)
-    name = home.resolve().name
+    name = (home if path.is_file() else path).resolve().name
     label = str(path).replace("/", "_") if name in taken else name
     if not args.out:
         return label, home
