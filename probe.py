@@ -1628,7 +1628,8 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
                                     do_sample=bool(how), suppress_tokens=padding, **how)
     else:
         text = generate(model, prompt.to(device), args.new_tokens, args.temperature,
-                        args.top_k or enc.n_vocab, enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
+                        args.top_k or enc.n_vocab, enc.n_vocab,
+                        torch.Generator(device).manual_seed(args.seed))
     print(decode(saved["tokenizer"], text[0].tolist()))
 
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
@@ -1745,8 +1746,8 @@ def draw_again(args: Any) -> None:
         compare(args, results)
 
 def compare(args: Any, results: dict[str, Result]) -> None:
-    """The scores of several models side by side, and their figures. Figures of an earlier comparison
-    are deleted."""
+    """The scores of several models side by side, and their figures. The figures of an earlier
+    comparison are deleted."""
     out = Path(args.out or home_of(args.checkpoints[0]).parent / "comparison")
     make_folder(out, "--out")
     delete_figures(out)
@@ -1813,8 +1814,8 @@ def read_arguments() -> Any:
     add("--drop", metavar="BLOCKS",
         help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
     add("--save", metavar="PATH",
-        help="where --drop saves the model (default: pruned.pt beside ckpt.pt, X/pruned.pt for X.pt, "
-             "out/NAME_pruned for Hugging Face)")
+        help="where --drop saves the model (default: pruned.pt beside ckpt.pt, X/pruned.pt for "
+             "X.pt, out/NAME_pruned for Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues this text")
     add("--new_tokens", type=int, default=200, metavar="N",
         help="number of tokens that --sample generates (default 200)")
