@@ -1229,7 +1229,7 @@ def named(blocks: Sequence[int]) -> str:
 # ---- figures -------------------------------------------------------------------------------------
 # A panel is drawn into a subfigure: alone in a file of its own, or on the page.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
-STYLES = ("-", "--", ":", "-.")
+STYLES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)))
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
          "legend.fontsize": 7, "legend.handlelength": 3}
@@ -1317,8 +1317,8 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
         image = ax.imshow(np.maximum(a, low), norm=LogNorm(low, high), aspect="auto")
         if errors:
             y, x = np.nonzero(a < 2 * np.array(r[errors], dtype=float))
-            ax.plot(x, y, "o", color="white", markeredgecolor="black", markeredgewidth=0.3,
-                    label="below two standard errors")
+            ax.plot(x, y, "o", color="white", markeredgecolor="black", markeredgewidth=0.2,
+                    markersize=min(3, 45 / len(a)), label="below two standard errors")
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)

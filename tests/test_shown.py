@@ -193,6 +193,7 @@ def test_a_line_style_means_the_same_in_every_model():
         if len(line.get_ydata()) == 5:
             styles[tuple(np.nan_to_num(line.get_ydata()))].append(line.get_linestyle())
     assert [len(set(found)) for found in styles.values()] == [1] * len(r["removal"])
+    assert len(set(probe.STYLES)) >= len(r["removal"])
 
 
 def test_blocks_are_sorted_by_the_price_of_their_removal():
