@@ -109,7 +109,7 @@ class Maps(NamedTuple):
     """The least-squares affine map of each block, see `fit_maps`."""
     whole: list[Map]            # fitted on all sequences
     half: list[Map]             # fitted on the first half of the sequences
-    recorded: Map | None        # of the last block, to the stream that the released scripts record
+    recorded: Map | None        # of the last block, fitted to its output in `recorded`
 
 @dataclass
 class Pass:
@@ -163,7 +163,7 @@ class Pass:
         return g
 
     def end_without(self, s: int) -> Tensor:
-        """The last stream without block s, (B, T, d). It is cached for every size of sample."""
+        """The last stream without block s, (B, T, d). Cached even if the sample is large."""
         return (self.cache.get(("without", s)) or self.without(s))[-1]
 
     def jacobian(self, l: int) -> Tensor:
@@ -184,8 +184,8 @@ class Pass:
         return min(self.options.jacobian_samples or self.total - self.total // 2, self.total)
 
     def place(self, x: Tensor) -> Tensor:
-        """Values (..., B) of these sequences among zeros for all others: (..., total). Their sum
-        over micro-batches and ranks holds the values of all sequences."""
+        """Put the values (..., B) of these sequences at their places among zeros, (..., total). The
+        sum of such tensors over micro-batches and ranks holds the values of all sequences."""
         out = torch.zeros(*x.shape[:-1], self.total, dtype=torch.float64)
         out[..., self.number] = to_cpu_float64(x)
         return out
@@ -215,7 +215,8 @@ def streams_of(layers: Iterable[Layer], x: Tensor) -> list[Tensor]:
     return list(accumulate(layers, lambda x, layer: layer(x), initial=x))
 
 def head_cost(model: Model) -> float:
-    """The cost of the logits in blocks: d x vocab_size weights, where a block has about 12 d^2."""
+    """The cost of the logits, in evaluations of a block. The head has d x vocab_size weights, a
+    block about 12 d^2."""
     return model.vocab_size / (12 * model.d)
 
 def pick(x: Tensor, which: Tensor) -> Tensor:
@@ -361,7 +362,7 @@ def update_norms(streams: Sequence[Tensor]) -> list[Tensor]:
 
 def causal_row(h: list[Tensor], g: list[Tensor], s: int) -> Tensor:
     """The numerators of C[s, l] for all blocks l, (n,); 0 for l <= s. g: the streams without s."""
-    # h - g: its step from l to l + 1 is the change of block l's update.
+    # The step of h - g from l to l + 1 is the change of block l's update.
     missing = [wide(x) - wide(y) for x, y in zip(h[s + 1:], g[s + 1:])]
     row = wide(h[0].new_zeros(len(h) - 1))
     for l, norm in enumerate(update_norms(missing), s + 1):
@@ -537,7 +538,8 @@ def log_ratios(r: Result) -> list[float]:
     return np.log(r["usefulness"]["ratio"]).tolist()
 
 def map_ratios(r: Result, key: str = "ratio") -> dict[str, Sequence[float]]:
-    """The loss ratios with each block's affine map, by what the map was fitted on."""
+    """The loss ratio of each block's affine map, named by the sequences that the map was fitted
+    on."""
     return {"fitted on all": r["usefulness"][key], "held out": r["usefulness_heldout"][key]}
 
 EXPERIMENTS["usefulness"] = Experiment(
@@ -645,10 +647,11 @@ def removal(model: Model, p: Pass) -> Sums:
     return sums | {f"without {what}": p.place(torch.stack(x)) for what, x in found.items()}
 
 def removal_score(model: Model, totals: Sums) -> Result:
-    """removal: the mean loss. removal_stderr: the standard error of its growth over sequences.
+    """removal: the mean loss after each removal. removal_stderr: the standard error of the growth
+    of the loss.
 
-    removal_halves: the growth on every other sequence, to choose the cheapest removal by, and the
-    growth on the rest, where the price of that choice has no bias.
+    removal_halves: `chosen_by` is the growth on every other sequence, by which the cheapest removal
+    is chosen. `price` is the growth on the rest, which gives that choice a price without bias.
     """
     per_sequence = totals["predictions"] / len(totals["loss"])         # predictions
     out: Result = {"removal": {}, "removal_stderr": {}, "removal_halves": {},
@@ -673,15 +676,16 @@ def ratio_of(growth: float) -> float:
     return math.exp(min(growth, 700))
 
 def perplexity_errors(r: Result, what: str) -> list[float]:
-    """Their standard errors."""
+    """The standard errors of `perplexity_ratios`."""
     errors = r["removal_stderr"][what]
     return [ratio * number(error) for ratio, error in zip(perplexity_ratios(r, what), errors)]
 
 def every_removal(r: Result, values: Callable[[Result, str], list[float]]
                   ) -> dict[str, list[float]]:
-    """The values of all removals, by legend. No run begins at the last blocks: nan there."""
+    """The values of all removals, by their names in the legend. A run of 2 cannot begin at the last
+    block: nan there."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    found = {names.get(what, f"run of {what}"): values(r, what) for what in r["removal"]}
+    found = {names.get(what, f"run of {what} from it"): values(r, what) for what in r["removal"]}
     n = max(map(len, found.values()))
     return {name: x + [math.nan] * (n - len(x)) for name, x in found.items()}
 
@@ -1002,7 +1006,8 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
 def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
             options: Options) -> float:
     """The work per sequence, in evaluations of a block. An experiment's `work` gives its numbers of
-    block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes."""
+    block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes, which cost
+    two evaluations each."""
     n = len(model.blocks)
     works = [experiment.work(n, options) for experiment in experiments]
     blocks, losses, jacobians = map(sum, zip(*works))
@@ -1113,6 +1118,12 @@ def scores(r: Result) -> dict[str, float]:
         found["accuracy"] = r["tasks"]["average"]["acc"]
     return found
 
+def decimal(x: float) -> str:
+    """x to four decimals, or in scientific notation where these would hide a small value."""
+    if math.isnan(x):
+        return "-"
+    return f"{x:.4f}" if x == 0 or abs(x) >= 0.001 else f"{x:.2e}"
+
 def score_table(results: dict[str, Result]) -> str:
     """One line per model, with the columns that were measured for all of them."""
     rows = {label: scores(r) for label, r in results.items()}
@@ -1123,7 +1134,7 @@ def score_table(results: dict[str, Result]) -> str:
         some = columns[start:start + 9]
         lines = [" " * width + "".join(f"{name:>11}" for name in some)]
         for label, row in rows.items():
-            texts = ["-" if math.isnan(row[name]) else f"{row[name]:.4f}" for name in some]
+            texts = [decimal(row[name]) for name in some]
             lines.append(f"{label:{width}}" + "".join(f" {text:>10}" for text in texts))
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
@@ -1136,8 +1147,8 @@ LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline,
           "context 4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
 
 def summary(r: Result, path: str = "CKPT") -> list[str]:
-    """What the measurement says about the model. A difference counts if it exceeds two standard
-    errors."""
+    """What the measurement says about the model, one string per statement. A difference counts if
+    it exceeds two standard errors."""
     said = []
     enough = r.get("run", {}).get("samples", ENOUGH) >= ENOUGH
     if "usefulness" in r:
@@ -1168,19 +1179,24 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
     """Which blocks are useful, which are uncertain, and their share beside the paper's values."""
     n = len(u["ratio"])
     above = [ratio - USEFUL for ratio in u["ratio"]]
-    certain = [enough and abs(x) > 2 * number(e) for x, e in zip(above, u["ratio_stderr"])]
+    # Maps that were fitted to few tokens fit them too well, and the ratio is too low.
+    certain = [enough and abs(x) > 2 * number(e) and (x > 0 or not u["loose_fit"])
+               for x, e in zip(above, u["ratio_stderr"])]
     useful = [l for l in range(n) if certain[l] and above[l] > 0]
     uncertain = [l for l in range(n) if not certain[l]]
     said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
             f"{USEFUL}: {named(useful)}."]
     share = f"{len(useful) / n:.2f}"
-    if uncertain:
+    if len(uncertain) == n:
+        said = ["It is not certain which blocks are useful: more --samples would tell."]
+    elif uncertain:
         said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
+    if uncertain:
         share = f"between {share} and {(len(useful) + len(uncertain)) / n:.2f}"
     if u["loose_fit"]:
         said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
                     "well: give more --samples.")
-    if enough and n > 1:
+    if enough and n > max(1, len(uncertain)):
         said.append(f"The share of useful blocks is {share}; {LADDER}.")
     return said
 
@@ -1217,39 +1233,43 @@ def named(blocks: Sequence[int]) -> str:
 # ---- figures -------------------------------------------------------------------------------------
 # A panel is drawn into a subfigure: alone in a file of its own, or on the page.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe, Ito
-STYLES = ("-", "--", ":", "-.")
+STYLES = ("-", "--", ":", "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)))
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
-         "legend.fontsize": 7}
+         "legend.fontsize": 7, "legend.handlelength": 3}
 
 Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
 
 def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabel: str,
           scale: str = "linear", errors: Named = lambda r: {}, threshold: float | None = None,
           sort: bool = False) -> None:
-    """Lines over the blocks. With several models, colors tell the models and line styles the names
-    apart. With a single one, both tell the names apart.
+    """Lines over the blocks. With several models, the color identifies the model and the line style
+    the name. With a single model, color and line style both identify the name.
 
     scale: linear, log, or growth, which shows ratios as growth in percent. errors: standard errors;
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
     the order of the first name's values.
     """
-    ax, growth = fig.subplots(), scale == "growth"
+    ax, growth, labelled = fig.subplots(), scale == "growth", set()
     if growth:
         growth_axis(ax)
+    names = list(dict.fromkeys(name for r in results.values() for name in values(r)))
     for k, r in enumerate(results.values()):
-        for i, (name, its_values) in enumerate(values(r).items()):
-            y, bars = np.array(its_values, dtype=float), errors(r).get(name)
+        for name, its_values in values(r).items():
+            y, bars, i = np.array(its_values, dtype=float), errors(r).get(name), names.index(name)
             if growth:
                 y = 100 * (y - 1)
             if bars is not None:
                 bars = 2 * np.array(bars, dtype=float) * (100 if growth else 1)
-            if i == 0:
+            if name == next(iter(values(r))):
                 order = np.argsort(y) if sort else np.arange(len(y))
             ax.errorbar(range(len(y)), y[order], None if bars is None else bars[order],
                         marker="o", elinewidth=0.8, linestyle=STYLES[i % len(STYLES)],
                         color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                        label=name if k == 0 else "")
+                        label="" if name in labelled else name)
+            labelled.add(name)
+    if any(errors(r) for r in results.values()):
+        ylabel += ", ± 2 s.e."
     ax.set(xlabel="block", ylabel=ylabel)
     ax.locator_params("x", integer=True)
     if sort and len(results) == 1:
@@ -1274,10 +1294,10 @@ def growth_axis(ax: Any) -> None:
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
 
 def finish(fig: Any, ax: Any, title: str) -> None:
-    """The title, and a legend below the axes if there are several names."""
+    """The title, and a legend below the axes, unless the only name is that of a line."""
     fig.suptitle(textwrap.fill(title, 52), weight="bold", fontsize=9)
     handles, names = ax.get_legend_handles_labels()
-    if len(names) > 1:
+    if len(names) > 1 or names and ax.images:
         fig.legend(handles, names, loc="outside lower center", ncols=4)
 
 def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel: str, ylabel: str,
@@ -1301,7 +1321,8 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
         image = ax.imshow(np.maximum(a, low), norm=LogNorm(low, high), aspect="auto")
         if errors:
             y, x = np.nonzero(a < 2 * np.array(r[errors], dtype=float))
-            ax.plot(x, y, ".", color="white")
+            ax.plot(x, y, "o", color="white", markeredgecolor="black", markeredgewidth=0.2,
+                    markersize=min(3, 45 / len(a)), label="below two standard errors")
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)
@@ -1385,7 +1406,7 @@ def save_figure(fig: Any, path: Path) -> None:
 
 # ---- dropping blocks -----------------------------------------------------------------------------
 class Part:
-    """The model with these of its blocks only."""
+    """A model with only some of its blocks."""
     def __init__(self, model: Model, blocks: Sequence[Layer]) -> None:
         self.model, self.blocks = model, blocks
 
@@ -1393,7 +1414,8 @@ class Part:
         return getattr(self.model, name)
 
 def cheapest_drops(model: Model, tokens: Tensor, count: int, shown: bool = False) -> list[int]:
-    """`count` blocks in the order in which they go: each is the cheapest after the ones before."""
+    """Choose `count` blocks, one after the other. Each is the cheapest to remove from the model
+    that no longer has the blocks chosen before."""
     kept, gone = list(range(len(model.blocks))), []
     while len(gone) < count:
         part = Part(model, [model.blocks[l] for l in kept])
@@ -1425,11 +1447,12 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
             "step": saved.get("step", 0), "tokenizer": saved["tokenizer"],
             "kept": [numbers[l] for l in kept]}
 
-# A short run at a tenth of train.py's peak learning rate; more would unlearn more (measured).
+# A short run at a tenth of train.py's peak learning rate. A higher rate does more harm (measured).
 HEALING = "--learning_rate=3e-4 --warmup_steps=20 --max_steps=200"
 
 def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> None:
     """--drop: choose the blocks, save the model without them, say what it costs."""
+    check(not args.save or len(args.checkpoints) == 1, "--save: give one model, not several")
     n, auto = len(model.blocks), args.drop.startswith("auto:")
     drop = integers(args.drop.removeprefix("auto:"), "--drop")
     check((len(drop) == 1 and 0 < drop[0] < n) if auto else
@@ -1568,6 +1591,7 @@ def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor,
     """The sequences to measure on, (B, T) int64, and where they come from."""
     device = next(iter(model.parameters())).device
     if args.tokens:
+        check(Path(args.tokens).is_file(), f"--tokens {args.tokens}: there is no such file")
         array = np.load(args.tokens, allow_pickle=False)
         check(array.ndim == 2 and array.dtype.kind in "iu",
               f"--tokens {args.tokens}: an array of integers of shape (B, T) is needed")
@@ -1609,8 +1633,9 @@ def sample(args: Any, model: Model, saved: dict[str, Any]) -> None:
         text = model.inner.generate(prompt.to(device), max_new_tokens=args.new_tokens,
                                     do_sample=bool(how), suppress_tokens=padding, **how)
     else:
-        text = generate(model, prompt.to(device), args.new_tokens, args.temperature, args.top_k,
-                        enc.n_vocab, torch.Generator(device).manual_seed(args.seed))
+        text = generate(model, prompt.to(device), args.new_tokens, args.temperature,
+                        args.top_k or enc.n_vocab, enc.n_vocab,
+                        torch.Generator(device).manual_seed(args.seed))
     print(decode(saved["tokenizer"], text[0].tolist()))
 
 def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: str,
@@ -1690,25 +1715,28 @@ def read_result(out: Path) -> Result | None:
 def write_result(out: Path, result: Result, before: Result | None) -> Result:
     """Write probe.json and return its contents. before: what it held.
 
-    Results of the same weights on the same tokens stay in the file. Otherwise the old file becomes
-    probe.json.old, and its figures are deleted.
+    If the file holds results of the same weights on the same tokens, these results are kept.
+    Otherwise the file becomes probe.json.old, and its figures are deleted.
     """
     file = out / "probe.json"
     whole = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
     if before:
         old, new = before["run"], whole["run"]
         if all(old.get(key, new.get(key)) == new.get(key, old.get(key))
-               for key in ("weights", "dtype", "checksum")):
+               for key in ("weights", "dtype", "checksum", "samples", "length")):
             seconds = before.get("seconds", {}) | whole.get("seconds", {})
             whole = before | whole | {"run": old | new, "seconds": seconds}
         else:
             os.replace(file, f"{file}.old")
-            print(f"{file} is of other weights or tokens: it is {file.name}.old now")
-            for name in (*EXPERIMENTS, "probe"):
-                for ending in ("png", "svg"):
-                    (out / f"{name}.{ending}").unlink(missing_ok=True)
+            print(f"{file} was measured with other weights or tokens: it is now {file.name}.old")
+            delete_figures(out)
     write_json(file, whole)
     return whole
+
+def delete_figures(out: Path) -> None:
+    for name in (*EXPERIMENTS, "probe"):
+        for ending in ("png", "svg"):
+            (out / f"{name}.{ending}").unlink(missing_ok=True)
 
 def draw_again(args: Any) -> None:
     """--figures: draw what is in probe.json."""
@@ -1724,9 +1752,11 @@ def draw_again(args: Any) -> None:
         compare(args, results)
 
 def compare(args: Any, results: dict[str, Result]) -> None:
-    """The scores of several models side by side, and their figures."""
+    """The scores of several models side by side, and their figures. The figures of an earlier
+    comparison are deleted."""
     out = Path(args.out or home_of(args.checkpoints[0]).parent / "comparison")
     make_folder(out, "--out")
+    delete_figures(out)
     print("", score_table(results), "", f"comparison: {draw(results, out)}", sep="\n")
 
 def make_folder(out: Path, flag: str) -> None:
@@ -1735,15 +1765,17 @@ def make_folder(out: Path, flag: str) -> None:
     check(os.access(out, os.W_OK), f"cannot write to {out}: choose another {flag}")
 
 def home_of(path: Path) -> Path:
-    """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face."""
+    """The folder of a model's results: beside ckpt.pt, X/ for X.pt, out/NAME for Hugging Face. If
+    out/NAME is the model itself, its results are in out/NAME_probe."""
     if path.is_file():
         return path.parent if path.name == "ckpt.pt" else path.with_suffix("")
-    return Path("out", path.name)
+    home = Path("out", path.resolve().name)
+    return home if home.resolve() != path.resolve() else Path(f"{home}_probe")
 
 def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[str, Path]:
     """The label of a model among the others, and the folder of its results."""
     home = home_of(path)
-    name = home.resolve().name
+    name = (home if path.is_file() else path).resolve().name
     label = str(path).replace("/", "_") if name in taken else name
     if not args.out:
         return label, home
@@ -1788,15 +1820,15 @@ def read_arguments() -> Any:
     add("--drop", metavar="BLOCKS",
         help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
     add("--save", metavar="PATH",
-        help="where --drop saves the model (default: pruned.pt in the folder for the results, "
-             "out/NAME_pruned for Hugging Face)")
+        help="where --drop saves the model (default: pruned.pt beside ckpt.pt, X/pruned.pt for "
+             "X.pt, out/NAME_pruned for Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues this text")
     add("--new_tokens", type=int, default=200, metavar="N",
         help="number of tokens that --sample generates (default 200)")
     add("--temperature", type=float, default=0.8,
         help="temperature of --sample (default 0.8); 0 takes the likeliest token")
     add("--top_k", type=int, default=50, metavar="K",
-        help="--sample chooses among the K likeliest tokens (default 50)")
+        help="--sample chooses among the K likeliest tokens (default 50); 0: among all")
     add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
@@ -1805,6 +1837,7 @@ def read_arguments() -> Any:
         help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
+    args.only = args.only.replace(" ", "")
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks")
     return args
 
@@ -1826,7 +1859,7 @@ def main() -> None:
         return export(args.checkpoints[0], args.export, args.tokenizer)
     if args.figures:
         return draw_again(args)
-    alone = args.drop or args.sample is not None
+    alone = args.drop is not None or args.sample is not None
     check(not alone or os.environ.get("WORLD_SIZE", "1") == "1",
           "--drop and --sample take one process: start them with python, not torchrun")
     device = join_ranks(choose_device(args.device))
@@ -1838,7 +1871,7 @@ def main() -> None:
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
         if args.sample is not None:
             sample(args, model, saved)
-        elif args.drop:
+        elif args.drop is not None:
             drop_blocks(args, path, model, saved)
         else:
             label, out = place_of_results(args, path, results)

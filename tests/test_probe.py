@@ -162,6 +162,9 @@ def test_two_checkpoints_are_compared(workplace, run_main):
         for folder in ("both", "both/dense", "both/moe"):
             assert Path(folder, f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(workplace.glob("dense/*.png"))
+    again = run_main(probe, "dense/ckpt.pt", "moe/ckpt.pt", "--samples", 4, "--only", "variance", "--out", "both")
+    assert again.status == 0
+    assert {path.stem for path in workplace.glob("both/*.png")} == {"variance", "probe"}
 
 
 def test_checkpoints_in_one_folder_have_separate_results(cli):
@@ -182,6 +185,17 @@ def test_drop_writes_a_checkpoint_that_train_takes(cli, corpus):
     command = out.split("train it further:  ")[1].split()
     c, _ = train.load_settings(command[2:])
     assert command[:2] == ["python", "train.py"] and (c.init_from, c.data) == ("pruned.pt", str(corpus))
+
+
+def test_results_are_never_written_into_the_folder_of_a_hugging_face_model(workplace, monkeypatch):
+    for name in ("out/pruned", "elsewhere"):
+        model = workplace / name
+        model.mkdir(parents=True)
+        monkeypatch.chdir(workplace)
+        homes = [probe.home_of(Path(name)), probe.home_of(model)]
+        assert all(model.resolve() not in (home.resolve(), *home.resolve().parents) for home in homes)
+        monkeypatch.chdir(model)
+        assert probe.home_of(Path(".")).resolve().name == model.name
 
 
 # ---- probe.json ------------------------------------------------------------------------------------------------------
@@ -208,6 +222,13 @@ def test_other_weights_or_tokens_replace_probe_json_and_the_old_file_is_kept(fla
     assert cli("dense/ckpt.pt", "--only", "variance", "--samples", 6, *flags).status == 0
     assert measured_in(result("dense")) == ["variance"]
     assert json.loads((workplace / "dense/probe.json.old").read_text("utf-8")) == before
+
+
+def test_the_same_tokens_in_sequences_of_another_length_are_other_sequences(cli):
+    for shape, only in ((4, 12), "removal"), ((8, 6), "variance"):
+        np.save("mine.npy", make_tokens(4, 12, 250).numpy().reshape(shape))
+        assert cli("dense/ckpt.pt", "--tokens", "mine.npy", "--only", only).status == 0
+    assert measured_in(result("dense")) == ["variance"]
 
 
 def test_the_figures_of_other_weights_are_deleted_with_their_probe_json(workplace, run_main):
@@ -290,6 +311,8 @@ def test_progress_is_never_wider_than_the_terminal(monkeypatch, capsys):
     (["dense/ckpt.pt", "--remove", "x"], "--remove x"), (["dense/ckpt.pt", "--drop", "4"], "--drop 4"),
     (["dense/ckpt.pt", "--drop", "auto:4"], "--drop auto:4"), (["dense/ckpt.pt", "--figures"], "matplotlib"),
     (["dense/ckpt.pt", "--drop", "1", "--save", "dense/ckpt.pt"], "--save"),
+    (["dense/ckpt.pt", "moe/ckpt.pt", "--drop", "1", "--save", "p.pt"], "--save"),
+    (["dense/ckpt.pt", "--drop", ""], "--drop"), (["dense/ckpt.pt", "--tokens", "no.npy"], "no.npy"),
     (["dense/ckpt.pt", "--only", "tasks"], "--tasks"), (["dense/ckpt.pt", "--magic"], "--magic")], ids=str)
 def test_a_mistake_is_one_line_and_status_2(args, word, cli):
     assert_mistake(cli(*args), word)

@@ -95,6 +95,11 @@ def test_a_ratio_that_counts_as_below_the_threshold_is_not_printed_as_the_thresh
         "1.1", "1.09996", "1.1000004", "1.235", "0.5"]
 
 
+def test_a_small_score_keeps_its_digits():
+    table = probe.score_table({"x": {"variance": [1e-4, 2e-4, 5.48e-4], "loss": 3.1041}})
+    assert table.split()[-3:] == ["3.1041", "5.48e-04", f"{math.log(2.74):.4f}"]
+
+
 # ---- the closing summary ---------------------------------------------------------------------------------------------
 
 
@@ -143,7 +148,14 @@ def test_only_certain_blocks_count_as_useful_and_the_share_says_how_many_are_cer
     assert "more than 1.1: blocks 0 and 3." in said and "Not certain for block 1:" in said
     assert "between 0.50 and 0.75" in said
     few = " ".join(probe.useful_blocks(u, False))
-    assert "Not certain for blocks 0, 1, 2 and 3" in few and "share" not in few
+    assert "not certain which blocks" in few and "Useful" not in few and "share" not in few
+
+
+def test_maps_that_fit_too_few_tokens_do_not_make_a_block_useless():
+    u = {"ratio": [1.5, 1.0], "ratio_stderr": [0.01, 0.0], "loose_fit": True}
+    said = " ".join(probe.useful_blocks(u, True))
+    assert "more than 1.1: block 0." in said and "Not certain for block 1:" in said
+    assert "between 0.50 and 1.00" in said
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -167,6 +179,21 @@ def test_every_panel_is_on_the_page_and_shows_the_measured_values(kinds):
         assert any(len(y) == len(growth) and np.allclose(y, growth) for y in drawn)
     assert drawn.count([1.0, 2.0]) == (len(kinds) == 1)                             # one run: variance over training
     assert sum(len(ax.images) == 2 for ax in page) == 2 * len(kinds)                # heat maps, on their blank parts
+
+
+def test_a_line_style_means_the_same_in_every_model():
+    """Also if one model was measured with more kinds of removal than another."""
+    r = measured("dense")
+    fewer = r | {"removal": {what: r["removal"][what] for what in ("1", "attn")}}
+    ax = next(ax for ax in axes_of({"fewer": fewer, "more": r}, "removal") if ax.lines)
+    _, *labels = ax.get_legend_handles_labels()
+    assert sorted(labels[0]) == sorted(set(labels[0])) and len(labels[0]) == len(r["removal"])
+    styles = {tuple(np.nan_to_num(line.get_ydata())): [] for line in ax.lines if len(line.get_ydata()) == 5}
+    for line in ax.lines:
+        if len(line.get_ydata()) == 5:
+            styles[tuple(np.nan_to_num(line.get_ydata()))].append(line.get_linestyle())
+    assert [len(set(found)) for found in styles.values()] == [1] * len(r["removal"])
+    assert len(set(probe.STYLES)) >= len(r["removal"])
 
 
 def test_blocks_are_sorted_by_the_price_of_their_removal():
