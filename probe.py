@@ -1467,8 +1467,9 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
         check_empty(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
-    if auto:
-        drop = cheapest_drops(model, tokens, drop[0], shown=True)
+    if auto:        # the sequences that chose the blocks would show too low a price
+        drop = cheapest_drops(model, tokens[::2], drop[0], shown=True)
+        tokens = tokens[1::2]
     whole = probe(model, tokens, [])["loss"]
     heal = "any trainer of Hugging Face models can train it further"
     if isinstance(model, HFModel):

@@ -176,10 +176,12 @@ def test_checkpoints_in_one_folder_have_separate_results(cli):
         assert len(result(home)["variance"]) == n + 1
 
 
-def test_drop_writes_a_checkpoint_that_train_takes(cli, corpus):
-    status, out, err = cli("dense/ckpt.pt", "--drop", "1,2", "--save", "pruned.pt", "--samples", 10**6)
+@pytest.mark.parametrize("drop, priced_on", [("1,2", slice(None)), ("auto:2", slice(1, None, 2))])
+def test_drop_writes_a_checkpoint_that_train_takes(cli, corpus, drop, priced_on):
+    """The price of blocks that were chosen on every other sequence is that on the rest."""
+    status, out, err = cli("dense/ckpt.pt", "--drop", drop, "--save", "pruned.pt", "--samples", 10**6)
     assert (status, err) == (0, "")
-    windows = validation_windows(corpus, 16)
+    windows = validation_windows(corpus, 16)[priced_on]
     whole, less = whole_loss("dense/ckpt.pt", windows), whole_loss("pruned.pt", windows)
     assert f"loss {whole:.4f} -> {less:.4f}" in out and f"x{math.exp(less - whole):.3f}" in out
     command = out.split("train it further:  ")[1].split()
