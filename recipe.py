@@ -402,8 +402,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def detectable(e: Estimate) -> float:
     """The effect that this many seeds with this spread detect with 80% power: the sum of the two t
-    quantiles times the standard error."""
-    if e.n < 2:
+    quantiles times the standard error. nan where there is no spread."""
+    if not e.half > 1e-9:
         return math.nan
     k = min(e.n, 10) - 2
     return e.half / T_975[k] * (T_975[k] + T_80[k])
@@ -513,10 +513,12 @@ def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
         its interval is below 1
     contradicted: the whole interval is on the other side of 0
     no effect of the paper's size: the interval contains 0, and that of the size is below 1
-    inconclusive: the interval contains 0, and an effect of the paper's size is possible
+    inconclusive: everything else, also where a score moved by the same step in every seed
     """
     if direction not in (1, -1):
         return "no direction" if direction == 0 else ""
+    if not effect.half > 1e-9:
+        return "inconclusive"
     smaller = size is not None and size.high < 1
     if effect.decided:
         if (effect.mean > 0) != (direction > 0):
@@ -574,7 +576,7 @@ def relative_size(found: dict[str, Runs], family: str, member: str, base: str, s
     depth_32 minus depth_16. For the loss: our relative difference over the paper's.
 
     None if the paper's difference is not known, "about 0" or less than one layer, if our own depth
-    effect is undecided, and for the depth effect itself.
+    effect is undecided, and where the ratio has no spread, as for the depth effect itself.
     """
     if score in INFERRED or math.isnan(paper) or paper == 0 or len(differences) < 2:
         return None
@@ -590,15 +592,15 @@ def relative_size(found: dict[str, Runs], family: str, member: str, base: str, s
     runs = found.get("depth", {})
     depth = paired(runs.get("depth_32", []), runs.get("depth_16", []), score)
     paper_depth, _ = paper_difference("depth", "depth_32", "depth_16", score)
-    is_depth_effect = (family, member, base) == ("depth", "depth_32", "depth_16")
-    if is_depth_effect or math.isnan(paper_depth) or len(depth) < 2:
+    if math.isnan(paper_depth) or len(depth) < 2:
         return None
     if not estimate(list(depth.values())).decided:
         return None
     return jackknife(differences, depth, paper / paper_depth)
 
 def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> Estimate | None:
-    """mean(above) / mean(below) / unit over the seeds that both have, with its 95% interval."""
+    """mean(above) / mean(below) / unit over the seeds that both have, with its 95% interval. None
+    where leaving out a seed never changes the ratio: an interval without width means nothing."""
     seeds = [seed for seed in above if seed in below]
     if len(seeds) < 2:
         return None
@@ -609,6 +611,8 @@ def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> 
     without_one = [ratio([s for s in seeds if s != left_out]) for left_out in seeds]
     n = len(seeds)
     error = (n - 1) / math.sqrt(n) * statistics.stdev(without_one)
+    if error < 1e-9:
+        return None
     return Estimate(ratio(seeds), T_975[min(n, 10) - 2] * error, n)
 
 def holm(compared: Sequence[Comparison]) -> int:
@@ -658,10 +662,11 @@ def configurations(found: dict[str, Runs]) -> Runs:
 
 def correlation(group: Runs, x: str, y: str) -> tuple[float, float, float, int] | None:
     """The rank correlation of two scores' means over seeds, its 95% interval, and the number of
-    configurations; None if it is not defined."""
+    configurations. None if it is not defined, or for fewer than eight configurations: every
+    bootstrap sample of a few monotone ones is monotone too, so the interval has no width."""
     pairs = [(over_seeds(rows, x).mean, over_seeds(rows, y).mean) for rows in group.values()]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
-    rho = rank_correlation(*zip(*pairs)) if len(pairs) > 3 else math.nan
+    rho = rank_correlation(*zip(*pairs)) if len(pairs) >= 8 else math.nan
     return None if math.isnan(rho) else (rho, *bootstrap(*zip(*pairs)), len(pairs))
 
 def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -677,7 +682,8 @@ def report(args: Any) -> None:
     """Write every table and figure of results.jsonl into OUT/SCALE. Print the main tables."""
     rows = read_rows(args.results)
     found = {family: runs_of(family, rows, args) for family in FAMILIES}
-    found = {family: runs for family, runs in found.items() if has_begun(family, runs)}
+    found = {family: runs for family, runs in found.items()
+             if has_begun(family, runs, found["depth"])}
     check(found, f"no finished run in {args.results}: "
                  f"python recipe.py run depth --scale {args.scale}")
     used = [row for runs in found.values() for seeds in runs.values() for row in seeds]
@@ -693,9 +699,11 @@ def report(args: Any) -> None:
     print(f"\ntables in {out}: {', '.join(written)}")
     print(draw_all(found, args.scale, out))
 
-def has_begun(family: str, runs: Runs) -> bool:
+def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     """Does a family have runs to compare, beyond those that it shares with the depth family?"""
-    return len(runs) > 1 and (family == "depth" or not runs.keys() <= FAMILIES["depth"].keys())
+    shared = [rows[0]["settings"] for rows in depth.values()]
+    own = [name for name, rows in runs.items() if rows[0]["settings"] not in shared]
+    return len(runs) > 1 and (family == "depth" or bool(own))
 
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
          "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
@@ -739,6 +747,7 @@ def short(x: float, sign: str = "") -> str:
     """A number with three digits; - for nan."""
     if math.isnan(x):
         return "-"
+    x += 0.0                                           # "0" instead of "-0"
     return f"{x:{sign},.0f}" if abs(x) >= 100 else f"{x:{sign}.3g}"
 
 def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
@@ -884,28 +893,32 @@ def common_lengths(context: Runs, scale: str) -> str:
     return "\n\n".join(written)
 
 def mechanism(found: dict[str, Runs]) -> str:
-    """Rank correlations over all configurations, and over those of one depth and width. Then which
-    of the former agree with the paper's picture, and which do not."""
+    """Rank correlations over all configurations, and over those of one depth and width. Then, for
+    each group, which agree with the paper's picture and which do not."""
     together = configurations(found)
     alike = {name: rows for name, rows in together.items()
              if layers(rows) == 8 and rows[0]["settings"]["n_embd"] == 64}
-    rows, sides = [], {1: [], -1: [], 0: []}
+    groups = {"all configurations": together, "8 layers, width 64": alike}
+    rows = []
+    sides: dict[tuple[str, int], list[str]] = {}
     for (x, y), sign in QUESTIONS.items():
         cells = [f"{x} with {y}", "above 0" if sign > 0 else "below 0"]
-        for group in (together, alike):
+        for name, group in groups.items():
             measured = correlation(group, x, y)
             if measured is None:
                 cells.append("-")
                 continue
             rho, low, high, n = measured
             cells.append(f"{rho:+.2f} ({low:+.2f} to {high:+.2f}; {n})")
-            if group is together:
-                sides[sign * ((low > 0) - (high < 0))].append(cells[0])
+            sides.setdefault((name, sign * ((low > 0) - (high < 0))), []).append(cells[0])
         rows.append(cells)
-    return (table(["rank correlation", "paper", "all configurations (95%; number)",
-                   "8 layers, width 64"], rows)
-            + f"\n\nFor the paper's picture: {'; '.join(sides[1]) or 'none'}. Against it: "
-              f"{'; '.join(sides[-1]) or 'none'}. Undecided: {'; '.join(sides[0]) or 'none'}.")
+    written = [table(["rank correlation", "paper", *(f"{name} (95%; number)" for name in groups)],
+                     rows)]
+    for name in dict.fromkeys(name for name, _ in sides):
+        of = {side: "; ".join(sides.get((name, side), ["none"])) for side in (1, -1, 0)}
+        written.append(f"{name[0].upper()}{name[1:]}. For the paper's picture: {of[1]}. "
+                       f"Against it: {of[-1]}. Undecided: {of[0]}.")
+    return "\n\n".join(written)
 
 def processors(depth: Runs) -> str:
     """Runs of one member and seed that were computed on several kinds of processor."""
@@ -918,6 +931,8 @@ def processors(depth: Runs) -> str:
                 values = [f"{short(other['scores'][score])} vs {short(one['scores'][score])}"
                           for score in shown]
                 rows.append([f"{name} seed {one['seed']}: {kinds}", *values])
+    if not rows:
+        return "No run of the depth family was repeated on another kind of processor."
     return table(["run", *shown], rows)
 
 # ---- figures -------------------------------------------------------------------------------------

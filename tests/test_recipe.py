@@ -193,6 +193,7 @@ def test_what_is_detectable_is_detected_in_four_of_five_experiments():
     (Estimate(0.1, 0.2, 5), 1, Estimate(0.3, 0.6, 5), "no effect of the paper's size"),
     (Estimate(0.1, 0.2, 5), 1, Estimate(0.3, 0.8, 5), "inconclusive"), (Estimate(0.1, 0.2, 5), 1, None, "inconclusive"),
     (Estimate(0.2, math.nan, 1), 1, None, "inconclusive"), (Estimate(0.25, 0.0, 5), 1, None, "inconclusive"),
+    (Estimate(0.25, 0.0, 5), 1, Estimate(0.5, 0.2, 5), "inconclusive"),        # the same step in every seed
     (Estimate(0.2, 0.1, 5), 0, None, "no direction"), (Estimate(0.2, 0.1, 5), 2, None, "")])
 def test_a_verdict_follows_from_interval_direction_and_size(effect, direction, size, said):
     assert judge(effect, direction, size) == said
@@ -254,6 +255,13 @@ def test_no_size_is_given_where_it_would_mean_nothing():
     assert c.size is None and c.direction == -1 and c.verdict == "reproduced"
     itself = recipe.compare(plain, "depth", "depth_32", "useful")
     assert itself.size is None and itself.verdict == "reproduced"
+    depth = plain["depth"]                                                             # the same runs by other names
+    again = plain | {"ladder": {"ladder_16": depth["depth_16"], "ladder_32": depth["depth_32"]}}
+    c = recipe.compare(again, "ladder", "ladder_16", "useful")
+    assert c.size is None and c.verdict == "reproduced"
+    unmoved = found_with("useful", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.1, 0.11, 0.1], [0.5, 0.5, 0.45])
+    c = recipe.compare(unmoved, "gqa", "gqa_4", "useful")
+    assert c.size is None and math.isnan(recipe.detectable(c.effect)) and c.verdict == "inconclusive"
 
 
 def test_the_size_of_a_loss_is_its_relative_difference_over_the_papers():
@@ -292,6 +300,22 @@ def test_the_bootstrap_is_as_wide_as_theory_says_and_the_same_every_time():
     low, high = recipe.bootstrap(x[0], x[1])
     assert (high - low) / 2 == pytest.approx(1.96 / math.sqrt(200), rel=0.2)
     assert recipe.bootstrap(x[0], x[1]) == (low, high)
+
+
+def test_a_few_configurations_give_no_correlation():
+    """The bootstrap of four monotone ones is -1 to -1, but such an order comes by chance once in 12 times."""
+    names = [name for family in ("depth", "weight_decay", "context") for name in FAMILIES[family]]
+    rows = {name: [row(name, 1, density=k, useful=-k * k)] for k, name in enumerate(names)}
+    assert recipe.correlation(dict(list(rows.items())[:7]), "density", "useful") is None
+    assert recipe.correlation(rows, "density", "useful") == pytest.approx((-1, -1, -1, len(names)))
+
+
+def test_a_family_begins_with_a_run_of_its_own():
+    """ladder_16 and ladder_32 are depth_16 and depth_32 by other names."""
+    depth = {"depth_16": [row("depth_16", 1)], "depth_32": [row("depth_32", 1)]}
+    ladder = {"ladder_16": [row("ladder_16", 1)], "ladder_32": [row("ladder_32", 1)]}
+    assert recipe.has_begun("depth", depth, depth) and not recipe.has_begun("ladder", ladder, depth)
+    assert recipe.has_begun("ladder", ladder | {"ladder_g2": [row("ladder_g2", 1)]}, depth)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ n_layer = 8                 # stands for the paper's 16; depths are halved: 6 8 
 n_head = 4                  # allows G = 1, 2 and 4
 n_embd = 64                 # narrow, because depth is studied: 16 layers train in minutes on one core
 init_std = 0.113            # 0.02 * sqrt(2048 / n_embd): the paper's 0.02 in units of 1/sqrt(width), so that a block
-                            # adds the variance that it adds in the paper. With 0.02 at width 64 it adds a thousandth
-                            # of that, and training lets block 0 dominate the stream
+                            # adds the variance that it adds in the paper. With 0.02 at width 64 it adds 1/2,000 of
+                            # that, and training lets block 0 dominate the stream
 block_size = 128            # stands for 2048; contexts are a sixteenth: 16 ... 512 for 256 ... 8192
 
 learning_rate = 3e-3        # the best of four rates on seed 100, for this width and 2,000 steps
