@@ -6,8 +6,8 @@
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
 
 configs/families.txt lists the families. A finished run is one line of configs/SCALE/results.jsonl.
-A run that has its line is not repeated, so the same command continues after a stop. Settings of
-train.py at the end of `run` or `report` change every run. Their lines go to
+A run that is recorded there is not repeated, so the same command continues after a stop. Settings
+of train.py at the end of `run` or `report` change every run. The lines of changed runs go to
 OUT/SCALE/results.jsonl.
 """
 from __future__ import annotations
@@ -41,13 +41,13 @@ ROOT = Path(__file__).parent
 
 # ---- the families --------------------------------------------------------------------------------
 class Member(NamedTuple):
-    """A model of a family. Its name is a config, perhaps with settings: "gqa_16,norm=lns"."""
+    """A model of a family. Its name is a config and optional settings: "gqa_16,norm=lns"."""
     baseline: str               # the member that it is compared with
-    seeds: range                # those that enter the numbers of its family
+    seeds: range                # the seeds that enter the numbers of its family
     label: str                  # its name in tables; see `knobs`
 
 def read_families() -> dict[str, dict[str, Member]]:
-    """The families of configs/families.txt, and their members by name."""
+    """Read configs/families.txt: the members of each family, by name."""
     families: dict[str, dict[str, Member]] = {}
     for row in (ROOT / "configs/families.txt").read_text("utf-8").splitlines()[1:]:
         family, name, baseline, seeds, label = row.split(maxsplit=4)
@@ -81,11 +81,11 @@ def config(member: str, scale: str, settings: tuple[str, ...] = ()) -> TrainConf
     return load_settings([*arguments(member, scale), *settings, "--out_dir=any"])[0]
 
 def config_of(member: str, args: Any) -> TrainConfig:
-    """The settings of a member, with those of the command line."""
+    """The settings of a member, changed by the settings on the command line."""
     return config(member, args.scale, tuple(args.settings))
 
 def knobs(c: TrainConfig) -> dict[str, str]:
-    """What members of a family differ in, as a label shows it."""
+    """The settings in which the members of a family differ, as a label shows them."""
     return {"L": f"{c.n_layer}",                       # blocks
             "T": f"{c.block_size}",                    # context
             "d": f"{c.n_embd}",                        # width
@@ -104,11 +104,12 @@ def label(family: str, member: str, scale: str) -> str:
     return FAMILIES[family][member].label.format(**shown)
 
 # ---- running -------------------------------------------------------------------------------------
-# What is measured after training; and, more briefly, before the first step and at common lengths.
+# The experiments after training; BRIEFLY: those before the first step and at the common lengths.
 MEASURED = [name for name in EXPERIMENTS if EXPERIMENTS[name].scores or name == "sparsity"]
 BRIEFLY = ("variance", "causal", "permutation", "usefulness", "removal", "jacobian")
-TOKENS = 8192               # a laptop model is probed on this many, whatever its context
-# Contexts are also probed at these lengths, so that all see the same tokens at the same positions.
+TOKENS = 8192               # each laptop model is probed on this many tokens
+# The models of the family "context" are also probed at these lengths, so that all of them see the
+# same tokens at the same positions.
 COMMON_LENGTHS = {16: 512, 64: 128}              # tokens per sequence: sequences
 
 class Job(NamedTuple):
@@ -118,7 +119,7 @@ class Job(NamedTuple):
     out: Path
 
 def run_family(args: Any) -> None:
-    """Train, probe and record every run without a row. A failed run does not stop the others."""
+    """Train, probe and record every run that has no row. A failed run does not stop the others."""
     rows = read_rows(args.results)
     jobs = [job for job in jobs_of(args) if not is_recorded(job, rows, args)]
     if args.dry_run:
@@ -128,11 +129,11 @@ def run_family(args: Any) -> None:
         finished = list(pool.map(lambda job: run_job(job, args), jobs))
     failed = [str(job.out) for job, fine in zip(jobs, finished) if not fine]
     check(not failed, f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; "
-          "the same command tries again")
+          "run the same command to try again")
     print(f"all runs of {args.family} are recorded in {args.results}: python recipe.py report")
 
 def jobs_of(args: Any) -> list[Job]:
-    """A job for each member and seed, family by family. Members with equal settings share one."""
+    """A job for each member and seed, family by family. Members with equal settings share a job."""
     families = list(FAMILIES) if args.family == "all" else [args.family]
     names = dict.fromkeys(name for members in FAMILIES.values() for name in members)
     jobs: dict[Path, Job] = {}
@@ -147,15 +148,16 @@ def jobs_of(args: Any) -> list[Job]:
     return list(jobs.values())
 
 def is_recorded(job: Job, rows: Sequence[Row], args: Any) -> bool:
-    """Is there a row of this run? With --here, only rows from this kind of processor count."""
+    """Is there a row of this run? With --here, only a row from this kind of processor counts."""
     c = config_of(job.member, args)
     return any(row["seed"] == job.seed and is_run_of(c, row["settings"])
                and (not args.here or row["processor"] == processor()) for row in rows)
 
 def run_job(job: Job, args: Any) -> bool:
-    """Train, probe and record one run. False if a command failed: see output.txt in its folder."""
+    """Train, probe and record one run. Returns False if a command failed; its output is in
+    output.txt in the folder of the run."""
     environment = dict(os.environ)
-    if args.jobs > 1:       # with more threads than cores in all, each run takes ten times as long
+    if args.jobs > 1:       # with more threads than cores in total, a run takes ten times as long
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
 
     def succeed(commands: list[list[str]]) -> bool:
@@ -167,7 +169,7 @@ def run_job(job: Job, args: Any) -> bool:
     print(f"{job.out}: training", flush=True)
     steps = config_of(job.member, args).max_steps
     fine = succeed(train_commands(job, args))
-    # train.py ends with status 0 when SIGTERM stops it, so the step is compared.
+    # train.py also ends with status 0 when SIGTERM stops it, so compare the step.
     if not fine or load_checkpoint(job.out / "ckpt.pt")["step"] < steps:
         print(f"{job.out}: training stopped or failed, see output.txt", flush=True)
         return False
@@ -180,9 +182,10 @@ def run_job(job: Job, args: Any) -> bool:
     return True
 
 def train_commands(job: Job, args: Any) -> list[list[str]]:
-    """The commands that train, on every GPU if there are several, and resume an unfinished run.
+    """The two commands that train. They use every GPU, and resume an unfinished run.
 
-    The second makes the model of step 0: one step at a learning rate that moves no weight."""
+    The second command makes the model of step 0. It trains for one step, at a learning rate that is
+    too small to change any weight."""
     command = [sys.executable]
     if torch.cuda.device_count() > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=gpu"]
@@ -212,9 +215,9 @@ def probe_commands(job: Job, args: Any) -> list[list[str]]:
     return commands
 
 def print_costs(jobs: Sequence[Job], args: Any) -> None:
-    """A line per run without a row: its size and its training time. Then the total.
+    """Print the size and training time of every run without a row, then the total.
 
-    The laptop rate, 28 GFLOP/s, was measured on a core of an AMD EPYC at this width."""
+    The laptop rate, 28 GFLOP/s, was measured on one core of an AMD EPYC at this width."""
     at_paper = args.scale == "paper"
     machine = "8 H100 at 40% MFU" if at_paper else "one core"
     rate = 8 * PEAK["H100"] * 0.4 if at_paper else 28e9                   # FLOP/s
@@ -227,27 +230,29 @@ def print_costs(jobs: Sequence[Job], args: Any) -> None:
         total += hours
         print(f"{job.out}: {model.count_parameters()['active']:,} active parameters, "
               f"{tokens:,} tokens, {hours:.2f} h")
-    print(f"{len(jobs)} runs to do, {total:.1f} h of training on {machine}; probing takes a third "
-          "as long")
+    print(f"{len(jobs)} runs to do: {total:.1f} h of training on {machine}; probing takes another "
+          "third of this time")
 
 # ---- results.jsonl: a row per run ----------------------------------------------------------------
 # A row is a dict with these keys:
-#   member, seed, settings (those that matter), corpus (its checksum), torch, python, processor
-#   scores: by column; start: before the first step; at_16, at_64: at the common lengths
-#   curve: the last layer's variance in training; probe, probe_start: values of each block
+#   member, seed, settings (all but NO_MATTER), corpus (its checksum), torch, python, processor
+#   scores: scores by column; start: scores before the first step; at_16, at_64: scores at the
+#   common lengths; curve: variance of the last stream during training, as (step, variance)
+#   probe, probe_start: values of each block, after training and before the first step
 Row = dict[str, Any]
-# Settings that change how a run is computed but not its result. The seed has a place of its own.
+# Settings that change how a run is computed but not its result, and the seed (it has its own key).
 NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel",
              "recompute", "save_interval", "keep_checkpoints", "wandb"}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 
 def is_run_of(c: TrainConfig, settings: dict[str, Any]) -> bool:
-    """Are these the settings of a run of c? A setting that an old row lacks had its default."""
+    """Does a row with these settings record a run of c? A setting that is missing in an old row had
+    its default value."""
     return all(settings.get(name, DEFAULTS[name]) == value for name, value in asdict(c).items()
                if name not in NO_MATTER)
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results.jsonl; none if there is no such file."""
+    """Read the rows of a results.jsonl. A file that does not exist has no rows."""
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
@@ -262,7 +267,7 @@ def append_row(path: Path, row: Row) -> None:
         f.write((json.dumps(row) + "\n").encode())
 
 def row_of(job: Job, args: Any) -> Row:
-    """The row of a finished run. Numbers have five digits, and null stands for nan."""
+    """Make the row of a finished run. Numbers keep five digits, and nan becomes null."""
     c = config_of(job.member, args)
     text = (job.out / "log.jsonl").read_text("utf-8")
     log = [json.loads(line) for line in text.splitlines()]
@@ -286,7 +291,7 @@ def read_probe(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "probe.json").read_text("utf-8"))
 
 def block_values(r: dict[str, Any]) -> dict[str, list[float]]:
-    """The values of each block that a row keeps of a probe.json."""
+    """Select the values of each block that a row keeps from a probe.json."""
     found = {name: r[name] for name in ("variance", "attn_variance", "ffn_variance",
                                         "block_influence") if name in r}
     if "usefulness" in r:
@@ -300,8 +305,8 @@ def block_values(r: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 def course(curve: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The peak of the last layer's variance in training, the share of the steps at which it comes,
-    and the share of it that is left at the end."""
+    """The peak of the last stream's variance during training, the step of the peak as a share of
+    all steps, and the final variance as a share of the peak."""
     if not curve:
         return {}
     step, peak = max(curve, key=lambda point: (point[1], point[0]))
@@ -311,12 +316,12 @@ def course(curve: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
                r: dict[str, Any]) -> dict[str, float]:
-    """The losses of a run, and measures of how sparse it is, beside the scores of probe.py.
+    """Scores of a run that probe.py does not compute: its losses, and measures of its sparsity.
 
     active FFN: the share of the FFN's weights that a token uses. key heads: key/value heads per
     query head. eff. keys: the share of the visible keys that a query effectively attends to.
-    density: eff. keys x key heads, because the paper's formula is not known. near zero: the share
-    of the blocks' weights below a tenth of init_std.
+    density: eff. keys x key heads; the paper does not give its formula. near zero: the share of the
+    blocks' weights whose size is below a tenth of init_std.
     """
     found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
     if c.n_experts:
@@ -333,7 +338,7 @@ def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
     return found
 
 def near_zero(c: TrainConfig, shares: dict[str, dict[str, list[float]]]) -> float:
-    """The share of all weights of the blocks that are near zero, from the share of each matrix."""
+    """The share of near-zero weights in all blocks together, from the shares of the matrices."""
     count = total = 0.0
     model = bare(replace(c, vocab_size=vocabulary(c)))
     for name, w in model.blocks[0].named_parameters():
@@ -345,7 +350,7 @@ def near_zero(c: TrainConfig, shares: dict[str, dict[str, list[float]]]) -> floa
 
 @cache
 def processor() -> str:
-    """The name of the GPU or CPU that computes."""
+    """The name of this machine's GPU, or of its CPU if it has no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     if Path("/proc/cpuinfo").exists():
@@ -357,7 +362,7 @@ def processor() -> str:
 Runs = dict[str, list[Row]]                  # the rows of each member, one per seed and processor
 
 def runs_of(family: str, rows: Sequence[Row], args: Any) -> Runs:
-    """The members of a family with rows: the newest row of each seed and kind of processor."""
+    """The rows of each member of a family: the newest row of each seed and kind of processor."""
     found = {}
     for name, member in FAMILIES[family].items():
         c = config_of(name, args)
@@ -388,12 +393,12 @@ class Estimate(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Does the interval exclude 0? False with one seed, and where all seeds moved by the same
-        step: usefulness at 8 blocks moves in steps of 1/8, so equal steps prove no precision."""
+        """Does the interval exclude 0? False with one seed. Also False if the values of all seeds
+        are equal: usefulness with 8 blocks is a multiple of 1/8, so this proves no precision."""
         return self.half > 1e-9 and abs(self.mean) > self.half
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of the values and its interval; nan where there are too few."""
+    """The mean of the values and its interval. Numbers that need more values are nan."""
     n = len(values)
     if n < 2:
         return Estimate(values[0] if n else math.nan, math.nan, n)
@@ -401,15 +406,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.mean(values), half, n)
 
 def detectable(e: Estimate) -> float:
-    """The effect that this many seeds with this spread detect with 80% power: the sum of the two t
-    quantiles times the standard error. nan where there is no spread."""
+    """The effect that as many seeds with the same spread detect with 80% power. It is the standard
+    error times the sum of the two t quantiles. nan where there is no spread."""
     if not e.half > 1e-9:
         return math.nan
     k = min(e.n, 10) - 2
     return e.half / T_975[k] * (T_975[k] + T_80[k])
 
 def p_value(e: Estimate) -> float:
-    """The two-sided t test of a mean against 0.
+    """The p value of a two-sided t test of a mean against 0.
 
     With t = sqrt(nu) tan(u), Student's density is proportional to cos(u)^(nu - 1). The tail is
     summed at the midpoints of 10,000 intervals of u.
@@ -427,14 +432,14 @@ def p_value(e: Estimate) -> float:
 LOGARITHMS = {"last var.", "rel.var.", "peak var."}    # these scores are compared by logarithms
 
 def value(row: Row, score: str, part: str = "scores") -> float:
-    """A score of a row, or its logarithm for a variance; nan where it was not measured."""
+    """A score of a row, or the logarithm of a variance. It is nan if it was not measured."""
     x = row.get(part, {}).get(score)
     if x is None or score in LOGARITHMS and x <= 0:
         return math.nan
     return math.log(x) if score in LOGARITHMS else x
 
 def by_seed(rows: Sequence[Row], score: str, part: str = "scores") -> dict[int, float]:
-    """A score by seed. With several kinds of processor the first counts."""
+    """A score by seed. If a seed has rows from several kinds of processor, use the first."""
     found = {row["seed"]: value(row, score, part) for row in reversed(rows)}
     return {seed: x for seed, x in sorted(found.items()) if not math.isnan(x)}
 
@@ -443,7 +448,7 @@ def over_seeds(rows: Sequence[Row], score: str, part: str = "scores") -> Estimat
     return estimate(list(by_seed(rows, score, part).values()))
 
 def paired(rows: Sequence[Row], base: Sequence[Row], score: str) -> dict[int, float]:
-    """By seed, a score minus the base's score on the same kind of processor."""
+    """For each seed, a score minus the score of the base on the same kind of processor."""
     of_base = {(row["seed"], row["processor"]): value(row, score) for row in base}
     found = {}
     for row in reversed(rows):
@@ -453,9 +458,9 @@ def paired(rows: Sequence[Row], base: Sequence[Row], score: str) -> dict[int, fl
     return dict(sorted(found.items()))
 
 # ---- the claims, and the rule that judges them ---------------------------------------------------
-# The column of the paper's numbers that says in which direction a score should go. "useful layers"
-# is usefulness x L. The paper does not report the scores in INFERRED, so they have a direction but
-# no size.
+# For each score, the column of the paper's numbers that gives its direction. "useful layers" is
+# usefulness x L. The paper does not report the scores in INFERRED, so they have a direction but no
+# size.
 PAPERS = {"last var.": "variance", "ln Vn/V1": "variance",
           "useful": "useful", "log ratio": "useful", "ratio late": "useful", "ratio 1+": "useful",
           "trend use": "useful", "ratio sum": "useful layers",
@@ -471,7 +476,7 @@ COMPARED = {
     "weight_decay": KNOB, "context": KNOB, "gqa": KNOB, "moe": KNOB,
     "ladder": ("log ratio", "useful", "val loss", "accuracy"),
     "norms": KNOB, "init": KNOB, "width": KNOB, "long": KNOB}
-# What the paper's picture says about blocks 1 to n - 1 of one model, by score. A trend is the rank
+# What the paper claims about blocks 1 to n - 1 of a single model, by score. A trend is the rank
 # correlation of a block's index with its log affine ratio, its influence or its |J-I|/d.
 PREMISES = {"trend use": "(a) later blocks are used less: trend of the log affine ratio < 0",
             "trend infl": "(b) later blocks turn the stream less: trend of the influence < 0",
@@ -479,7 +484,7 @@ PREMISES = {"trend use": "(a) later blocks are used less: trend of the log affin
             "ln Vn/V1": "(d) variance accumulates after block 0: ln(Var h_n / Var h_1) > ln n"}
 TRENDS = ("trend use", "trend infl", "trend J-I")
 
-# What a reader sees first: eight claims, each with the comparison or premise that tests it.
+# The table in the README: eight claims, each with the comparison or premise that tests it.
 HEADLINES = [
     ("Later blocks are used less (rank correlation within 16 layers)", "depth", "depth_32",
      "trend use"),
@@ -498,19 +503,19 @@ class Comparison(NamedTuple):
     base: str
     score: str
     effect: Estimate            # of the paired differences
-    paper: float                # the paper's difference; nan where it is not known
-    direction: int              # of the paper's difference: 1, -1, 0; 2 where it is not known
+    paper: float                # the paper's difference; nan if it is not known
+    direction: int              # sign of the paper's difference; 2 if it is not known
     size: Estimate | None       # our (effect / depth effect) over the paper's
-    verdict: str                # "" where the direction is not known
+    verdict: str                # "" if the direction is not known
 
 VERDICTS = ["reproduced", "reproduced, smaller", "contradicted", "no effect of the paper's size",
             "inconclusive"]
 
 def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
-    """The rule.
+    """The verdict on a comparison or premise.
 
-    reproduced: the whole interval is on the paper's side of 0; "smaller" if the size is known and
-        its interval is below 1
+    reproduced: the whole interval is on the paper's side of 0
+    reproduced, smaller: in addition, the size is known and its interval is below 1
     contradicted: the whole interval is on the other side of 0
     no effect of the paper's size: the interval contains 0, and that of the size is below 1
     inconclusive: everything else, also where a score moved by the same step in every seed
@@ -528,7 +533,7 @@ def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
 
 def compare(found: dict[str, Runs], family: str, member: str, score: str,
             base: str = "") -> Comparison | None:
-    """A member against its baseline, or against `base`; None where there is nothing to compare."""
+    """Compare a member with its baseline, or with `base`. None if there is nothing to compare."""
     runs = found.get(family, {})
     base = base or FAMILIES[family][member].baseline
     differences = paired(runs.get(member, []), runs.get(base, []), score)
@@ -541,7 +546,7 @@ def compare(found: dict[str, Runs], family: str, member: str, score: str,
                       judge(effect, direction, size))
 
 def comparisons(found: dict[str, Runs]) -> list[Comparison]:
-    """Every comparison of COMPARED that has its runs, and the whole recipe against its start."""
+    """Every comparison of COMPARED whose runs exist, and the whole recipe against its start."""
     cases = [(family, member, score, "") for family in COMPARED for member in FAMILIES[family]
              for score in COMPARED[family]]
     cases += [("ladder", "ladder_moe", score, "ladder_32") for score in COMPARED["ladder"]]
@@ -549,10 +554,10 @@ def comparisons(found: dict[str, Runs]) -> list[Comparison]:
     return [c for c in compared if c is not None]
 
 def paper_difference(family: str, member: str, base: str, score: str) -> tuple[float, int]:
-    """The paper's number for a member minus that for the base, in our units, and its direction.
+    """The paper's number for a member minus its number for the base, and the difference's sign.
 
-    Variances are compared by logarithms, and perplexities as losses. A variance of "about 0" gives
-    a direction but no difference.
+    The difference is in our units: logarithms of variances, and losses instead of perplexities. A
+    variance of "about 0" gives a sign but no difference.
     """
     column = PAPERS.get(score, "")
     counted = column == "useful layers"
@@ -572,11 +577,12 @@ def paper_difference(family: str, member: str, base: str, score: str) -> tuple[f
 
 def relative_size(found: dict[str, Runs], family: str, member: str, base: str, score: str,
                   differences: dict[int, float], paper: float) -> Estimate | None:
-    """Our (effect / depth effect) over the paper's, by a jackknife over seeds. The depth effect is
-    depth_32 minus depth_16. For the loss: our relative difference over the paper's.
+    """The size of an effect: our (effect / depth effect) over the paper's. Jackknife over seeds.
 
-    None if the paper's difference is not known, "about 0" or less than one layer, if our own depth
-    effect is undecided, and where the ratio has no spread, as for the depth effect itself.
+    The depth effect is depth_32 minus depth_16. For the loss, the size is our relative difference
+    over the paper's. None if the paper's difference is not known, "about 0" or less than one layer;
+    if the interval of our depth effect contains 0; and where the ratio has no spread, as for the
+    depth effect itself.
     """
     if score in INFERRED or math.isnan(paper) or paper == 0 or len(differences) < 2:
         return None
@@ -616,8 +622,8 @@ def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> 
     return Estimate(ratio(seeds), T_975[min(n, 10) - 2] * error, n)
 
 def holm(compared: Sequence[Comparison]) -> int:
-    """How many decided verdicts remain if Holm's correction keeps the chance of even one false
-    verdict, among all comparisons with a direction, at 5%."""
+    """The number of decided verdicts that Holm's correction keeps, over all comparisons with a
+    direction. The correction limits the probability of one or more false verdicts to 5%."""
     tests = sorted(p for c in compared if c.direction in (1, -1)
                    if not math.isnan(p := p_value(c.effect)))
     for k, p in enumerate(tests):
@@ -631,7 +637,7 @@ def premise(runs: Runs, member: str, score: str) -> tuple[dict[int, float], Esti
     if not values:
         return None
     e = estimate(list(values.values()))
-    if score == "ln Vn/V1":                      # against blocks that all add the same variance
+    if score == "ln Vn/V1":                      # ln n: every block adds the same variance
         null = math.log(layers(runs[member]))
         return values, e, judge(Estimate(e.mean - null, e.half, e.n), 1, None)
     return values, e, judge(e, -1, None)
@@ -640,9 +646,9 @@ def layers(rows: Sequence[Row]) -> int:
     return rows[0]["settings"]["n_layer"]
 
 # ---- the mechanism -------------------------------------------------------------------------------
-# Rank correlations over configurations, and their sign in the paper's picture: small density (much
-# sparsity) with small variance, small variance with much use. They show no cause: configurations
-# differ in a knob that may move both scores.
+# Rank correlations over configurations, with the sign that the paper expects: a small density (much
+# sparsity) goes with a small variance, and a small variance with much use. A correlation shows no
+# cause, because the settings in which configurations differ may change both scores.
 SPREAD = ("last var.", "ln Vn/V1")
 SIGNS = {"density": 1, "eff. keys": 1, "key heads": 1, "active FFN": 1, "near zero": -1}
 QUESTIONS = {(x, y): sign for x, sign in SIGNS.items() for y in SPREAD}
@@ -650,8 +656,8 @@ QUESTIONS |= {(x, y): -1 for x in SPREAD for y in ("log ratio", "ratio late")}
 TURNED = ("depth", "weight_decay", "context", "gqa", "moe", "ladder")
 
 def configurations(found: dict[str, Runs]) -> Runs:
-    """The configurations of the families that turn one of the paper's knobs, each once. The
-    controls (init, rates) and the other norms are left out: they change more than these knobs."""
+    """The configurations of the families that change one of the paper's settings, each once. The
+    controls and the rates are left out, because they change other settings."""
     together: Runs = {}
     for family in TURNED:
         for name, rows in found.get(family, {}).items():
@@ -661,16 +667,17 @@ def configurations(found: dict[str, Runs]) -> Runs:
     return together
 
 def correlation(group: Runs, x: str, y: str) -> tuple[float, float, float, int] | None:
-    """The rank correlation of two scores' means over seeds, its 95% interval, and the number of
-    configurations. None if it is not defined, or for fewer than eight configurations: every
-    bootstrap sample of a few monotone ones is monotone too, so the interval has no width."""
+    """The rank correlation of two scores over configurations, its 95% interval, and the number of
+    configurations. A score is the mean over seeds. None if the correlation is not defined, or with
+    fewer than eight configurations: if few points are monotone, every bootstrap sample of them is
+    monotone too, and the interval has no width."""
     pairs = [(over_seeds(rows, x).mean, over_seeds(rows, y).mean) for rows in group.values()]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
     rho = rank_correlation(*zip(*pairs)) if len(pairs) >= 8 else math.nan
     return None if math.isnan(rho) else (rho, *bootstrap(*zip(*pairs)), len(pairs))
 
 def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the rank correlation, from 1,000 draws of as many configurations."""
+    """The 95% bootstrap interval of a rank correlation, from 1,000 draws with replacement."""
     x, y = np.array(x), np.array(y)
     chosen = np.random.default_rng(0).integers(len(x), size=(1000, len(x)))
     drawn = [rank_correlation(x[k], y[k]) for k in chosen]
@@ -679,17 +686,17 @@ def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 # ---- the report ----------------------------------------------------------------------------------
 def report(args: Any) -> None:
-    """Write every table and figure of results.jsonl into OUT/SCALE. Print the main tables."""
+    """Make every table and figure from results.jsonl in OUT/SCALE. Print the main tables."""
     rows = read_rows(args.results)
     found = {family: runs_of(family, rows, args) for family in FAMILIES}
     found = {family: runs for family, runs in found.items()
              if has_begun(family, runs, found["depth"])}
-    check(found, f"no finished run in {args.results}: "
+    check(found, f"no finished run in {args.results}: start with "
                  f"python recipe.py run depth --scale {args.scale}")
     used = [row for runs in found.values() for seeds in runs.values() for row in seeds]
     corpora = {row["corpus"] for row in used}
-    check(len(corpora) == 1, f"{args.results}: its runs saw {len(corpora)} different corpora: "
-                             "data/python is Python's own source and changes with its version")
+    check(len(corpora) == 1, f"{args.results}: its runs saw {len(corpora)} different corpora. "
+                             "data/python is Python's source code and changes with its version")
     out = Path(args.out, args.scale)
     make_folder(out, "--out")
     written = tables(found, args.scale)
@@ -744,14 +751,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 def short(x: float, sign: str = "") -> str:
-    """A number with three digits; - for nan."""
+    """A number with three digits, or "-" for nan."""
     if math.isnan(x):
         return "-"
     x += 0.0                                           # "0" instead of "-0"
     return f"{x:{sign},.0f}" if abs(x) >= 100 else f"{x:{sign}.3g}"
 
 def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
-    """As "0.12 (0.1 to 0.14)". Logarithms are shown as the numbers or factors they stand for."""
+    """Format as "0.12 (0.1 to 0.14)". Undo the logarithm of LOGARITHMS: "times 2 (1.9 to 2.1)"."""
     numbers = [e.mean, e.low, e.high]
     factor = "times " if score in LOGARITHMS and sign else ""
     if score in LOGARITHMS:
@@ -760,7 +767,7 @@ def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
     return f"{factor}{mean}" if math.isnan(e.half) else f"{factor}{mean} ({low} to {high})"
 
 def mean_of(e: Estimate, score: str) -> str:
-    """As "0.12 ± 0.02", half the width of the interval; variances as in `with_interval`."""
+    """Format as "0.12 ± 0.02" (half the width of the interval), a variance as `with_interval`."""
     if score in LOGARITHMS or math.isnan(e.mean):
         return with_interval(e, score)
     mean = f"{e.mean:.3f}" if score.endswith("loss") else short(e.mean)
@@ -773,7 +780,7 @@ def score_table(first: str, named: Runs, shown: Sequence[str], part: str = "scor
     return table([first, *shown], rows)
 
 def headlines(found: dict[str, Runs]) -> str:
-    """The table of the README: eight claims, ours beside the paper's."""
+    """The table of the README: eight claims, with our number and the paper's."""
     rows = []
     for claim, family, member, score in HEADLINES:
         if score == "trend use":
@@ -787,8 +794,8 @@ def headlines(found: dict[str, Runs]) -> str:
     return table(["claim", "verdict", "here (95% interval)", "paper"], rows)
 
 def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> str:
-    """How many runs of each family are recorded, how its comparisons came out, and how many
-    verdicts Holm's correction keeps."""
+    """For each family, the number of recorded runs and of comparisons per verdict. Then the
+    number of verdicts that Holm's correction keeps."""
     rows = []
     for family, members in FAMILIES.items():
         planned = sum(len(member.seeds) for member in members.values())
@@ -799,14 +806,15 @@ def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> st
         rows.append([family, f"{done} of {planned}", *counts])
     judged = [c for c in compared if c.direction in (1, -1)]
     decided = sum(c.effect.decided for c in judged)
-    return (table(["family", "runs", *VERDICTS], rows) + f"\n\nHolm's correction over all "
-            f"{len(judged)} comparisons keeps {holm(compared)} of the {decided} decided ones.")
+    return (table(["family", "runs", *VERDICTS], rows) + f"\n\nOf {len(judged)} comparisons, "
+            f"{decided} have an interval that excludes 0. Holm's correction keeps {holm(compared)} "
+            "of these.")
 
 def versus(c: Comparison, scale: str) -> str:
     return f"{label(c.family, c.member, scale)} vs {label(c.family, c.base, scale)}"
 
 def paper_cell(c: Comparison) -> str:
-    """The paper's difference in our units."""
+    """The paper's difference, in our units, as a cell of a table."""
     if c.score in INFERRED or c.direction == 2:
         return {1: "more", -1: "less", 0: "equal", 2: "-"}[c.direction]
     if math.isnan(c.paper):
@@ -816,8 +824,8 @@ def paper_cell(c: Comparison) -> str:
     return short(c.paper, "+")
 
 def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
-    """A row per comparison: our effect, the paper's, their relative size, the effect that could be
-    detected, the verdict. A name is written once for all its scores."""
+    """A row per comparison: our effect, the paper's effect, the size, the detectable effect and the
+    verdict. The name of a pair of members stands only in its first row."""
     rows, last = [], ""
     for c in compared:
         name, least = versus(c, scale), short(detectable(c.effect))
@@ -831,7 +839,7 @@ def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
                   "detects (80%)", "verdict"], rows)
 
 def difference_table(compared: Sequence[Comparison], scale: str) -> str:
-    """A row per pair of members and a column per score, where the paper has no number."""
+    """A row per pair of members and a column per score. For families that the paper lacks."""
     effects: dict[str, list[str]] = {}
     for c in compared:
         effects.setdefault(versus(c, scale), []).append(with_interval(c.effect, c.score, "+"))
@@ -857,7 +865,7 @@ def premises(depth: Runs, scale: str, score: str) -> str:
                   "verdict"], rows)
 
 def depth_steps(found: dict[str, Runs], scale: str) -> str:
-    """What each step in depth gains in validation loss."""
+    """The change of the validation loss with each step in depth."""
     names, rows = list(found["depth"]), []
     for base, name in zip(names, names[1:]):
         c = compare(found, "depth", name, "val loss", base)
@@ -867,8 +875,8 @@ def depth_steps(found: dict[str, Runs], scale: str) -> str:
     return table(["step", "validation loss (95%)"], rows)
 
 def course_table(depth: Runs, scale: str) -> str:
-    """The last layer's variance in training, here and in the paper: its peak, when it comes, and
-    what is left of it."""
+    """The variance of the last stream during training, here and in the paper: its peak, the time of
+    the peak, and the share of the peak that is left at the end."""
     rows = []
     for name, seeds in depth.items():
         paper = PAPER["depth"][name]
@@ -879,11 +887,11 @@ def course_table(depth: Runs, scale: str) -> str:
     return table(["depth", "peak", "at share of steps", "left at the end", "paper: peak", "at",
                   "left"], rows)
 
-# Scores as defined, each before its form in the released scripts.
+# Each score as the paper defines it, followed by the score as the released scripts compute it.
 RELEASED = ("causal", "rel.causal", "useful", "rel.useful", "last var.", "rel.var.")
 
 def common_lengths(context: Runs, scale: str) -> str:
-    """A table per length: the contexts, probed on the same tokens at the same positions."""
+    """A table per common length: the members of "context", probed on the same tokens."""
     shown = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence")
     written = []
     for length in COMMON_LENGTHS:
@@ -893,8 +901,8 @@ def common_lengths(context: Runs, scale: str) -> str:
     return "\n\n".join(written)
 
 def mechanism(found: dict[str, Runs]) -> str:
-    """Rank correlations over all configurations, and over those of one depth and width. Then, for
-    each group, which agree with the paper's picture and which do not."""
+    """Rank correlations over all configurations, and over those with 8 layers of width 64. For each
+    of the two groups, a list of the correlations that support the paper, and of the others."""
     together = configurations(found)
     alike = {name: rows for name, rows in together.items()
              if layers(rows) == 8 and rows[0]["settings"]["n_embd"] == 64}
@@ -916,12 +924,12 @@ def mechanism(found: dict[str, Runs]) -> str:
                      rows)]
     for name in dict.fromkeys(name for name, _ in sides):
         of = {side: "; ".join(sides.get((name, side), ["none"])) for side in (1, -1, 0)}
-        written.append(f"{name[0].upper()}{name[1:]}. For the paper's picture: {of[1]}. "
-                       f"Against it: {of[-1]}. Undecided: {of[0]}.")
+        written.append(f"{name[0].upper()}{name[1:]}. With the paper's sign: {of[1]}. "
+                       f"With the opposite sign: {of[-1]}. Undecided: {of[0]}.")
     return "\n\n".join(written)
 
 def processors(depth: Runs) -> str:
-    """Runs of one member and seed that were computed on several kinds of processor."""
+    """The runs that were computed on several kinds of processor, pair by pair."""
     shown = ("last var.", "ln Vn/V1", "log ratio", "val loss")
     rows = []
     for name, seeds in depth.items():
@@ -936,29 +944,29 @@ def processors(depth: Runs) -> str:
     return table(["run", *shown], rows)
 
 # ---- figures -------------------------------------------------------------------------------------
-# Colours that all eyes can tell apart (Okabe and Ito).
+# Colours that readers with colour blindness can tell apart (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# The title of a panel, and what its axis shows.
+# For each score, the title of its panel and the label of its axis.
 NAMES = {"last var.": ("Variance at the end", "variance of the last stream"),
          "ln Vn/V1": ("Growth of the variance", "ln(Var h_n / Var h_1)"),
          "useful": ("Useful blocks", "share of all blocks"),
          "log ratio": ("Use of a block", "mean log affine ratio"),
          "val loss": ("Loss", "validation loss (nats per byte)"),
-         "density": ("Density", "keys attended to x key heads"),
-         "trend use": ("Are later blocks used less?", "trend of the log affine ratio"),
-         "trend infl": ("Do they turn the stream less?", "trend of the influence"),
-         "trend J-I": ("Are they closer to the identity?", "trend of |J - I| / d")}
+         "density": ("Density", "density: eff. keys x key heads"),
+         "trend use": ("Use over depth", "trend of the log affine ratio"),
+         "trend infl": ("Influence over depth", "trend of the influence"),
+         "trend J-I": ("Distance from I over depth", "trend of |J - I| / d")}
 TITLES = {"weight_decay": "Weight decay", "context": "Context length T",
           "gqa": "Grouped queries: G query heads share a key/value head",
           "moe": "Mixture of experts at equal active FLOPs", "ladder": "The recipe, step by step",
-          "norms": "The cures under other norms", "init": "Initialisation: its scale and its form",
+          "norms": "GQA and MoE with other norms", "init": "Initialisation: its scale and its form",
           "width": "Twice the width, at the same learning rate / init_std",
           "long": "Four times the training steps"}
 NORM = r"$\|J-I\|_F\,/\,d$"
 BY_PERPLEXITY = ("weight_decay", "context", "gqa", "moe")
 
 def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
-    """Draw every figure that has its runs, as PNG and SVG. Returns what to print."""
+    """Draw every figure whose runs exist, as PNG and SVG. Returns a line to print."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -1015,12 +1023,12 @@ def legend_below(fig: Any, axes: Sequence[Any]) -> None:
                frameon=False)
 
 def block_means(rows: Sequence[Row], name: str) -> np.ndarray:
-    """The values of each block, the mean over seeds; for variances the geometric mean."""
+    """The mean over seeds of the values of each block; for variances, the geometric mean."""
     of_seeds = np.array([row["probe"][name] for row in rows], dtype=float)[:, -layers(rows):]
     return np.exp(np.log(of_seeds).mean(0)) if "variance" in name else of_seeds.mean(0)
 
 def block_lines(ax: Any, runs: Runs, name: str, first: int = 0, relative: bool = False) -> None:
-    """A line per depth over its blocks from `first` on; relative: over the share of the blocks."""
+    """Draw a line per depth, from block `first` on. relative: the x axis is the share of blocks."""
     for color, rows in zip(COLORS, runs.values()):
         n = layers(rows)
         x = np.arange(1, n + 1) / n if relative else np.arange(n)
@@ -1029,8 +1037,8 @@ def block_lines(ax: Any, runs: Runs, name: str, first: int = 0, relative: bool =
     ax.set_xlabel("depth (share of the blocks passed)" if relative else "block")
 
 def draw_depth(runs: Runs) -> Any:
-    """The curse in three panels: variance and |J - I| over relative depth, and use by depth with a
-    ring per seed."""
+    """The curse of depth in three panels: variance and |J - I| over relative depth, and use over
+    the number of layers, with a ring per seed."""
     fig, axes = panels(3, 2.9, "The curse of depth: variance, distance from the identity, use")
     block_lines(axes[0], runs, "variance", relative=True)
     axes[0].set(title="The stream's variance grows", ylabel="variance after the block")
@@ -1057,7 +1065,7 @@ def draw_depth(runs: Runs) -> Any:
     return fig
 
 def draw_blocks(runs: Runs) -> Any:
-    """Values of each block by depth: what attention and FFN add, |J - I| and the affine map."""
+    """The values of each block, in four panels: what attention and FFN add, |J - I|, and use."""
     shown = {"attn_variance": ("What attention adds", "variance", 0),
              "ffn_variance": ("What the FFN adds", "variance", 0),
              "deviation": ("Distance from the identity, block 0 left out", NORM, 1),
@@ -1095,8 +1103,8 @@ def draw_maps(runs: Runs, name: str) -> Any:
     return fig
 
 def draw_course(runs: Runs) -> Any:
-    """The last layer's variance in training: the geometric mean over seeds, and each seed."""
-    fig, (ax,) = panels(1, 3.2, "The variance at the end of the model, in the course of training")
+    """The variance of the last stream during training: each seed, and their geometric mean."""
+    fig, (ax,) = panels(1, 3.2, "The variance of the last stream during training")
     for color, rows in zip(COLORS, runs.values()):
         curves = np.array([row["curve"] for row in rows], dtype=float)      # (seeds, points, 2)
         steps = curves[0, :, 0]
@@ -1111,7 +1119,7 @@ def draw_course(runs: Runs) -> Any:
 def draw_family(family: str, runs: Runs, scale: str) -> Any:
     """A row per member: a ring per seed, the mean with its interval, a diamond for the paper."""
     shown = ("last var.", "useful", "log ratio", "val loss")
-    if family == "init":                 # its members differ in the scale of the variance anyway
+    if family == "init":                 # the initialisation alone changes the variance
         shown = ("ln Vn/V1", "trend use", "log ratio", "val loss")
     fig, axes = panels(len(shown), 0.9 + 0.3 * len(runs), TITLES[family], sharey=True)
     names = [textwrap.fill(label(family, member, scale), 30) for member in runs]
@@ -1144,8 +1152,8 @@ def draw_family(family: str, runs: Runs, scale: str) -> Any:
     return fig
 
 def draw_rates(runs: Runs) -> Any:
-    """When is there a curse? Trends over the later blocks and loss, over rate / init_std."""
-    fig, axes = panels(4, 2.8, "Do later blocks do less? They do where a trend is below 0")
+    """When is there a curse? Three trends and the loss, over learning rate / init_std."""
+    fig, axes = panels(4, 2.8, "Do later blocks do less? Yes if a trend is below 0")
     lines: dict[tuple[int, float], list[Row]] = {}
     for rows in runs.values():
         c = rows[0]["settings"]
@@ -1168,7 +1176,7 @@ def draw_rates(runs: Runs) -> Any:
     return fig
 
 def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
-    """ln(perplexity / the baseline's), ours beside the paper's: a row per comparison."""
+    """A row per comparison: ln(perplexity / the baseline's perplexity), ours and the paper's."""
     compared = [c for c in comparisons(found) if c.score == "val loss" and not math.isnan(c.paper)
                 and c.family in BY_PERPLEXITY]
     fig, (ax,) = panels(1, 0.9 + 0.24 * len(compared),
@@ -1181,8 +1189,8 @@ def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
     ax.axvline(0, color="black", linewidth=0.5)
     ax.set_xscale("symlog", linthresh=0.1)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="ln(perplexity / the baseline's); below 0 is better; linear up to 0.1, then "
-           "logarithmic", ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
+    ax.set(xlabel="ln(perplexity / the baseline's perplexity); below 0 is better; the axis is "
+           "linear up to 0.1, then logarithmic", ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
     legend_below(fig, [ax])
     return fig
 
@@ -1190,7 +1198,7 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     """A dot per configuration, coloured by family."""
     pairs = (("density", "last var."), ("density", "ln Vn/V1"), ("last var.", "log ratio"),
              ("ln Vn/V1", "log ratio"))
-    fig, axes = panels(4, 2.8, "Density with variance, variance with use: a dot per configuration")
+    fig, axes = panels(4, 2.8, "Density and variance, variance and use: a dot per configuration")
     for ax, (x, y) in zip(axes, pairs):
         for member, rows in configurations(found).items():
             family = next(family for family in TURNED if member in FAMILIES[family])
@@ -1206,7 +1214,7 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     return fig
 
 # ---- the recipe at another size ------------------------------------------------------------------
-# Each setting of the recipe: its step of the ladder, the step before, and other values tried.
+# For each setting of the recipe: its step of the ladder, the step before, and other values tried.
 STEPS = {"block_size": ("ladder_t4096", "ladder_32", ["ladder_t8192"]),
          "weight_decay": ("ladder_decay_0_3", "ladder_t4096",
                           ["ladder_decay_0_6", "ladder_decay_1"]),
@@ -1214,13 +1222,14 @@ STEPS = {"block_size": ("ladder_t4096", "ladder_32", ["ladder_t8192"]),
          "n_experts": ("ladder_moe", "ladder_g2", [])}
 
 def advise(args: Any) -> None:
-    """Print the recipe at another size, its sources and what it takes. Write a config."""
+    """Print the recipe at another size, the evidence for it, and the cost of a run. Write a config
+    if --out is given."""
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
     least = config("ladder_moe", "laptop").n_embd
     check(c.n_embd >= least, f"--params {args.params:g} leaves a width of {c.n_embd} with "
-                             f"{args.n_layer} blocks; the smallest model tried has {least}")
+                             f"{args.n_layer} blocks; the smallest model tried had {least}")
     values = {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != f.default}
     lines = [*sources(c), *(f"{name} = {x!r}" for name, x in values.items())]
     print(*lines, "", sep="\n", flush=True)
@@ -1232,12 +1241,13 @@ def advise(args: Any) -> None:
 def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfig:
     """The recipe with n_layer blocks and about `params` active parameters, for `tokens` tokens.
 
-    The effect of weight decay depends on rate x decay x steps, so decay x steps is the ladder's.
+    The effect of weight decay depends on rate x decay x steps. The rate is the same, so decay x
+    steps is kept at its value in the ladder.
     """
     ladder = config("ladder_moe", "paper")
     n_embd = advised_width(ladder, n_layer, params)
     n_head = max(2, 2 * round(n_embd * ladder.n_head / ladder.n_embd / 2))    # even, because G = 2
-    step = math.lcm(8, 2 * n_head)               # RoPE takes even heads, grouped_mm multiples of 8
+    step = math.lcm(8, 2 * n_head)      # RoPE needs an even head size, grouped_mm a multiple of 8
     n_embd = step * max(1, round(n_embd / step))
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps
@@ -1258,7 +1268,8 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
 def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
     """The width at which n_layer of the ladder's blocks have about `params` active parameters.
 
-    All widths, the experts' too, are proportional to n_embd: the number is a n_embd^2 + b n_embd.
+    All widths, including the experts', are proportional to n_embd. The number of parameters is
+    therefore a n_embd^2 + b n_embd, a quadratic equation for n_embd.
     """
     a = n_layer * (3 + 3 * ladder.top_k)                          # attention with G = 2, experts
     b = 2 * ladder.vocab_size + n_layer * (ladder.n_experts + 2)  # embedding, head, routers, norms
@@ -1266,7 +1277,7 @@ def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
     return max(32, 32 * round(width / 32))
 
 def sources(c: TrainConfig) -> list[str]:
-    """Comments on an advised config: the paper's gain with each step, and the laptop verdict."""
+    """Comments for an advised config: the paper's gain and our verdict for each step."""
     args = argparse.Namespace(scale="laptop", settings=[])
     rows = read_rows(ROOT / "configs/laptop/results.jsonl")
     found = {family: runs_of(family, rows, args) for family in ("depth", "ladder")}
@@ -1289,7 +1300,7 @@ def sources(c: TrainConfig) -> list[str]:
 
 # ---- the command line ----------------------------------------------------------------------------
 def read_arguments() -> Any:
-    """The command line. `settings` are those of train.py after `run` or `report`."""
+    """Read the command line. args.settings: settings of train.py that follow `run` or `report`."""
     parser = Parser(prog="recipe.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     on_disk = argparse.ArgumentParser(add_help=False)
@@ -1298,8 +1309,8 @@ def read_arguments() -> Any:
     on_disk.add_argument("--out", default="out/recipe", metavar="DIR",
                          help="folder of runs, tables and figures (default %(default)s)")
     on_disk.add_argument("--results", metavar="FILE", type=Path,
-                         help="the rows (default configs/SCALE/results.jsonl; with settings of "
-                              "your own OUT/SCALE/results.jsonl)")
+                         help="file of the rows (default configs/SCALE/results.jsonl; with your "
+                              "own settings OUT/SCALE/results.jsonl)")
 
     add = commands.add_parser("run", help="train, probe and record a family",
                               parents=[on_disk]).add_argument
@@ -1308,17 +1319,18 @@ def read_arguments() -> Any:
     add("--seeds", type=int, default=1, metavar="N",
         help="run the first N seeds of each family (default 1)")
     add("--jobs", type=int, default=1, metavar="N",
-        help="do N runs at a time; they share the cores (default 1)")
+        help="do N runs at a time, which share the cores (default 1)")
     add("--tasks", default="", help="tasks of lm-evaluation-harness to score, as in probe.py")
     add("--only", default=",".join(MEASURED), metavar="NAMES",
-        help="experiments of probe.py (default: all with a score, and sparsity)")
-    add("--here", action="store_true", help="repeat runs recorded on another kind of processor")
-    add("--dry-run", action="store_true", help="list the runs to do and what they cost")
+        help="experiments of probe.py (default: sparsity and all that have a score)")
+    add("--here", action="store_true",
+        help="repeat the runs that were recorded on another kind of processor")
+    add("--dry-run", action="store_true", help="list the runs to do and their cost")
 
-    commands.add_parser("report", help="make tables and figures from results.jsonl",
+    commands.add_parser("report", help="make the tables and figures from results.jsonl",
                         parents=[on_disk])
 
-    add = commands.add_parser("advise", help="print the recipe at your size").add_argument
+    add = commands.add_parser("advise", help="print the recipe at another size").add_argument
     add("--n_layer", type=int, required=True, help="number of blocks")
     add("--params", type=float, required=True,
         help="parameters active per token, embeddings included")
@@ -1333,8 +1345,8 @@ def read_arguments() -> Any:
     for word in args.settings:
         name = word.removeprefix("--").partition("=")[0]
         check("=" in word and name in DEFAULTS and name not in ("seed", "out_dir"),
-              f"{word}: not an option of `recipe.py {args.command}`, nor a setting of train.py as "
-              "--name=value")
+              f"{word}: not an option of `recipe.py {args.command}`, and not a setting of train.py "
+              "(--name=value)")
     if args.results is None:
         own = f"configs/{args.scale}/results.jsonl"
         args.results = Path(args.out, args.scale, "results.jsonl") if args.settings else ROOT / own

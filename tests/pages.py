@@ -2,9 +2,9 @@
 
     python tests/pages.py
 
-A page has two comments around each table of recipe.py's report, <!-- depth.md --> and <!-- end -->, or around
-each figure, <!-- depth.png --> and <!-- end -->. Figures are kept in assets/. test_readme.py compares the tables
-with the rows.
+In a page, two comments enclose each table of recipe.py's report (<!-- depth.md --> and <!-- end -->) and each figure
+(<!-- depth.png --> and <!-- end -->). Figures are kept in assets/. test_readme.py checks that the tables in the pages
+are up to date.
 """
 import re
 import shutil
@@ -21,7 +21,7 @@ TABLE = re.compile(r"(<!-- (\w+\.(?:md|png)) -->\n).*?(<!-- end -->)", re.DOTALL
 
 
 def filled(page: str, report: Path) -> str:
-    """The page with the tables in the folder of a report, and the figures in assets/."""
+    """Insert the tables in the folder `report`, and the figures in assets/, into the text of a page."""
     def content(name: str) -> str:
         if name.endswith(".png"):
             return f"![{name}](../../assets/{name})\n" if (ROOT / "assets" / name).exists() else "No figure yet.\n"
@@ -31,7 +31,7 @@ def filled(page: str, report: Path) -> str:
 
 
 def write_report(out: Path, env: dict[str, str] | None = None) -> Path:
-    """Make recipe.py's report. Returns its folder."""
+    """Run `recipe.py report`. Returns the folder of the tables."""
     done = run_python(ROOT / "recipe.py", "report", "--out", out, env=env)
     assert done.status == 0, done.err
     return out / "laptop"

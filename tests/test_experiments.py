@@ -1,12 +1,12 @@
-"""Every experiment of probe.py against its naive version: whole passes, one sequence at a time, in float64.
+"""Compare every experiment of probe.py with a naive version: whole passes, one sequence at a time, in float64.
 
     python -m pytest -q tests/test_experiments.py                 # about a minute of one core
     python -m pytest -q tests/test_experiments.py -k causal       # one of them
-    python -m pytest -q tests/test_experiments.py -k golden       # the scores that others computed
+    python -m pytest -q tests/test_experiments.py -k golden       # scores that other programs computed
 
 Each experiment has a section: its naive version, the comparison, and tests of special cases. The naive versions
-follow the definitions (arXiv 2603.15389 and its released scripts). They share no code with probe.py, and only weights
-with model.py: tests/helpers.py writes out what a layer does.
+follow the definitions (arXiv 2603.15389 and its released scripts). They share no code with probe.py. From model.py they
+use only the weights: tests/helpers.py writes out the computation of a layer.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from helpers import (GOLDEN, TINY, attention_by_hand, differences, ffn_by_hand, 
 from model import GPT, Block, ModelConfig, UserError
 from probe import EXPERIMENTS, affine_map, moments
 
-V, T, B = TINY["vocab_size"], 9, 7                    # a tiny sample: an odd number of sequences
+V, T, B = TINY["vocab_size"], 9, 7                    # a tiny sample, with an odd number of sequences
 EXPERTS = dict(n_experts=12, top_k=2, expert_hidden=8, shared_hidden=12)
 MODELS = {
     "dense": dict(n_layer=5),
@@ -43,13 +43,14 @@ Layer = Callable[[Tensor], Tensor]                    # (1, T, d) -> (1, T, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the starting point of all naive versions
+# the common part of all naive versions
 
 
 class Truth:
     """A model, tokens (B, T), and one pass of each sequence through layers that are written out by hand.
 
-    attention: replaces `attention_by_hand` for a model with another attention. seen (T, T): the keys that a query sees.
+    attention: used instead of `attention_by_hand` for a model with another kind of attention.
+    seen (T, T): the keys that each query sees.
     """
     def __init__(self, model: GPT, tokens: Tensor, attention: Callable = attention_by_hand, seen: Tensor | None = None):
         self.model, self.tokens, self.attention = model, tokens, attention
@@ -60,7 +61,7 @@ class Truth:
         self.seen = torch.ones(length, length, dtype=torch.bool).tril() if seen is None else seen
         self.layers = [functools.partial(self.layer, block) for block in model.blocks]
         self.h: list[list[Tensor]] = []               # h[i][l] (T, d): the stream of sequence i after l blocks
-        self.attn: list[list[Tensor]] = []            # attn[i][l] (T, d): what attention of block l added to it
+        self.attn: list[list[Tensor]] = []            # attn[i][l] (T, d): what attention of block l added
         self.ffn: list[list[Tensor]] = []             # ffn[i][l] (T, d): what the FFN added
         self.p: list[list[list[Tensor]]] = []         # p[i][l][head] (T, T): the attention weights
         self.chosen: list[list[list[list[int]]]] = []            # chosen[i][l][t]: the experts of token t
@@ -120,7 +121,7 @@ def identity(x: Tensor) -> Tensor:
 
 @functools.cache
 def own_tokens(kind: str) -> Tensor:
-    """Tokens (B, T) drawn from the model itself. It predicts them well, so that its blocks matter to the loss."""
+    """Tokens (B, T) sampled from the model. The model predicts them well, so its blocks matter to the loss."""
     model, generator = make_model(**MODELS[kind]), torch.Generator().manual_seed(0)
     idx = torch.randint(V, (B, 1), generator=generator)
     with torch.no_grad():
@@ -145,13 +146,13 @@ def worked_out(naive: Callable[[Truth], dict[str, Any]], kind: str) -> dict[str,
 
 @functools.cache
 def measured(kind: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """The result of probe.py: all experiments at once, in micro-batches of at most 2 sequences."""
+    """The result of probe.py for all experiments together, in micro-batches of at most 2 sequences."""
     with mock.patch.object(probe, "TOKENS_AT_ONCE", 2 * T + 1):
         return probe.probe(make_model(dtype, **MODELS[kind]), own_tokens(kind), remove=REMOVE, sublayers=True)
 
 
 def assert_close(want: Any, got: Any, dtype: torch.dtype = torch.float64) -> None:
-    """`got`, from probe.py, equals `want`, from a naive version, up to the precision of dtype."""
+    """Assert that `got`, from probe.py, equals `want`, from a naive version, up to the precision of dtype."""
     if dtype == torch.float32:
         assert differences(want, got, lambda path: 1e-4, 1e-6) == []
     else:
@@ -188,7 +189,7 @@ def mean_ratio(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the loss, which is always measured
+# loss: part of every result
 
 
 def naive_loss(t: Truth) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def naive_permutation(t: Truth) -> dict[str, Any]:
 
 
 def error_of_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """The standard error of sum(a) / sum(b): that of the mean of a - ratio * b, divided by the mean of b."""
+    """The standard error of sum(a) / sum(b): the standard error of mean(a - ratio * b), over the mean of b."""
     ratio = sum(a) / sum(b)
     return error_of_mean([x - ratio * y for x, y in zip(a, b)]) / (sum(b) / len(b))
 
@@ -301,7 +302,7 @@ def naive_usefulness(t: Truth) -> dict[str, Any]:
 
 
 def fit(t: Truth, l: int, sequences: int, recorded: Layer = identity) -> tuple[Tensor, Tensor]:
-    """Least squares from h_l to h_{l+1} on [X 1], with all tokens of the first `sequences` sequences at once."""
+    """Least squares from [h_l, 1] to h_{l+1}, on all tokens of the first `sequences` sequences together."""
     X = np.concatenate([np.concatenate((h[l].numpy(), np.ones((len(h[l]), 1))), axis=1) for h in t.h[:sequences]])
     Y = np.concatenate([recorded(h[l + 1]).numpy() for h in t.h[:sequences]])
     solution = np.linalg.lstsq(X, Y, rcond=None)[0]
@@ -309,7 +310,7 @@ def fit(t: Truth, l: int, sequences: int, recorded: Layer = identity) -> tuple[T
 
 
 def scores_of_maps(t: Truth, maps: Sequence[tuple[Tensor, Tensor]], tokens: Tensor, fitted_on: int) -> dict[str, Any]:
-    """The scores on these tokens, with each layer in turn replaced by its map."""
+    """The scores on these tokens. Each layer in turn is replaced by its map."""
     def losses(layers: Sequence[Layer]) -> list[float]:
         return [loss_by_hand(t.model, sequence[None], layers) for sequence in tokens]
 
@@ -352,10 +353,10 @@ def test_the_affine_map_predicts_as_least_squares_on_all_tokens_does(name):
     X, draw = regression_cases()[name], np.random.default_rng(1)
     d = X.shape[1]
     scale = np.where(X.std(0) > 1e-9, X.std(0), 1.0)
-    Z = (X - X.mean(0)) / scale                                             # well scaled for least squares
+    Z = (X - X.mean(0)) / scale                                             # well conditioned
     Y = 3 * np.tanh(Z @ draw.normal(size=(d, d))) + draw.normal(size=X.shape) + 5
     Z1 = np.concatenate((Z, np.ones((len(X), 1))), axis=1)
-    solution = np.linalg.lstsq(Z1, Y, rcond=1e-10)[0]                       # the smallest one if there are many
+    solution = np.linalg.lstsq(Z1, Y, rcond=1e-10)[0]                       # the smallest solution if there are many
     x, y = (torch.from_numpy(a).reshape(4, -1, d) for a in (X, Y))
     W, b = affine_map(sum(moments(x[i:i + 1], y[i:i + 1]) for i in range(4)))
     got, want = (x @ W + b).flatten(0, 1).numpy(), Z1 @ solution
@@ -370,12 +371,12 @@ def test_the_affine_map_of_constant_features_is_the_mean():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the scores as the released scripts compute them
+# the scores by the released scripts
 
 
 def naive_released(t: Truth) -> dict[str, Any]:
-    """Emulates the authors' scripts: W is not transposed. In dense models, h_n is recorded after the norm and g is read
-    one place early."""
+    """Emulates the authors' scripts. They do not transpose W where they should. In dense models, they record h_n after
+    the final norm, and read g one place early."""
     def normed(x: Tensor) -> Tensor:
         return rms_norm(x, t.model.norm) if t.dense else x
 
@@ -454,8 +455,7 @@ def naive_jacobian(t: Truth) -> dict[str, Any]:
 
 
 def mean_jacobian(layer: Layer, xs: Sequence[Tensor]) -> np.ndarray:
-    """d layer(x) / d x, (d, d), where the output is summed over positions; the mean over sequences and input
-    positions."""
+    """The Jacobian (d, d) of the layer's output, summed over positions, averaged over sequences and input positions."""
     def output(x: Tensor) -> Tensor:
         return layer(x)[0].sum(0)                                                                         # (d,)
 
@@ -484,8 +484,8 @@ def test_the_jacobian_equals_its_naive_version(kind, dtype):
 
 
 @pytest.mark.parametrize("samples", [1, 3, 7, 100])
-def test_the_jacobian_is_of_the_first_sequences(samples, monkeypatch):
-    """The truth here is the full Jacobian: every output position by every input position."""
+def test_the_jacobian_is_measured_on_the_first_sequences(samples, monkeypatch):
+    """The expected value comes from the full Jacobian: every output position by every input position."""
     monkeypatch.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
     model, tokens = make_model(**MODELS["moe"]), make_tokens(B, T)
     got = probe.probe(model, tokens, ["jacobian"], jacobian_samples=samples)["jacobian"]
@@ -533,7 +533,7 @@ def naive_contribution(t: Truth) -> dict[str, Any]:
     for l in range(t.n):
         attn, ffn = [attn[l] for attn in t.attn], [ffn[l] for ffn in t.ffn]
         x = t.stream(l)
-        between = [a + b for a, b in zip(x, attn)]                            # what the FFN joins
+        between = [a + b for a, b in zip(x, attn)]                            # the stream that the FFN adds to
         out["attn_ratio"].append(mean_ratio(attn, x))
         out["ffn_ratio"].append(mean_ratio(ffn, between))
         out["attn_cosine"].append(mean_cosine(attn, x))
@@ -606,7 +606,7 @@ def test_the_sparsity_equals_its_naive_version(kind, dtype):
     assert_close(worked_out(naive_sparsity, kind), measured(kind, dtype), dtype)
 
 
-def test_hoyer_is_0_for_equal_weights_and_1_for_a_single_one():
+def test_hoyer_is_0_for_equal_weights_and_1_for_a_single_nonzero_weight():
     model = make_model(**MODELS["dense"])
     with torch.no_grad():
         model.blocks[0].ffn.up.weight.fill_(-0.3)
@@ -646,7 +646,7 @@ NAIVE = {"variance": naive_variance, "causal": naive_causal, "permutation": naiv
 
 
 def naive_scores(kind: str) -> dict[str, Any]:
-    """The naive versions of everything in probe.json."""
+    """The naive version of every value in probe.json."""
     out = dict(worked_out(naive_loss, kind))
     for naive in NAIVE.values():
         out |= worked_out(naive, kind)
@@ -666,7 +666,7 @@ def test_every_measured_value_has_a_naive_version(kind):
 
 
 def test_the_naive_scores_tell_layers_apart():
-    """Otherwise the comparisons above would mean little: scores differ between layers, and only some are useful."""
+    """The comparisons above would prove little if all layers had the same scores, or if all or none were useful."""
     def spread(x: Any) -> float:
         x = np.array(x)
         return x.std() / np.abs(x).mean()
@@ -729,11 +729,11 @@ def test_a_wrong_argument_is_a_user_error(tokens, settings, word):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the goldens: small trained models, with scores by brute force and from the authors' scripts
+# golden models: small trained models with recorded scores, by brute force and from the authors' scripts
 
 
 def golden_model(folder: Path) -> GPT:
-    """Load a model in Hugging Face format. Its tensors are mapped by hand."""
+    """Load a model in Hugging Face format. The names of its tensors are mapped by hand."""
     safetensors = pytest.importorskip("safetensors.torch")
     hf, theirs = json.loads((folder / "config.json").read_text()), safetensors.load_file(folder / "model.safetensors")
     moe = {} if "num_experts" not in hf else dict(
@@ -766,7 +766,7 @@ def golden_model(folder: Path) -> GPT:
 
 
 @pytest.mark.parametrize("name", ["llama_mha", "qwen2_moe"])
-def test_the_golden_scores_are_met_in_float32(name):
+def test_the_golden_scores_are_reproduced_in_float32(name):
     folder = GOLDEN / name
     want = json.loads((folder / "scores.json").read_text())
     want.pop("about"), want["released"].pop("source")

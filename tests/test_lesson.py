@@ -1,4 +1,4 @@
-"""The lesson's commands and code, as they stand in assets/lesson.md. What it trains is trained for two steps."""
+"""Run the commands and the code of assets/lesson.md. Models are tiny and trained for two steps."""
 import json
 import re
 import shlex
@@ -18,11 +18,11 @@ LESSON = (ROOT / "assets/lesson.md").read_text("utf-8")
 STREAM, CHECK, *SOLUTIONS = re.findall(r"```python\n(.*?)```", LESSON, re.DOTALL)
 TINY = ["--n_layer=3", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokens_per_step=64", "--max_steps=2",
         "--eval_tokens=160", "--device=cpu", "--compile=false"]
-OWN = ("first_token", "largest")         # the students' experiments
+OWN = ("first_token", "largest")         # the experiments that students write
 
 
 def commands(script):
-    """The arguments of every command of the page that starts this script."""
+    """The arguments of every command of the lesson that runs this script."""
     lines = re.findall(rf"^    python {script} (.*)$", LESSON, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -50,7 +50,7 @@ def test_the_stream_by_hand_has_the_variances_of_the_experiment(capsys):
 
 
 def test_every_command_of_the_lesson_runs(tmp_path, corpus, run_main, monkeypatch):
-    """In an empty folder: what a command needs was made by one before it."""
+    """The folder is empty at first, so a command can only use files that an earlier command has made."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)     # no figures
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
@@ -119,6 +119,6 @@ def test_the_columns_and_the_recorded_rows_of_the_lesson_exist():
     assert len(headers) >= 5
     for header in headers:
         assert set(header.split()) - {"..."} <= known, header
-    rows = re.findall(r"^\| \d+ layers, .*$", LESSON, re.MULTILINE)
+    rows = re.findall(r"^\| L \d+, .*$", LESSON, re.MULTILINE)
     recorded = (ROOT / "configs/laptop/README.md").read_text("utf-8")
     assert len(rows) == 3 and all(row in recorded for row in rows)

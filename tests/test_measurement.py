@@ -1,4 +1,4 @@
-"""How probe.py measures: its cost, experiments alone, pruning, several ranks, precision.
+"""The measuring itself in probe.py: cost, single experiments, pruning, several ranks, precision.
 
     python -m pytest -q tests/test_measurement.py
 """
@@ -42,30 +42,30 @@ def evaluations(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])
-def test_an_intervention_evaluates_only_the_blocks_behind_it_and_shares_the_rest(n, evaluations):
+def test_an_intervention_evaluates_only_later_blocks_and_shares_the_rest(n, evaluations):
     later = n * (n - 1) / 2
     assert evaluations(n, ["variance", "lens", "contribution"]) == n
     assert evaluations(n, ["causal", "removal"]) == n + later
     assert evaluations(n, ["permutation"]) == pytest.approx(n + (n**3 - n) / 3)
     assert evaluations(n, ["usefulness"]) == n + 1.5 * later
-    assert evaluations(n, ["jacobian"]) == 1.5 * n                                 # of half of the sequences
+    assert evaluations(n, ["jacobian"]) == 1.5 * n                                 # on half of the sequences
 
 
-def test_removing_a_run_or_a_sublayer_evaluates_only_the_blocks_behind_it(evaluations):
+def test_removing_several_blocks_or_a_sublayer_evaluates_only_later_blocks(evaluations):
     assert evaluations(6, ["removal"], remove=(1, 2, 3)) == 6 + 15 + 10 + 6
     assert evaluations(6, ["removal"], remove=(), sublayers=True) == 6 + 2 * 15
 
 
-def test_a_sample_beyond_memory_costs_a_pass_per_stage_and_gives_the_same_numbers(evaluations, monkeypatch):
+def test_a_sample_too_large_for_memory_costs_a_pass_per_stage_and_gives_the_same_numbers(evaluations, monkeypatch):
     small = evaluations(12)
     monkeypatch.setattr(probe, "KEPT_IN_MEMORY", 0)
-    assert evaluations(12) <= 1.16 * small                 # for 12 blocks; with more blocks, the share is smaller
+    assert evaluations(12) <= 1.16 * small                 # with more than 12 blocks, the ratio is smaller
     got = probe.probe(make_model(**MODELS["dense"]), own_tokens("dense"), remove=REMOVE, sublayers=True)
     want = {key: x for key, x in measured("dense").items() if key != "seconds"}
     assert_close(want, got)
 
 
-def test_the_estimated_work_is_close_to_the_work_that_is_done():
+def test_the_estimated_work_is_close_to_the_work_done():
     progress = probe.Progress()
     probe.probe(make_model(n_layer=8), make_tokens(6, T), progress=progress, remove=(1, 2), sublayers=True)
     assert 0.8 < progress.done / progress.work < 1.05
@@ -81,7 +81,7 @@ def test_measuring_leaves_the_model_unchanged():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-# ---- an experiment alone ---------------------------------------------------------------------------------------------
+# ---- one experiment -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -94,7 +94,7 @@ def test_each_experiment_works_alone_in_a_notebook(name):
 
 
 def shrinking(model, p):
-    """The size of the last stream without each block, and the trace of each Jacobian."""
+    """The norm of the last stream without each block, and the trace of the Jacobian of each block."""
     norms = [p.without(s)[-1].norm(dim=-1).sum() for s in range(len(model.blocks))]
     return {"norms": torch.stack(norms), "whole": p.h[-1].norm(dim=-1).sum(),
             "traces": torch.stack([p.jacobian(l).trace() for l in range(len(model.blocks))])}
@@ -111,7 +111,7 @@ def test_an_experiment_from_another_file_runs_among_the_others(monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "shrinking", SHRINKING)
     model, tokens = make_model(**MODELS["dense"]), own_tokens("dense")
     got = probe.probe(model, tokens)
-    traces = [mean * model.d * 4 * T for mean in got["jacobian"]["diagonal_mean"]]                # of 4 sequences
+    traces = [mean * model.d * 4 * T for mean in got["jacobian"]["diagonal_mean"]]                # on 4 sequences
     assert got["traces"] == pytest.approx(traces, rel=1e-9)
     for s in range(5):
         def last(blocks):
@@ -167,7 +167,7 @@ def torchrun(ranks: int, *args: Any, cwd: Any) -> Outcome:
 
 
 def test_two_ranks_share_the_work_and_find_the_same_numbers(tmp_path, monkeypatch):
-    """With 7 sequences, the halves and the Jacobian's sample are spread unevenly over the ranks."""
+    """There are 7 sequences, so the two halves and the sample of the Jacobian are unevenly spread over the ranks."""
     (tmp_path / "script.py").write_text(OF_RANKS)
     done = torchrun(2, "script.py", "found.json", cwd=tmp_path)
     assert done.status == 0, done.err
@@ -179,7 +179,7 @@ def test_two_ranks_share_the_work_and_find_the_same_numbers(tmp_path, monkeypatc
         assert differences(want, found[kind], lambda path: 1e-8, 1e-10) == []
 
 
-def test_torchrun_prints_and_writes_once_what_one_process_does(tmp_path):
+def test_torchrun_prints_and_writes_the_output_of_one_process_once(tmp_path):
     torch.save(checkpoint_of(make_model(torch.float32, **MODELS["dense"])), tmp_path / "dense.pt")
     np.save(tmp_path / "mine.npy", make_tokens(5, T).numpy())
     arguments = ["dense.pt", "--tokens=mine.npy", "--device=cpu", "--dtype=float64", "--only=variance,removal"]
@@ -196,7 +196,7 @@ def test_torchrun_prints_and_writes_once_what_one_process_does(tmp_path):
 
 
 def test_more_ranks_than_sequences_are_refused(monkeypatch):
-    """A rank without sequences would make all others wait for ever."""
+    """All other ranks would wait forever for a rank that has no sequences."""
     monkeypatch.setattr(probe, "place_among_ranks", lambda: (0, 6))
     with pytest.raises(UserError, match="at least 6"):
         probe.probe(make_model(**MODELS["dense"]), make_tokens(5, T))
@@ -205,7 +205,7 @@ def test_more_ranks_than_sequences_are_refused(monkeypatch):
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 
-def test_losses_are_those_of_the_whole_model_for_any_number_of_logits_at_once(monkeypatch):
+def test_losses_do_not_depend_on_the_number_of_logits_computed_at_once(monkeypatch):
     model, tokens = make_model(**MODELS["moe"]), own_tokens("moe")
     with torch.no_grad():
         logits = model(tokens)[0]

@@ -1,6 +1,6 @@
-"""Run the examples of the README from its text, as a reader would paste them.
+"""Run the examples of the README as a reader would paste them.
 
-And check what the README and the other pages say about the files: links, names, columns, times.
+Also check what the README and the other pages say about the files: links, names, columns, times.
 """
 import ast
 import json
@@ -25,15 +25,15 @@ def code_blocks(language):
 
 
 def apply_changes(diff, text):
-    """Apply a diff: replace the old lines (" ", "-") of each piece by its new lines (" ", "+").
+    """Apply a diff: in each piece, replace the old lines (" ", "-") by the new lines (" ", "+").
 
-    A line " # in ..." begins a piece. The old lines must be in the text exactly once.
+    A line " # in ..." begins a piece. The old lines must occur exactly once in the text.
     """
     for piece in re.split(r"^ # in .*\n", diff, flags=re.MULTILINE)[1:]:
         lines = piece.splitlines()
         before = "\n".join(line[1:] for line in lines if line[0] in " -")
         after = "\n".join(line[1:] for line in lines if line[0] in " +")
-        assert text.count(before) == 1, f"not exactly once in the file:\n{before}"
+        assert text.count(before) == 1, f"these lines do not occur exactly once in the file:\n{before}"
         text = text.replace(before, after)
     return text
 
@@ -53,7 +53,7 @@ def in_fork(fork, *args, env=None):
 
 
 def table(out, first):
-    """The rows of the last table whose header begins with the word `first`, as dicts."""
+    """The rows, as dicts, of the last table whose header begins with the word `first`."""
     lines = out.splitlines()
     start = max(i for i, line in enumerate(lines) if line.split()[:1] == [first])
     header = lines[start].split()
@@ -108,7 +108,7 @@ def test_the_example_experiment_is_in_the_result_the_table_and_the_comparison(fo
     assert [float(row["likeness"]) for row in table(out, "block")] == pytest.approx(likeness, rel=1e-3)
     comparison = [line.split() for line in out.splitlines() if line.startswith("seed_1 ")][-1]
     assert float(comparison[-1]) == pytest.approx(likeness.mean(), abs=1e-4)
-    # the truth: one sequence at a time, with loops
+    # an independent computation: one sequence at a time, with loops
     truth = run_python("-c", LIKENESS_BY_HAND, fork / "out/seed_1/ckpt.pt", corpus, cwd=fork)
     assert truth.status == 0, truth.err
     assert likeness == pytest.approx(np.array(json.loads(truth.out)), rel=1e-5)
@@ -142,7 +142,7 @@ def test_the_tables_of_the_pages_are_what_the_recorded_runs_say(tmp_path):
     report = write_report(tmp_path, without("matplotlib", tmp_path))
     for page in WITH_TABLES:
         text = page.read_text()
-        assert TABLE.search(text) and filled(text, report) == text, f"{page} is old: python tests/pages.py"
+        assert TABLE.search(text) and filled(text, report) == text, f"{page} is out of date: run python tests/pages.py"
 
 
 def without_code(text):
@@ -150,7 +150,7 @@ def without_code(text):
 
 
 def anchors(page):
-    """What GitHub makes of the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""recipe.py against the paper's numbers, hand arithmetic and invented rows.
+"""Compare recipe.py with the paper's numbers, and with arithmetic by hand on invented rows.
 
     python -m pytest -q tests/test_recipe.py                   # about a minute
 """
@@ -24,8 +24,8 @@ SCALES = ("laptop", "paper")
 REPORTED = ("depth", "weight_decay", "context", "gqa", "moe", "ladder")
 
 
-# ---- the families, against the paper's facts -------------------------------------------------------------------------
-def test_the_ladder_climbs_by_the_points_of_the_abstract():
+# ---- the families, compared with the paper ---------------------------------------------------------------------------
+def test_the_ladder_gains_the_points_that_the_abstract_states():
     ladder = PAPER["ladder"]
     assert ladder["ladder_moe"]["accuracy"] - ladder["ladder_32"]["accuracy"] == pytest.approx(4.6)
 
@@ -40,7 +40,7 @@ def test_every_reported_usefulness_is_a_share_of_the_blocks_of_its_model():
 
 @pytest.fixture(scope="module")
 def facts():
-    """The rows of all tables in the paper's facts, each a list of cells."""
+    """The rows of all tables in facts.md, a summary of the paper. A row is a list of cells."""
     path = SHARED / "paper/facts.md"
     if not path.exists():
         pytest.skip(f"no {path}")
@@ -120,7 +120,7 @@ def test_every_laptop_model_has_the_papers_init_std_in_units_of_1_over_sqrt_widt
         assert c.init_std * math.sqrt(c.n_embd) == pytest.approx(0.02 * math.sqrt(2048), rel=2e-3)
 
 
-def test_rate_times_decay_times_steps_is_the_papers():
+def test_rate_times_decay_times_steps_is_that_of_the_paper():
     for member in FAMILIES["weight_decay"]:
         laptop, paper = (config(member, scale) for scale in SCALES)
         assert laptop.learning_rate * laptop.weight_decay * laptop.max_steps == pytest.approx(
@@ -153,7 +153,7 @@ def test_a_label_gives_the_value_here_and_in_the_paper(family, member, laptop, p
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 def t_tail(t, df):
-    """P(T > t) by the trapezoidal rule on Student's density, t = tan(u)."""
+    """P(T > t) for Student's t: the trapezoidal rule on the density, with t = tan(u)."""
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
     u = np.linspace(math.atan(t), math.pi / 2 - 1e-9, 200_001)
     y = scale * (1 + np.tan(u) ** 2 / df) ** (-(df + 1) / 2) / np.cos(u) ** 2
@@ -177,10 +177,10 @@ def test_p_values_are_those_of_the_printed_tables(seeds, t, p):
     assert recipe.p_value(Estimate(t, recipe.T_975[seeds - 2], seeds)) == pytest.approx(p, rel=2e-3)
 
 
-def test_what_is_detectable_is_detected_in_four_of_five_experiments():
-    """`detectable` approximates the power, so 80% of the simulated experiments are only nearly detected."""
+def test_a_detectable_effect_is_detected_in_four_of_five_experiments():
+    """`detectable` is an approximation, so the detected share of simulated experiments is only about 80%."""
     n, draws = 5, np.random.default_rng(0).standard_normal((20_000, 5))
-    effect = recipe.detectable(Estimate(0, recipe.T_975[n - 2] / math.sqrt(n), n))     # for a sigma of 1
+    effect = recipe.detectable(Estimate(0, recipe.T_975[n - 2] / math.sqrt(n), n))     # if sigma is 1
     t = (draws.mean(1) + effect) / (draws.std(1, ddof=1) / math.sqrt(n))
     assert 0.75 < (t > recipe.T_975[n - 2]).mean() < 0.85
 
@@ -210,7 +210,7 @@ def row(member, seed, processor="x", start=(), probe=(), **scores):
 def test_differences_are_paired_by_seed_and_processor():
     base = [row("gqa_1", 1, useful=0.5), row("gqa_1", 2, useful=0.25), row("gqa_1", 1, "y", useful=0.0)]
     rows = [row("gqa_4", 1, useful=0.75), row("gqa_4", 2, "y", useful=1.0), row("gqa_4", 3, useful=1.0)]
-    assert recipe.paired(rows, base, "useful") == {1: 0.25}                # seed 2 is on another kind, 3 has no base
+    assert recipe.paired(rows, base, "useful") == {1: 0.25}                # seed 2: another processor; seed 3: no base
     of_variance = recipe.paired([row("gqa_4", 1, **{"last var.": 8.0})], [row("gqa_1", 1, **{"last var.": 2.0})],
                                 "last var.")
     assert of_variance == {1: pytest.approx(math.log(4))}
@@ -221,7 +221,7 @@ def family_rows(member, values, score):
 
 
 def found_with(score, gqa_4, gqa_1, deep, shallow):
-    """Rows of the families depth and gqa, with these scores by seed."""
+    """Rows of the families depth and gqa. Each list has the score of every seed."""
     return {"depth": {"depth_16": family_rows("depth_16", shallow, score),
                       "depth_32": family_rows("depth_32", deep, score)},
             "gqa": {"gqa_1": family_rows("gqa_1", gqa_1, score), "gqa_4": family_rows("gqa_4", gqa_4, score)}}
@@ -240,12 +240,12 @@ def test_the_size_is_the_effect_over_the_depth_effect_relative_to_the_papers():
     assert c.direction == -1 and c.paper == pytest.approx(math.log(125 / 220)) and c.verdict == "reproduced, smaller"
 
 
-def test_no_size_is_given_where_it_would_mean_nothing():
+def test_no_size_is_given_where_it_would_be_meaningless():
     steps = [0.2, 0.21, 0.19]
     plain = found_with("useful", [0.5, 0.6, 0.7], [0.4, 0.5, 0.5], [0.1, 0.11, 0.1], [0.5, 0.5, 0.45])
-    assert recipe.compare(plain, "gqa", "gqa_4", "useful").size is not None            # 0.06 of 16 layers is one
+    assert recipe.compare(plain, "gqa", "gqa_4", "useful").size is not None            # 0.06 of 16 layers is one layer
     undecided = found_with("useful", [0.5, 0.6, 0.7], [0.4, 0.5, 0.5], [0.1, 0.9, 0.1], [0.5, 0.5, 0.45])
-    assert recipe.compare(undecided, "gqa", "gqa_4", "useful").size is None            # our depth effect is undecided
+    assert recipe.compare(undecided, "gqa", "gqa_4", "useful").size is None            # our depth effect may be 0
     inferred = found_with("ratio late", steps, [0.1, 0.1, 0.12], [0.01, 0.02, 0.01], [0.1, 0.1, 0.12])
     assert recipe.compare(inferred, "gqa", "gqa_4", "ratio late").size is None         # the paper reports no such score
     about_0 = {"weight_decay": {"weight_decay_0_1": family_rows("weight_decay_0_1", [9.0, 10, 11], "last var."),
@@ -276,8 +276,8 @@ def test_the_total_of_useful_layers_grows_in_the_paper():
     assert direction == 1 and difference == pytest.approx(0.562 * 32 - 0.813 * 16)
 
 
-def test_variance_accumulates_only_above_the_additive_null():
-    """Where every block adds the same variance, Var h_l is l times Var h_1 and the log ratio is ln n."""
+def test_variance_accumulates_only_if_it_grows_by_more_than_equal_steps():
+    """If every block adds the same variance, Var h_l is l times Var h_1, so ln(Var h_n / Var h_1) is ln n."""
     runs = {"depth_16": family_rows("depth_16", [math.log(8) + x for x in (0.2, 0.25, 0.3)], "ln Vn/V1")}
     assert recipe.premise(runs, "depth_16", "ln Vn/V1")[2] == "reproduced"
     runs = {"depth_16": family_rows("depth_16", [math.log(8) - x for x in (0.2, 0.25, 0.3)], "ln Vn/V1")}
@@ -286,7 +286,7 @@ def test_variance_accumulates_only_above_the_additive_null():
     assert recipe.premise(runs, "depth_16", "trend use")[2] == "reproduced"
 
 
-def test_holms_correction_keeps_what_its_definition_keeps():
+def test_holms_correction_agrees_with_its_definition():
     effects = [Estimate(x, 0.1, 5) for x in (0.9, 0.4, 0.15, 0.12, 0.02)]
     compared = [recipe.Comparison("gqa", "gqa_4", "gqa_1", "useful", e, 0.06, 1, None, judge(e, 1, None))
                 for e in effects]
@@ -295,7 +295,7 @@ def test_holms_correction_keeps_what_its_definition_keeps():
     assert recipe.holm(compared) == kept and 0 < kept < sum(e.decided for e in effects)
 
 
-def test_the_bootstrap_is_as_wide_as_theory_says_and_the_same_every_time():
+def test_the_bootstrap_has_the_width_of_theory_and_is_reproducible():
     x = np.random.default_rng(3).standard_normal((2, 200))
     low, high = recipe.bootstrap(x[0], x[1])
     assert (high - low) / 2 == pytest.approx(1.96 / math.sqrt(200), rel=0.2)
@@ -319,7 +319,7 @@ def test_a_family_begins_with_a_run_of_its_own():
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-def test_a_setting_that_an_old_row_lacks_had_its_default():
+def test_a_setting_that_is_missing_in_an_old_row_had_its_default():
     old = recipe.read_rows(ROOT / "configs/laptop/results_init_0_02.jsonl")
     args = SimpleNamespace(scale="laptop", settings=[], here=False)
     assert len(old) > 100 and all("scaled_init" not in row["settings"] for row in old)
@@ -332,14 +332,14 @@ def test_a_setting_that_an_old_row_lacks_had_its_default():
     assert not recipe.is_recorded(Job("depth_16", 0, Path()), [row | {"processor": "other"} for row in old], elsewhere)
 
 
-def test_only_the_seeds_of_a_family_enter_it():
+def test_only_the_seeds_of_a_family_count():
     rows = [row("depth_16", seed, useful=0.5) for seed in (0, 1, 2, 100)]
     args = SimpleNamespace(scale="laptop", settings=[])
     assert [r["seed"] for r in recipe.runs_of("depth", rows, args)["depth_16"]] == [1, 2]
     rates = recipe.runs_of("rates", rows, args)
     assert [r["seed"] for r in rates["depth_16,init_std=0.113,learning_rate=0.003"]] == [100]
     again = [*rows, row("depth_16", 1, useful=0.75)]
-    assert recipe.runs_of("depth", again, args)["depth_16"][0]["scores"]["useful"] == 0.75       # the newest
+    assert recipe.runs_of("depth", again, args)["depth_16"][0]["scores"]["useful"] == 0.75       # the newest row
 
 
 def test_the_course_of_a_variance_is_read_off_its_curve():
@@ -350,7 +350,7 @@ def test_the_course_of_a_variance_is_read_off_its_curve():
 # ---- a family from its first run to its report -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A family of tiny models that all have the same settings: a single run."""
+    """Run a family of tiny models. All members have the same settings, so there is a single run."""
     out = tmp_path_factory.mktemp("recipe")
     told = ["run", "context", "--out", out, "--n_layer=2", "--max_steps=4", "--eval_tokens=1024", "--warmup_steps=1",
             "--block_size=32", "--only=variance,removal,jacobian"]
@@ -371,7 +371,7 @@ def test_a_family_is_trained_probed_and_recorded_and_not_run_again(ran):
 
 
 def test_step_0_has_the_weights_of_init_weights(ran):
-    """Its checkpoint comes from a step at a rate that moves nothing."""
+    """The checkpoint of step 0 comes from one step at a learning rate that changes no weight."""
     start = next((ran[0] / "laptop").glob("*/seed_1/start/ckpt.pt"))
     saved = load_checkpoint(start)
     torch.manual_seed(1)
@@ -382,7 +382,7 @@ def test_step_0_has_the_weights_of_init_weights(ran):
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """The report of invented rows of every member and seed."""
+    """Make a report from invented rows of every member and seed."""
     rng, rows = np.random.default_rng(0), {}
     for family, members in FAMILIES.items():
         for member in members:
@@ -432,7 +432,7 @@ def test_the_pages_show_every_table_and_figure_of_the_report(reported):
 
 
 # ---- the recipe at another size --------------------------------------------------------------------------------------
-def test_advice_at_the_papers_size_is_the_papers_recipe():
+def test_the_advice_at_the_papers_size_is_the_papers_recipe():
     c, theirs = recipe.advised(32, 1.2e9, 1e10, 8), config("ladder_moe", "paper")
     for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "n_experts", "top_k", "expert_hidden", "block_size",
                  "weight_decay", "tokens_per_step", "max_steps", "learning_rate", "warmup_steps"):
@@ -440,17 +440,17 @@ def test_advice_at_the_papers_size_is_the_papers_recipe():
 
 
 @pytest.mark.parametrize("n_layer, params, tokens, gpus", [(12, 4e8, 1e10, 8), (64, 7e9, 1e11, 64), (16, 2e7, 2e8, 1)])
-def test_advice_meets_the_size_and_the_tokens_that_were_asked_for(n_layer, params, tokens, gpus):
+def test_the_advice_has_the_requested_size_and_tokens(n_layer, params, tokens, gpus):
     c = recipe.advised(n_layer, params, tokens, gpus)
     assert c.n_head == 2 * c.n_kv_head and c.n_embd % c.n_head == 0 and c.expert_hidden == c.n_embd
     assert bare(c).count_parameters()["active"] == pytest.approx(params, rel=0.1)
     assert c.max_steps * c.tokens_per_step == pytest.approx(tokens, rel=0.02)
     assert c.tokens_per_step % (c.block_size * gpus) == 0
-    assert c.weight_decay * c.max_steps == pytest.approx(0.3 * 4768, rel=0.01)       # what decay does is the paper's
+    assert c.weight_decay * c.max_steps == pytest.approx(0.3 * 4768, rel=0.01)       # as in the paper
     assert c.init_std * math.sqrt(c.n_embd) == pytest.approx(0.905, rel=0.01)
 
 
-def test_advice_names_the_range_of_the_papers_models():
+def test_the_advice_states_the_range_of_the_papers_models():
     models = [config(name, "paper") for family in REPORTED for name in FAMILIES[family]]
     said = recipe.sources(recipe.advised(32, 1.2e9, 1e10, 8))[0]
     depths, widths = ({getattr(c, name) for c in models} for name in ("n_layer", "n_embd"))

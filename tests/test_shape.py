@@ -1,4 +1,4 @@
-"""The imports between the files go one way, so that each file can be read without the later ones.
+"""Imports between the five files go one way, so that each file can be read without the later ones.
 
     model <- data <- {train, probe} <- recipe
 
@@ -12,7 +12,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-MAY_IMPORT = {                                                  # which of our files each one may import
+MAY_IMPORT = {                                                  # the files that each file may import
     "model": set(),
     "data": {"model"},
     "train": {"model", "data"},
@@ -28,7 +28,7 @@ def parse(name: str) -> ast.Module:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules that an import statement names. Other nodes name none."""
+    """The modules that an import statement names. Empty for any other node."""
     if isinstance(node, ast.ImportFrom):
         return ["." * node.level + (node.module or "")]
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -1,6 +1,6 @@
-"""What probe.py shows: the columns of its tables, the closing summary, its figures.
+"""The output of probe.py: the columns of its tables, the closing summary, its figures.
 
-The numbers shown are compared with the naive versions of tests/test_experiments.py.
+The printed numbers are compared with the naive versions of tests/test_experiments.py.
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def later(matrix):
 
 
 def naive_trend(values) -> float:
-    """Spearman's correlation of all values but the first with their places: Pearson's correlation of the ranks, which
-    are found by counting."""
+    """Spearman's correlation of the values with their index, without the first value. It is Pearson's correlation of
+    the ranks, and the ranks are found by counting."""
     x = list(values)[1:]
     ranks = [sum(b < a for b in x) + (sum(b == a for b in x) + 1) / 2 for a in x]
     return float(np.corrcoef(range(len(x)), ranks)[0, 1])
@@ -74,7 +74,7 @@ def test_equal_values_share_a_rank_in_the_trend():
     assert math.isnan(probe.trend([1, 2, 2])) and math.isnan(probe.trend([1]))
 
 
-def test_the_table_of_blocks_has_the_values_with_their_standard_errors():
+def test_the_table_of_blocks_shows_values_and_standard_errors():
     want, table = naive_scores("dense"), probe.block_table(measured("dense"))
     ratios, errors = want["usefulness"]["ratio"], want["usefulness"]["ratio_stderr"]
     prices = [math.exp(loss - want["loss"]) for loss in want["removal"]["1"]]
@@ -90,7 +90,7 @@ def test_the_table_of_blocks_has_the_values_with_their_standard_errors():
             assert f"{column.name}: {column.meaning}"[:20].split()[0] in table
 
 
-def test_a_ratio_that_counts_as_below_the_threshold_is_not_printed_as_the_threshold():
+def test_a_ratio_near_the_threshold_is_not_rounded_to_the_threshold():
     assert [probe.shown(x) for x in (1.1, 1.09996, 1.1000004, 1.2345678, 0.5)] == [
         "1.1", "1.09996", "1.1000004", "1.235", "0.5"]
 
@@ -104,7 +104,7 @@ def test_a_small_score_keeps_its_digits():
 
 
 def result_of(losses: np.ndarray, whole: np.ndarray) -> dict[str, Any]:
-    """A result for N sequences: losses (n, N) without each block, whole (N,) of the model itself."""
+    """A result for N sequences. losses (n, N): the losses without each block; whole (N,): those of the model."""
     totals = {"without 1": torch.tensor(losses), "loss": torch.tensor(whole), "predictions": torch.tensor(len(whole)),
               "influence": torch.full((len(losses),), 0.5), "tokens": torch.tensor(1.0)}
     r = probe.to_json(probe.removal_score(None, totals))
@@ -112,8 +112,8 @@ def result_of(losses: np.ndarray, whole: np.ndarray) -> dict[str, Any]:
 
 
 def test_noise_does_not_make_a_block_cheap():
-    """Every block costs 13% of the perplexity, and there is noise. "Could go" must be as rare as two standard errors
-    promise."""
+    """Removing any block raises the perplexity by 13%, and the losses are noisy. "Could go" must be as rare as a test
+    at two standard errors promises."""
     named = 0
     for seed in range(40):
         draw = np.random.default_rng(seed)
@@ -131,7 +131,7 @@ def test_two_sequences_are_too_few_to_name_a_block():
     assert "more --samples would tell" in said
 
 
-def test_the_price_of_the_cheapest_block_is_that_of_the_sequences_that_did_not_choose_it():
+def test_the_price_of_the_cheapest_block_comes_from_the_sequences_that_did_not_choose_it():
     draw = np.random.default_rng(0)
     whole = draw.normal(3, 0.3, 40)
     growth = np.array([0.5, 0.02, 0.03, 0.2])[:, None] + draw.normal(0, 0.01, (4, 40))
@@ -142,7 +142,7 @@ def test_the_price_of_the_cheapest_block_is_that_of_the_sequences_that_did_not_c
     assert f"\npython probe.py x.pt --drop {chosen}" in said
 
 
-def test_only_certain_blocks_count_as_useful_and_the_share_says_how_many_are_certain():
+def test_only_certain_blocks_are_named_useful_and_the_share_is_a_range():
     u = {"ratio": [1.5, 1.12, 1.0, 1.2], "ratio_stderr": [0.1, 0.02, 0.01, 0.01], "loose_fit": False}
     said = " ".join(probe.useful_blocks(u, True))
     assert "more than 1.1: blocks 0 and 3." in said and "Not certain for block 1:" in said
@@ -177,8 +177,8 @@ def test_every_panel_is_on_the_page_and_shows_the_measured_values(kinds):
         assert r["variance"][1:] in drawn and r["lens"]["kl"][1:] in drawn
         growth = [100 * (ratio - 1) for ratio in r["usefulness"]["ratio"]]
         assert any(len(y) == len(growth) and np.allclose(y, growth) for y in drawn)
-    assert drawn.count([1.0, 2.0]) == (len(kinds) == 1)                             # one run: variance over training
-    assert sum(len(ax.images) == 2 for ax in page) == 2 * len(kinds)                # heat maps, on their blank parts
+    assert drawn.count([1.0, 2.0]) == (len(kinds) == 1)                             # the training curve of a single run
+    assert sum(len(ax.images) == 2 for ax in page) == 2 * len(kinds)                # a heat map and its blank part
 
 
 def test_a_line_style_means_the_same_in_every_model():
@@ -196,14 +196,14 @@ def test_a_line_style_means_the_same_in_every_model():
     assert len(set(probe.STYLES)) >= len(r["removal"])
 
 
-def test_blocks_are_sorted_by_the_price_of_their_removal():
+def test_blocks_are_sorted_by_the_price_of_removal():
     r = measured("dense")
     ax = next(ax for ax in axes_of({"x": r}, "removal") if ax.lines)
     growth = [math.exp(loss - r["loss"]) - 1 for loss in r["removal"]["1"]]
     order = np.argsort(growth).tolist()
     assert [int(label.get_text()) for label in ax.get_xticklabels()] == order
     assert np.asarray(ax.lines[0].get_ydata()).tolist() == pytest.approx([100 * growth[l] for l in order])
-    segments = ax.collections[0].get_segments()                                     # bars of two standard errors
+    segments = ax.collections[0].get_segments()                                     # bars: +- 2 standard errors
     lengths = [float(y1 - y0) for (_, y0), (_, y1) in segments]
     want = [4 * 100 * math.exp(r["removal"]["1"][l] - r["loss"]) * r["removal_stderr"]["1"][l] for l in order]
     assert lengths == pytest.approx(want)
