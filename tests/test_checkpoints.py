@@ -95,7 +95,7 @@ def test_a_missing_a_truncated_and_a_text_file_are_refused_by_name(tmp_path):
     for damaged in (*(content[:n] for n in (0, 1, 1000, len(content) // 2, len(content) - 1)),
                     b"not a checkpoint\n" * 9):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="ckpt.pt is damaged or no checkpoint"):
+        with pytest.raises(UserError, match="ckpt.pt is damaged or not a checkpoint"):
             D.load_model(path)
 
 

@@ -194,7 +194,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_p
 @pytest.mark.parametrize("documents, settings, said", [
     (["", "", ""], {}, "documents are empty"), (["abc"], {}, r"too few documents .1."),
     (["a", ""], {}, "too few"),
-    (["a" * 30, "b" * 30], {"max_tokens": 20}, "--max_tokens=20 ends with the first document"),
+    (["a" * 30, "b" * 30], {"max_tokens": 20}, "--max_tokens=20 is reached by the first document"),
     (["a", "b"], {"val_fraction": 0.6}, "val_fraction=0.6"), (["a", "b"], {"max_tokens": 0}, "max_tokens=0"),
 ])
 def test_a_corpus_without_text_in_both_splits_is_refused_and_leaves_nothing(documents, settings, said, tmp_path):
