@@ -164,7 +164,7 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: t
             # A signal may reach only one rank. The average of its flag tells all ranks to stop
             # after the same step and to take part in saving.
             means["stop"] = torch.tensor(float(len(caught) > 0), device=here.device)
-            batches = read_batches(corpus, c, here, step)        # the next step's, while a GPU computes
+            batches = read_batches(corpus, c, here, step)        # the next, while a GPU computes
             means = average_over_ranks(means, here.world)        # waits for the GPU
             stop = means.pop("stop") > 0
             check_finite(step, means, c)
