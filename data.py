@@ -323,9 +323,9 @@ def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None
 def is_validation(number: int, val_fraction: float) -> bool:
     """Whether the document with this number (from 0) is for validation.
 
-    A hash of the number decides. Every n-th document would not do: if two sources alternate, all
-    of these might be from one source. The first document is for validation and the second for
-    training, so that two documents are enough.
+    A hash of the number decides. Taking every n-th document instead could miss one of two
+    alternating sources. The first document is for validation and the second for training, so that
+    two documents are enough.
     """
     if number < 2:
         return number == 0
@@ -538,7 +538,7 @@ def tokenizer_beside(file: str | Path, name: str) -> str:
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint to a temporary file and rename that, so that no reader sees a part of it.
+    """Write a checkpoint to a temporary file, then rename it. So no reader sees a part of it.
 
     The last keep - 1 earlier checkpoints are renamed to ckpt.1.pt (the newest), ckpt.2.pt, ...
     """
@@ -662,7 +662,7 @@ class HFLayer:
         # Arguments besides the stream, such as masks and rotary tables. HFModel.capture sets them.
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
-        # The number of items after the stream in the output. None: the output is no tuple.
+        # The number of items after the stream in the output. None: the output is not a tuple.
         self.n_behind: int | None = None
         # The submodules whose outputs are added to the stream. None if there are not two.
         self.attn: nn.Module | None = None
@@ -1157,7 +1157,7 @@ def choose_device(asked: str) -> torch.device:
     """The device to compute on. auto: the accelerator that torch sees, else the CPU."""
     seen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     check(asked in ("auto", "cpu", seen.type),
-          f"--device={asked}: torch sees no such device: use --device={seen.type}")
+          f"--device={asked}: torch sees no such device; use --device={seen.type}")
     return torch.device("cpu") if asked == "cpu" else seen
 
 def run(main: Callable[[], None]) -> NoReturn:

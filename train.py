@@ -149,8 +149,8 @@ def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: t
                optimizer: torch.optim.Optimizer, done: int) -> str:
     """The training loop. Steps are numbered from 1. `done` steps have been taken before.
 
-    raw: the model that holds the weights. model: the same model, possibly compiled or wrapped in
-    DDP, to be called. Returns what stopped the loop before max_steps, or "".
+    raw: the model that holds the weights. model: raw, possibly compiled or wrapped in DDP.
+    Returns what stopped the loop before max_steps, or "".
     """
     with catch_signals() as caught, open_log(c, here, raw, done, caught) as log:
         batches = read_batches(corpus, c, here, done)
@@ -249,7 +249,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 def clip_gradients(model: GPT, limit: float) -> Tensor:
-    """Scale the gradient to at most the norm `limit`; 0: no limit. Returns the old norm."""
+    """Scale the gradient to a norm of at most `limit`; 0: no limit. Returns the former norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -501,7 +501,7 @@ def load_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
 
 def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path: Path,
                     rank: int) -> None:
-    """Print changed settings. Raises UserError if a setting changed that must not change."""
+    """Print changed settings. Raises UserError if a setting that must not change has changed."""
     theirs = saved["settings"]
     check(same_tokenizer(corpus.tokenizer, saved["tokenizer"]),
           f"{path} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has "

@@ -45,7 +45,7 @@ def write_rows(path: Path, documents: list) -> str:
 
 
 def split_of(number: int, val_fraction: float) -> str:
-    """The first document is for validation, the second for training. For the others a hash decides."""
+    """Document 0 is for validation, document 1 for training. A hash decides for all others."""
     lot = int(hashlib.sha256(str(number).encode()).hexdigest()[:16], 16) / 2**64
     return "val" if number == 0 or number > 1 and lot < val_fraction else "train"
 

@@ -144,7 +144,7 @@ def test_config_files_override_defaults_in_order_and_the_command_line_overrides_
     assert (c.n_layer, c.n_embd, c.max_steps, args.plan) == (3, 64, 9, False)
     assert c.block_size == 128                                       # set nowhere: the default
     c, _ = load_settings(["--max_steps=9", b, a])
-    assert (c.n_embd, c.max_steps) == (32, 9)                        # a later file wins; options win over files
+    assert (c.n_embd, c.max_steps) == (32, 9)                        # a later file overrides; options override files
 
 
 def test_a_config_starts_from_its_base_in_the_same_folder(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_every_matrix_is_decayed_and_no_norm_is(kind):
     decay = {}
     for group in train.make_optimizer(model, c).param_groups:
         for p in group["params"]:
-            assert id(p) not in decay                                # in one group, once
+            assert id(p) not in decay                                # in one group only
             decay[id(p)] = group["weight_decay"]
     for name, p in model.named_parameters():
         assert decay.pop(id(p)) == (0.0 if "norm" in name else 0.3), name
@@ -397,7 +397,7 @@ def test_the_reloaded_checkpoint_gives_the_logged_validation_loss(trained):
     assert saved["step"] == 30 and saved["tokenizer"] == "bytes" and saved["settings"]["seed"] == 5
     tokens = tokens_of(told["data"], "val")
     losses = []
-    for i in eval_windows(448 // 32, (len(tokens) - 1) // 32):       # one window at a time; train.py took four
+    for i in eval_windows(448 // 32, (len(tokens) - 1) // 32):       # single windows; train.py used four at a time
         with torch.no_grad():
             losses.append(plain_loss(model, *windows_of(tokens, [i], 32)).item())
     assert len(losses) == 14                                         # not a multiple of four
@@ -422,7 +422,7 @@ def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, 
     model = model_of(c).double()
     state = {name: (0.0, 0.0) for name, _ in model.named_parameters()}
     for step, record in enumerate(read_log(out)):
-        loss = plain_loss(model, *global_batch(c, step))             # 8 windows at once; train.py took two
+        loss = plain_loss(model, *global_batch(c, step))             # 8 windows at once; train.py used two
         grads = torch.autograd.grad(loss, list(model.parameters()))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
         shrink = min(1.0, 0.5 / norm) if c.grad_clip else 1.0
@@ -430,7 +430,7 @@ def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, 
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)  # before it is clipped
         assert record["lr"] == pytest.approx(lr)
-        assert c.grad_clip == 0 or norm > 0.5                        # so clipping is tested
+        assert c.grad_clip == 0 or norm > 0.5                        # otherwise nothing is clipped
         with torch.no_grad():
             for (name, p), g in zip(model.named_parameters(), grads):
                 new, *state[name] = adamw_by_hand(p, g * shrink, *state[name], step + 1, lr,
