@@ -50,7 +50,7 @@ SHORT_NAMES = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-100BT"}
 DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents, for both splits
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interruption costs at most this much work
 BATCH_DOCUMENTS = 256        # encoded at a time, by several threads
-# Tokenizers with the same vocabulary count as the same if they also encode this text alike.
+# Two tokenizers count as the same if they have the same vocabulary and encode this text alike.
 SAMPLE = "def f(x):\n\treturn x ** 2  # It's 1234.5, naïve  学习 🙂\n\n" + EOT
 
 # ---- reading: a prepared corpus ------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Corpus:
             for shard in self.meta[split]["shards"]:
                 path, n = self.folder / shard["file"], shard["tokens"]
                 check(path.is_file() and path.stat().st_size == n * dtype.itemsize,
-                      f"{path} does not have the {n:,} tokens that meta.json says: "
+                      f"{path} does not have the {n:,} tokens that meta.json records: "
                       f"delete {folder} and prepare the corpus again")
                 arrays.append(np.memmap(path, dtype=dtype, mode="r"))
                 lengths.append(n)
@@ -133,7 +133,7 @@ class Source(NamedTuple):
     name: str                    # python, a path, or the id of a data set
     files: list[Path]            # in reading order; empty: `datasets` reads the source
     size: int                    # bytes of all files; 0 for a data set on the hub
-    skipped: dict[str, int]      # how many are left out for each reason; grows during reading
+    skipped: dict[str, int]      # number of files and rows skipped, by reason
     field: str | None            # the field with the text of a row; None: one of TEXT_FIELDS
 
 def documents(source: str) -> Iterator[str]:
@@ -186,7 +186,7 @@ def opened(path: Path) -> io.TextIOWrapper:
     return open_any(path, "rt", encoding="utf-8-sig", newline="")
 
 def is_utf8(path: Path) -> bool:
-    """Whether a text file is in UTF-8. UserError if it cannot be unpacked."""
+    """Whether a text file is in UTF-8. Raises UserError if it cannot be unpacked."""
     try:
         with opened(path) as f:
             while f.read(1 << 20):
@@ -216,8 +216,8 @@ def read_text(path: Path) -> Iterator[str]:
     with opened(path) as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
-            # No token of a tiktoken encoding crosses the end of a line that ends with a visible
-            # character, if the next line begins with a letter or a digit.
+            # If a line ends with a visible character and the next begins with a letter or digit,
+            # no token of a tiktoken encoding crosses the line break.
             clean = line[0].isalnum() and re.search(r"\S\r?\n\Z", text[-3:])
             if len(text) >= DOCUMENT_CHARS and (clean or len(text) >= 2 * DOCUMENT_CHARS):
                 yield text
@@ -249,7 +249,7 @@ def load_rows(name: str) -> Iterator[dict[str, Any]]:
         options = {"name": config or None}
     try:
         yield from datasets.load_dataset(name, split="train", streaming=True, **options)
-    except Exception as e:       # of `datasets`, Arrow or the network
+    except Exception as e:       # raised by `datasets`, Arrow or the network
         where = path if path.exists() else name
         raise UserError(f"datasets cannot read {where} ({one_line(e)})") from e
 
@@ -268,7 +268,7 @@ def texts(rows: Iterable[Any], source: Source, where: str | Path) -> Iterator[st
             continue
         check(isinstance(text, str), f"{where}: the field {name} holds {type(text).__name__}, "
                                      "not text: name another with --field")
-        # Half of a surrogate pair, which JSON may hold, has no UTF-8. It becomes U+FFFD.
+        # JSON may hold half of a surrogate pair. UTF-8 cannot encode it: it becomes U+FFFD.
         yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 # ---- writing: documents in, shards out -----------------------------------------------------------
@@ -307,7 +307,7 @@ def prepare(source: str, out: str | Path, tokenizer: str = "bytes", val_fraction
 def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
     """The content of meta.json, else of progress.json, else None.
 
-    UserError if the shards are of another request: another source, tokenizer or option.
+    Raises UserError if the shards were made from another source, tokenizer or option.
     """
     for file in (out / "meta.json", out / "progress.json"):
         if file.exists():
@@ -323,9 +323,9 @@ def prepared_so_far(out: Path, request: dict[str, Any]) -> dict[str, Any] | None
 def is_validation(number: int, val_fraction: float) -> bool:
     """Whether the document with this number (from 0) is for validation.
 
-    A hash of the number decides. A period would not do: where two sources alternate, validation
-    might get only one of them. The first document is for validation and the second for training,
-    so that two documents are enough.
+    A hash of the number decides. Taking every n-th document instead could miss one of two
+    alternating sources. The first document is for validation and the second for training, so that
+    two documents are enough.
     """
     if number < 2:
         return number == 0
@@ -333,7 +333,7 @@ def is_validation(number: int, val_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < val_fraction * 2**64
 
 def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: Any) -> None:
-    """Write documents as shards, at most until max_tokens is reached. Updates `meta`."""
+    """Write documents as shards until max_tokens is reached or none is left. Updates `meta`."""
     request = meta["request"]
     max_tokens = float(request["max_tokens"])
     pool = ThreadPoolExecutor(os.cpu_count())                # encoding releases the GIL
@@ -361,19 +361,19 @@ def encode_documents(docs: Iterator[str], out: Path, meta: dict[str, Any], enc: 
                   end="\n" if done else "", file=sys.stderr, flush=True)
 
 def check_splits(meta: dict[str, Any], full: bool) -> None:
-    """UserError if a split has no text. full: max_tokens is reached."""
+    """Raise UserError if a split has no text. full: whether max_tokens is reached."""
     request, n = meta["request"], meta["documents"]
     train, val = meta["train"]["tokens"], meta["val"]["tokens"]
     check(train > 0 or not full,
-          f"--max_tokens={request['max_tokens']} ends with the first document, which is for "
+          f"--max_tokens={request['max_tokens']} is reached by the first document, which is for "
           "validation: raise it")
     check(train + val > n, f"{request['source']}: all its documents are empty")
     check(train > 1 and val > 1,
-          f"{request['source']}: too few documents ({n}): training and validation need one each, "
-          "with some text")
+          f"{request['source']}: too few documents ({n}): training and validation each need "
+          "one with text")
 
 def write_shards(out: Path, meta: dict[str, Any], buffers: dict[str, list[np.ndarray]]) -> None:
-    """Write each buffer into a new file and empty it. Record the files in progress.json."""
+    """Move each buffer into a new file. Record the files in progress.json."""
     out.mkdir(parents=True, exist_ok=True)
     for split, parts in buffers.items():
         if not parts:
@@ -397,7 +397,7 @@ def write_json(path: Path, value: Any) -> None:
 def bigram_entropy(folder: Path, meta: dict[str, Any]) -> float:
     """Entropy in nats of a token given the one before it, in the training split.
 
-    A model that learns from more than one token back has a lower loss.
+    A model with a lower loss uses more than the previous token.
     """
     V = meta["vocab_size"]
     pairs = np.zeros((V, V), dtype=np.int64)
@@ -495,12 +495,12 @@ def known_as(name: str) -> str:
     """A name that is the same for two tokenizers that give the same ids."""
     if name in encodings():
         return name
-    if Path(name).name.startswith("tokenizer_"):              # a copy has its fingerprint as name
+    if Path(name).name.startswith("tokenizer_"):              # a copy is named by its fingerprint
         return Path(name).name
     return fingerprint(name)
 
 def fingerprint(name: str) -> str:
-    """A name made of a checksum of the ids that a tokenizer of transformers gives."""
+    """A name made from a checksum of a tokenizer's vocabulary, eot_token and ids of SAMPLE."""
     tokenizer = get_tokenizer(name)
     content = sorted(tokenizer.vocab.items()), tokenizer.eot_token, encode(name, SAMPLE)
     return f"tokenizer_{zlib.crc32(repr(content).encode()):08x}"
@@ -513,7 +513,7 @@ def copy_tokenizer(name: str, folder: Path) -> str:
     """Save a tokenizer of transformers in the folder of a checkpoint or corpus.
 
     Returns the name to store in the checkpoint or corpus. `tokenizer_beside` finds the copy by
-    this name, also after the folder has moved. "bytes" and tiktoken's encodings are not copied.
+    this name, even after the folder has moved. "bytes" and tiktoken's encodings are not copied.
     """
     own = known_as(name)
     if name in encodings() or (folder / own).exists():
@@ -538,9 +538,9 @@ def tokenizer_beside(file: str | Path, name: str) -> str:
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
-    """Write a checkpoint and rename it to its name, so that no reader sees a part of it.
+    """Write a checkpoint to a temporary file, then rename it. So no reader sees a part of it.
 
-    The keep - 1 checkpoints before it are renamed to ckpt.1.pt (the newest), ckpt.2.pt, ...
+    The last keep - 1 earlier checkpoints are renamed to ckpt.1.pt (the newest), ckpt.2.pt, ...
     """
     tmp = path.with_name(path.name + ".tmp")
     names = [path, *(path.with_suffix(f".{k}.pt") for k in range(1, keep))]
@@ -553,7 +553,7 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
     except (OSError, RuntimeError) as e:         # torch raises RuntimeError when the disk is full
         tmp.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({one_line(e)}): free some space or choose another "
-                        "place; what was there is intact") from e
+                        "folder; earlier checkpoints are intact") from e
     for newer, older in reversed([*zip(names, names[1:])]):
         if newer.exists():
             os.replace(newer, older)
@@ -562,7 +562,7 @@ def save_checkpoint(path: Path, saved: dict[str, Any], keep: int = 1) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict that train.py saved: model, optimizer, settings, step, ...
 
-    No code in it is executed. UserError if the file is not a checkpoint.
+    No code in it is executed. Raises UserError if the file is not a checkpoint.
     """
     check(Path(path).is_file(), f"no checkpoint {path}: "
                                 "make one with `python train.py CONFIG.py`, or correct the path")
@@ -576,26 +576,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         except Exception as e:                   # torch may raise anything for damaged bytes
             before = Path(path).with_suffix(".1.pt")     # see save_checkpoint
             copy = f"another copy, such as {before}" if before.is_file() else "another copy"
-            raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}): "
+            raise UserError(f"{path} is damaged or not a checkpoint ({type(e).__name__}): "
                             f"use {copy}") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     sound = isinstance(saved, dict) and all(isinstance(saved.get(k), kinds[k]) for k in kinds)
     check(sound, f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
-    # An earlier model.py had rope_scaling, for converted models. No weight shows that it is gone.
+    # An earlier model.py had rope_scaling. It has no weight, so check_weights cannot notice it.
     check(not saved["settings"].get("rope_scaling"),
-          f"{path} has rope_scaling, which model.py lacks: give the original model to probe.py")
+          f"{path} has rope_scaling, which model.py no longer has: "
+          "give the original model to probe.py")
     saved["tokenizer"] = tokenizer_beside(path, saved["tokenizer"])
     return saved
 
 def read_checkpoint(path: str | Path, file: BinaryIO) -> Any:
-    """torch.load, with the file mapped into memory if possible: unused tensors are not read."""
+    """torch.load. The file is mapped into memory if possible: unused tensors are not read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:                            # such as a disk that does not support mapping
+    except Exception:                            # for example, the disk does not support mapping
         return torch.load(file, map_location="cpu", weights_only=True)
 
 def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
-    """UserError unless a checkpoint has exactly the weights of the model, by name and shape."""
+    """Raise UserError unless the checkpoint has the model's weights, by name and shape."""
     have = {name: tuple(w.shape) for name, w in saved["model"].items() if isinstance(w, Tensor)}
     want = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     for name in sorted(saved["model"].keys() | want.keys()):
@@ -605,9 +606,9 @@ def check_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
               f"{path}: weights and settings disagree: {name} is {have[name]}, not {want[name]}")
 
 def check_finite(model: GPT | HFModel, path: str | Path) -> None:
-    """UserError if a weight is nan or infinite."""
+    """Raise UserError if a weight is nan or infinite."""
     check(all(p.isfinite().all() for p in model.parameters() if not p.is_meta),
-          f"{path} is damaged, it has weights that are nan or infinite: use another copy")
+          f"{path} is damaged: some weights are nan or infinite; use another copy")
 
 def load_model(path: str | Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32, device_map: str | None = None,
@@ -658,11 +659,12 @@ class HFLayer:
     def __init__(self, module: nn.Module):
         self.module = module
         self.parameters, self.named_parameters = module.parameters, module.named_parameters
-        self.args: tuple = ()                     # what the model passes besides the stream, such
-        self.kwargs: dict[str, Any] = {}          # as masks and rotary tables: HFModel.capture
-        # Items behind the stream in the output tuple. None: the output is the stream alone.
+        # Arguments besides the stream, such as masks and rotary tables. HFModel.capture sets them.
+        self.args: tuple = ()
+        self.kwargs: dict[str, Any] = {}
+        # The number of items after the stream in the output. None: the output is not a tuple.
         self.n_behind: int | None = None
-        # The submodules whose outputs are added to the stream. None if there are no two of them.
+        # The submodules whose outputs are added to the stream. None if there are not two.
         self.attn: nn.Module | None = None
         self.ffn: nn.Module | None = None
         self.scaled = False                       # whether outputs are scaled before being added
@@ -710,13 +712,13 @@ class HFLayer:
         """Run the layer on the stream x, and set attn, ffn and scaled.
 
         attn and ffn are the first and the last submodule that has weights and is not a norm. If a
-        norm follows one of them, the norm takes its place, because the stream gets the output of
-        the norm. With both outputs zero the layer must be the identity. Otherwise both are None.
+        norm follows one of them, the norm is taken instead, because its output is added to the
+        stream. attn and ffn are None if the layer is not the identity with both outputs zero.
         """
         parts: list[tuple[nn.Module, Tensor]] = []
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if isinstance(module, nn.Dropout):           # Phi uses one for both sublayers
+            if isinstance(module, nn.Dropout):           # Phi has one for both sublayers
                 return
             given = (*args, *kwargs.values())
             for i, (_, out) in enumerate(parts):
@@ -754,7 +756,8 @@ class HFModel:
     """A decoder of transformers with the interface of GPT: embed, blocks, logits.
 
     Nothing is converted. A block is a layer of the model, called with the arguments that the model
-    passes to it for T tokens. `capture(T)` records them: call it first, and again when T changes.
+    passes to it for T tokens. `capture(T)` records these arguments. Call `capture` before the
+    blocks, and again when T changes.
     """
 
     def __init__(self, inner: Any, name: str):
@@ -778,7 +781,7 @@ class HFModel:
                              for key, value in config.to_dict().items())
         self.norm: nn.Module | None = None        # the final norm
         self.splits = False                       # whether every layer has attn and ffn
-        self.notes: list[str] = []                # lines that a reader of the scores should know
+        self.notes: list[str] = []                # remarks for a reader of the scores
 
     @property
     def device(self) -> torch.device:
@@ -806,8 +809,8 @@ class HFModel:
     def logits(self, x: Tensor) -> Tensor:
         """The logits for the last stream x, (B, T, d) -> (B, T, vocab_size).
 
-        The whole model runs, but every layer returns x. So the final norm, and whatever else the
-        model does after its layers, is its own.
+        The whole model runs, but every layer returns x. So the final norm, and any other step
+        after the layers, is that of the model.
         """
         out = self.blocks[-1].returned(x)
         idx = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -816,7 +819,7 @@ class HFModel:
 
     def with_layers(self, idx: Tensor, forwards: dict[int, Callable]) -> Tensor:
         """The logits of the whole model with `forward` of some layers replaced."""
-        before = {l: self.layers[l].__dict__.get("forward") for l in forwards}   # of accelerate
+        before = {l: self.layers[l].__dict__.get("forward") for l in forwards}   # set by accelerate
         try:
             for l, forward in forwards.items():
                 self.layers[l].forward = forward
@@ -831,8 +834,8 @@ class HFModel:
     def capture(self, T: int) -> None:
         """Record what the model passes to its layers for T tokens, and find attention and FFN.
 
-        UserError unless the chain of the blocks computes what the model does. The recorded run has
-        one sequence, so that masks and tables broadcast over any batch.
+        Raises UserError unless the chain of blocks computes the same as the model. The recorded
+        run has one sequence, so that masks and tables broadcast over any batch.
         """
         def keep(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal last
@@ -869,10 +872,10 @@ class HFModel:
                             ) from e
 
     def compare(self, idx: Tensor) -> None:
-        """UserError unless the chain of blocks computes the logits of the model.
+        """Raise UserError unless the chain of blocks computes the logits of the model.
 
-        The chain without one block is also compared, with the model in which that layer returns
-        its input.
+        The chain is compared a second time without the middle block. In the model, the middle
+        layer then returns its input.
         """
         def nothing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return self.blocks[skipped].returned(hidden_states)
@@ -888,7 +891,7 @@ class HFModel:
                   f"layers differ from the model's by {difference:.1e} of the largest logit")
 
     def check_causal(self, idx: Tensor) -> None:
-        """UserError if logits depend on later tokens, as in an encoder. idx: two sequences."""
+        """Raise UserError if logits depend on later tokens, as in an encoder. idx: (2, T)."""
         half = idx.size(1) // 2
         other = torch.cat((idx[:, :half], idx.flip(0)[:, half:]), dim=1)      # other later tokens
         a, b = (self.with_layers(ids, {})[:, :half] for ids in (other, idx))
@@ -899,7 +902,7 @@ class HFModel:
               f"{difference:.1e} of the largest logit")
 
     def find_sublayers(self, idx: Tensor) -> None:
-        """Find attention and FFN in each layer. Put what is left out or unusual into `notes`."""
+        """Find attention and FFN in each layer. Describe what is left out or unusual in `notes`."""
         x = self.embed(idx)
         for block in self.blocks:
             block.find_sublayers(x)
@@ -911,12 +914,12 @@ class HFModel:
         given = [[a for a in tree_leaves((block.args, block.kwargs)) if isinstance(a, Tensor)]
                  for block in self.blocks]
         own = any(a is not b for tensors in given for a, b in zip(tensors, given[0]))
-        said = {"its layers have no two sublayers that are added to the stream: what attention "
-                "and FFN add, and removing one of them, is left out": not self.splits,
-                "what attention and FFN add is read by subtracting streams": scaled,
+        said = {"its layers do not add two sublayers to the stream: the contributions of attention "
+                "and FFN, and the removal of one of them, are left out": not self.splits,
+                "the contributions of attention and FFN are found by subtracting streams": scaled,
                 "its layers differ in masks or rotary tables: a block that changes places keeps "
                 "its own": own,
-                "how often each expert is chosen is left out": not self.dense}
+                "the load of each expert is left out": not self.dense}
         self.notes = [f"{self.name}: {line}" for line, holds in said.items() if holds]
 
 def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
@@ -950,12 +953,12 @@ def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
 @torch.no_grad()
 def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer: str,
              device_map: str | None = None) -> None:
-    """Write a model of transformers without some layers as a folder, tokenizer included.
+    """Write a model of transformers without some layers, and its tokenizer, to a folder.
 
-    Nothing in a config says which of its lists have an item for each layer. So every list with as
-    many items as there are layers is cut, except lists of token ids. Then the folder is loaded
-    again. It appears under its name only if its logits are those of the chain of the kept layers,
-    so that a wrong cut is refused. The model object loses the layers too.
+    A config does not say which of its lists have an item for each layer. So every list with as many
+    items as there are layers is cut, except lists of token ids. Then the folder is loaded again. It
+    gets its name only if its logits equal those of the chain of the kept layers. So a wrong cut is
+    refused. The layers are also removed from `model` itself.
     """
     config, n, out = model.inner.config.get_text_config(), len(model.blocks), Path(folder)
     check_empty(out)
@@ -986,8 +989,8 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
         without = f"{model.name} without layers {','.join(map(str, sorted(drop)))}"
         try:
             smaller, _ = load_hf(new, model.device, model.dtype, device_map)
-        except UserError as e:          # such as where every second layer is a MoE
-            raise UserError(f"{without} cannot be loaded again, drop others: {e}") from e
+        except UserError as e:          # for example, every second layer is a MoE
+            raise UserError(f"{without} cannot be loaded again: drop other layers ({e})") from e
         difference = relative_difference(smaller.inner(idx, use_cache=False).logits, want)
         check(difference <= tolerance(model.dtype),
               f"{without} computes something else when it is loaded again: the logits differ by "
@@ -995,7 +998,7 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
         os.replace(new, out)
 
 def check_empty(folder: Path) -> None:
-    """UserError if a folder to be written has something in it."""
+    """Raise UserError if a folder to be written has something in it."""
     check(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
           f"{folder} is not empty: choose another folder")
 
@@ -1003,14 +1006,14 @@ def check_empty(folder: Path) -> None:
 def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -> None:
     """Write a checkpoint of train.py as a folder of transformers: Llama if dense, else Qwen2-MoE.
 
-    The folder is loaded again. It appears under its name only if its logits are those of the
-    checkpoint. tokenizer: a name, by default the checkpoint's.
+    The folder is loaded again. It gets its name only if its logits equal those of the checkpoint.
+    tokenizer: a name, by default the checkpoint's.
     """
     transformers = need("transformers", "--export")
     transformers.utils.logging.disable_progress_bar()
     out = Path(folder)
     check_empty(out)
-    check(Path(path).is_file(), f"--export {path}: it takes a checkpoint of train.py")
+    check(Path(path).is_file(), f"--export needs a checkpoint of train.py, not {path}")
     model, saved = load_model(path)
     tokenizer = tokenizer or saved["tokenizer"]
     config = hf_config(transformers, model.config, tokenizer)
@@ -1098,7 +1101,7 @@ def add_qwen2_moe(weights: dict[str, Tensor], mlp: str, c: ModelConfig) -> None:
 
 @torch.no_grad()
 def check_export(model: GPT, folder: Path, path: str | Path) -> None:
-    """UserError unless the folder gives the logits of the model for a context of random tokens."""
+    """Raise UserError unless the folder gives the model's logits for random tokens."""
     theirs, _ = load_hf(folder, "cpu", torch.float32)
     draw = torch.Generator().manual_seed(0)
     idx = torch.randint(model.vocab_size, (1, model.context), generator=draw)
@@ -1116,11 +1119,11 @@ def write_tokenizer(name: str, folder: Path) -> None:
                    {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": EOT,
                     "eos_token": EOT, "clean_up_tokenization_spaces": False})
     elif name in encodings():
-        return print(f"tokenizer {name} not written: transformers has no form of it")
+        return print(f"tokenizer {name} not written: transformers has no equivalent")
     else:
         get_tokenizer(name).inner.save_pretrained(folder)
     check(encode(str(folder), SAMPLE) == encode(name, SAMPLE),
-          f"AutoTokenizer does not give the ids of {name} in a folder of this family: "
+          f"in a folder of this family, AutoTokenizer does not give the ids of {name}: "
           "name another with --tokenizer")
 
 def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:
@@ -1142,9 +1145,9 @@ def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]
     return {"version": "1.0", "added_tokens": [end], "pre_tokenizer": level, "decoder": level,
             "model": {"type": "BPE", "vocab": ids, "merges": merges}}
 
-# ---- the command line, and what all scripts share of it ------------------------------------------
+# ---- the command line, and functions that all scripts share --------------------------------------
 def need(package: str, purpose: str) -> Any:
-    """Import an optional package and return it. UserError says how to install it."""
+    """Import an optional package and return it. A UserError says how to install it."""
     try:
         return __import__(package)
     except ImportError as e:
@@ -1154,16 +1157,16 @@ def choose_device(asked: str) -> torch.device:
     """The device to compute on. auto: the accelerator that torch sees, else the CPU."""
     seen = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     check(asked in ("auto", "cpu", seen.type),
-          f"--device={asked}: torch sees none here, use --device={seen.type}")
+          f"--device={asked}: torch sees no such device; use --device={seen.type}")
     return torch.device("cpu") if asked == "cpu" else seen
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main and exit.
 
-    A UserError, a path that cannot be used and a full disk are one line on stderr and exit status
-    2. Ctrl-C is status 130.
+    A UserError, an unusable path or a full disk prints one line to stderr and exits with status 2.
+    Ctrl-C exits with status 130.
     """
-    for stream in (sys.stdout, sys.stderr):      # a terminal that lacks a character shows a ?
+    for stream in (sys.stdout, sys.stderr):      # print ? for characters the terminal lacks
         stream.reconfigure(errors="replace")
     try:
         try:
@@ -1174,7 +1177,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)                       # rank 0 reports it, then torchrun stops the rest
         stop(str(e))
-    except BrokenPipeError:                      # nobody reads any more, as after `| head`
+    except BrokenPipeError:                      # the reader has ended, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for the flush at exit
         sys.exit(141)
     except OSError as e:

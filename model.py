@@ -5,9 +5,9 @@
 
 This file holds only the network: settings, blocks, model, loss, sampling.
 "The paper" is "When Does Sparsity Mitigate the Curse of Depth in LLMs", arXiv 2603.15389. It uses
-norm="pre". The norms "lns" and "peri" are remedies by other authors.
-A block maps the residual stream (B, T, n_embd) to the next one. So a caller can skip, swap and
-replace blocks.
+norm="pre". The norms "lns" and "peri" are other authors' remedies for the curse of depth.
+Each block maps a stream (B, T, n_embd) to a stream of the same shape. So a caller can skip, swap
+or replace blocks.
 """
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class UserError(Exception):
 ABOVE_0 = 1e-38             # the minimum of a setting that must be above 0
 
 def setting(default: Any, meaning: str, allowed: float | str = 0) -> Any:
-    """A dataclass field with a help text. allowed: its minimum, or words such as "pre/lns"."""
+    """A dataclass field with a help text. allowed: a minimum, or words such as "pre/lns"."""
     return field(default=default, metadata={"help": meaning, "allowed": allowed})
 
 @dataclass
 class ModelConfig:
-    """The architecture. Where 0 stands for a derived value, the constructor fills it in."""
+    """The architecture. The constructor replaces every 0 that stands for a derived value."""
     vocab_size: int = setting(0, "size of the vocabulary; 0: the corpus's, rounded up to a "
                                  "multiple of 64")
     block_size: int = setting(128, "context length T in tokens", 1)
@@ -46,14 +46,16 @@ class ModelConfig:
     n_experts: int = setting(0, "number of experts in each MoE layer; 0: a dense FFN")
     top_k: int = setting(2, "number of experts that each token uses", 1)
     expert_hidden: int = setting(0, "hidden width of an expert; 0: ffn_hidden / top_k")
-    shared_hidden: int = setting(0, "hidden width of an expert that every token uses; 0: none")
+    shared_hidden: int = setting(0, "hidden width of the shared expert, which every token uses; "
+                                    "0: no shared expert")
     norm_topk_prob: bool = setting(False, "rescale the weights of a token's experts to sum to 1")
     lb_loss_weight: float = setting(0.01, "weight of the load-balancing loss in the gradient")
     z_loss_weight: float = setting(0.001, "weight of the router's z-loss in the gradient")
     rope_theta: float = setting(10000.0, "base of the rotary position embedding", 1)
     norm_eps: float = setting(1e-6, "epsilon of RMSNorm", ABOVE_0)
     init_std: float = setting(0.02, "standard deviation of every matrix at initialisation")
-    embed_init_std: float = setting(0.0, "the same for the embedding alone; 0: init_std")
+    embed_init_std: float = setting(0.0, "standard deviation of the embedding at initialisation; "
+                                         "0: init_std")
     scaled_init: bool = setting(False, "as in GPT-2, divide init_std by sqrt(2 n_layer) in the "
                                        "matrices that write to the stream")
     tie_embeddings: bool = setting(False, "the embedding and the head share one matrix")
@@ -85,9 +87,9 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
 def check_allowed(name: str, value: Any, allowed: float | str) -> None:
-    """UserError unless a setting is one of the allowed words, or not below its minimum."""
+    """Raise UserError unless a setting is an allowed word, or at least its minimum."""
     if isinstance(allowed, str):
-        check(value in allowed.split("/"), f"{name}={value!r} is none of {allowed}")
+        check(value in allowed.split("/"), f"{name}={value!r} must be one of {allowed}")
     elif isinstance(value, (int, float)):
         minimum = "above 0" if allowed == ABOVE_0 else f"at least {allowed}"
         check(value >= allowed, f"{name}={value} must be {minimum}")
@@ -114,7 +116,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 class RoPE(nn.Module):
-    """Rotary position embedding, arXiv 2104.09864. Llama's layout: pairs (i, i + head_dim / 2)."""
+    """Rotary position embedding, arXiv 2104.09864. Pairs are (i, i + head_dim / 2), as in Llama."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.half = config.head_dim // 2
@@ -123,7 +125,7 @@ class RoPE(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def reset(self) -> None:
-        """Fill the table of cosines and sines. __init__ cannot: it may run on the meta device."""
+        """Fill the table of cosines and sines. __init__ does not: it may run on the meta device."""
         freq = self.theta ** (-torch.arange(self.half, dtype=torch.float64) / self.half)
         position = torch.arange(len(self.table), dtype=torch.float64)
         angle = torch.outer(position, freq)[:, None]                      # (T, 1, head_dim / 2)
@@ -135,7 +137,7 @@ class RoPE(nn.Module):
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 class Attention(nn.Module):
-    """Causal self-attention. With n_kv_head < n_head: grouped queries (arXiv 2305.13245)."""
+    """Causal self-attention. It groups queries (arXiv 2305.13245) if n_kv_head < n_head."""
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
         self.n_head = config.n_head
@@ -162,9 +164,9 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def flops_per_token(self, T: int) -> float:
-        """FLOPs of a query that attends to T keys: q k^T, and the weighted sum of the values.
+        """FLOPs of q k^T and of the weighted sum of values, for a query that attends to T keys.
 
-        Override this where a query attends to fewer keys. The projections are counted elsewhere.
+        Override this if a query attends to fewer keys. The projections are counted elsewhere.
         """
         return 4 * T * self.n_head * self.head_dim
 
@@ -219,16 +221,17 @@ def grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 grouped_mm.register_autograd(grouped_mm_backward, setup_context=grouped_mm_setup)
 
 def expert_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm`, but torch's own in bfloat16: its calls are cheaper, and inductor fuses it."""
+    """F.grouped_mm in bfloat16, else `grouped_mm`. The first is faster, and inductor fuses it."""
     if x.dtype == torch.bfloat16:
         return F.grouped_mm(x, w, offs=ends)
     return grouped_mm(x, w, ends)
 
 class Gather(torch.autograd.Function):
-    """x[source], which has every row of x (N, d) n times: copy j of row i at place[i n + j].
+    """x[source], where source selects each row of x (N, d) n times.
 
-    With `place` the gradient is a gather too. The gradient of plain indexing adds rows with
-    atomics, which is slow on a GPU and not deterministic.
+    Row place[i n + j] of the result is copy j of row i. With `place`, the gradient is a gather.
+    The gradient of plain indexing adds rows with atomics, which is slow on a GPU and not
+    deterministic.
     """
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
@@ -291,7 +294,7 @@ class MoE(nn.Module):
         return y.view(shape), Router(lb_loss, z_loss, load)
 
 class Detail(NamedTuple):
-    """What a block added to the stream. None: not known, in some layers of transformers."""
+    """What a block added to the stream. None: unknown, as in some layers of transformers."""
     attn: Tensor | None         # (B, T, d), from attention
     ffn: Tensor | None          # (B, T, d), from the FFN
     router: Router | None       # None if the FFN is dense
@@ -300,7 +303,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)). `layer` counts from 1, as in the paper.
 
     To change what attention or the FFN adds, override attn_output or ffn_output. Then probe.py can
-    still remove one of the two.
+    still remove either sublayer.
     """
     def __init__(self, config: ModelConfig, layer: int, rope: RoPE):
         super().__init__()
@@ -322,7 +325,7 @@ class Block(nn.Module):
         return self.attn_out_norm(self.attn(self.scaled(self.attn_norm(x))))
 
     def ffn_output(self, x: Tensor) -> tuple[Tensor, Router | None]:
-        """What the FFN adds to the stream x (B, T, d), and the router's statistics of a MoE."""
+        """What the FFN adds to the stream x (B, T, d), and the statistics of a MoE's router."""
         x = self.scaled(self.ffn_norm(x))
         if isinstance(self.ffn, MoE):
             y, router = self.ffn(x)
@@ -348,7 +351,7 @@ class Block(nn.Module):
 
 # ---- the model -----------------------------------------------------------------------------------
 class GPT(nn.Module):
-    """embed -> blocks -> norm -> head. All are public, so that probe.py can recombine them.
+    """embed -> blocks -> norm -> head. All four are public: probe.py recombines them.
 
     stream = model.embed(idx)                      # (B, T, d), h_0 of the paper
     for block in model.blocks:
@@ -363,7 +366,7 @@ class GPT(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.n_experts, self.init_std = config.n_experts, config.init_std
         self.recompute = False          # recompute activations in the backward pass
-        self.logits_at_once = 0         # how many the loss holds at a time; 0: logits_at_once()
+        self.logits_at_once = 0         # logits in memory during the loss; 0: logits_at_once()
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         rope = RoPE(config)
         layers = range(1, config.n_layer + 1)
@@ -378,7 +381,7 @@ class GPT(nn.Module):
 
         embed_init_std and scaled_init change the standard deviation. Whole matrices are drawn on
         the CPU, so that the values depend neither on the device nor on the number of ranks.
-        put(parameter, values) copies them; train.py passes one for sharded parameters.
+        put(parameter, values) copies the values. train.py passes a `put` for sharded parameters.
         Parameters on the meta device are skipped: call this again after `to_empty`.
         """
         if self.config.tie_embeddings:
@@ -411,8 +414,8 @@ class GPT(nn.Module):
                 return_logits: bool = True):
         """Return the logits (B, T, vocab_size) and the loss, the mean cross-entropy in nats.
 
-        Without targets the loss is None. The auxiliary losses of a MoE are part of the gradient
-        but not of the value. stats=True also returns a dict of statistics. With
+        Without targets the loss is None. The auxiliary losses of a MoE change the gradient of the
+        loss but not its value. stats=True also returns a dict of statistics. With
         return_logits=False the logits are None, and they are never all in memory.
         """
         c = self.config
@@ -446,7 +449,7 @@ class GPT(nn.Module):
             if router:
                 aux = c.lb_loss_weight * router.lb_loss.mean()
                 aux = aux + c.z_loss_weight * router.z_loss.mean()
-                loss = loss + (aux - aux.detach())                        # only adds a gradient
+                loss = loss + (aux - aux.detach())                        # no change of value
         logits = self.head(x) if return_logits or targets is None else None
         if not stats:
             return logits, loss
@@ -480,10 +483,10 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None, backward: bool = True) -> float:
         """FLOPs per token of a training step at context T, by default block_size.
 
-        The forward pass takes 2 FLOPs per active parameter of a matrix, and attention over all T
-        keys. The head counts; the embedding is a look-up. The causal half is not subtracted
-        (appendix B of PaLM, arXiv 2204.02311). The backward pass takes twice as much;
-        backward=False leaves it out.
+        The forward pass takes 2 FLOPs per active weight of a matrix. Attention counts all T keys,
+        as in appendix B of PaLM (arXiv 2204.02311): masked keys are not subtracted. The head
+        counts; the embedding is a look-up. The backward pass takes twice as many FLOPs as the
+        forward pass; backward=False leaves it out.
         """
         T = T or self.config.block_size
         vectors = sum(p.numel() for p in self.parameters() if p.dim() == 1)
@@ -492,21 +495,20 @@ class GPT(nn.Module):
         return 3 * forward if backward else forward
 
 def logits_at_once(device: torch.device) -> int:
-    """How many logits the loss holds at a time by default.
+    """The default number of logits in memory during the loss.
 
-    CPU: 32 MB of float32. malloc requests larger blocks from the system each time.
-    GPU: 0.5 GB, so that matrix products are large. Measured on an H200 with 16,384 tokens, a
-    vocabulary of 50,304 and d = 2,048: 28, 25 and 24 ms for 2^26, 2^27 and 2^28 logits, and 24 ms
-    for all at once.
+    CPU: 32 MB of float32, because malloc asks the system for every larger block.
+    GPU: 0.5 GB, so that matrix products are large. On an H200 with 16,384 tokens, a vocabulary of
+    50,304 and d = 2,048, the loss takes 28, 25 and 24 ms with 2^26, 2^27 and 2^28 logits, and 24 ms
+    with all logits at once.
     """
     return 2**23 if device.type == "cpu" else 2**27
 
 class CrossEntropy(torch.autograd.Function):
     """The sum of -log p(target) in nats for logits x W^T; x (N, d), W (V, d), targets (N,).
 
-    The forward pass handles `rows` tokens at a time. It also computes the gradients of x and W,
-    from softmax minus one-hot. So no logits are kept, and none are computed again, for the
-    backward pass.
+    The forward pass takes `rows` tokens at a time. It also computes the gradients of x and W from
+    softmax minus one-hot. So the backward pass needs no logits.
     """
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -539,10 +541,10 @@ class CrossEntropy(torch.autograd.Function):
 def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0) -> Tensor:
     """Mean cross-entropy of head(x) in nats; x (B, T, d), targets (B, T) from 0 to V - 1.
 
-    at_once: how many logits are held at a time; 0: see the function `logits_at_once`.
+    at_once: the number of logits in memory; 0: see the function `logits_at_once`.
     """
     check(type(head) is nn.Linear and head.bias is None,
-          "this loss assumes a head that is one matrix: adapt CrossEntropy in model.py to yours")
+          "the loss requires a head that is one matrix: adapt CrossEntropy in model.py to yours")
     rows = max(1, (at_once or logits_at_once(x.device)) // head.out_features)
     x = x.flatten(0, 1)
     targets = targets.flatten()
@@ -555,7 +557,7 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0)
 
 @torch.no_grad()
 def token_variance(x: Tensor) -> Tensor:
-    """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ().  (probe 1)"""
+    """Mean over tokens of the unbiased variance over features, x (B, T, d) -> ()."""
     return wide(x).var(-1).mean()
 
 @torch.no_grad()
@@ -564,8 +566,8 @@ def generate(model: GPT, idx: Tensor, n: int, temperature: float = 0.8, top_k: i
     """Continue idx (B, T) by n tokens: (B, T + n).
 
     Each token is drawn from the top_k likeliest ones. Temperature 0 takes the likeliest one. Ids
-    from n_vocab up are padding and are never drawn. There is no key/value cache: every token costs
-    a full pass.
+    of n_vocab and above are padding and are never drawn. There is no key/value cache: every token
+    costs a full pass.
     """
     for _ in range(n):
         x = model.embed(idx[:, -model.config.block_size:])

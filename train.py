@@ -5,12 +5,12 @@
     python train.py configs/paper/moe_1b.py --plan --gpus=8    # parameters, hours, memory; no GPU
 
 A config is a Python file that assigns the settings below. `base = "other.py"` starts from another
-config. The command line overrides both. A run writes log.jsonl (one object per step), ckpt.pt, the
-checkpoint before it (ckpt.1.pt) and config.json (what was run) into out_dir. On several nodes,
-out_dir must be on a disk that all of them share.
+config. The command line overrides all configs. A run writes these files into out_dir: log.jsonl
+(one object per step), ckpt.pt, the checkpoint before it (ckpt.1.pt) and config.json (the settings
+and the command). On several nodes, out_dir must be on a disk that all nodes share.
 
 Ctrl-C or SIGTERM stops a run after the step in progress. The run saves a checkpoint and ends with
-exit status 0, as a finished run does. --resume continues it.
+exit status 0, as a finished run does. --resume continues the run.
 """
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TrainConfig(ModelConfig):
     data: str = setting("data/python", "corpus made by data.py; data/python: made on first use")
     tokens_per_step: int = setting(2048, "tokens per optimizer step, over all ranks", 1)
     batch_size: int = setting(0, "sequences per forward pass of a rank; 0: the rank's whole share")
-    eval_tokens: int = setting(65536, "number of validation tokens, always the same ones")
+    eval_tokens: int = setting(65536, "number of validation tokens, the same in every validation")
 
     max_steps: int = setting(1000, "number of optimizer steps", 1)
     learning_rate: float = setting(3e-3, "peak learning rate", ABOVE_0)
@@ -80,7 +80,7 @@ class TrainConfig(ModelConfig):
     eval_interval: int = setting(200, "steps between validations; 0: never")
     stats_interval: int = setting(50, "steps between statistics of each layer; 0: never")
     save_interval: int = setting(500, "steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = setting(2, "how many to keep: ckpt.pt, ckpt.1.pt, ...", 1)
+    keep_checkpoints: int = setting(2, "number of checkpoints: ckpt.pt, ckpt.1.pt, ...", 1)
     wandb: str = setting("", "project of Weights & Biases to send the log to; empty: none")
     parallel: str = setting("ddp", "on several ranks: ddp copies the weights, fsdp shards them",
                             "ddp/fsdp")
@@ -88,7 +88,7 @@ class TrainConfig(ModelConfig):
     seed: int = setting(0, "seed of the initial weights and of the order of the data")
     device: str = setting("auto", "auto: a GPU if there is one, else the CPU; mps: Apple's GPU",
                           "auto/cpu/cuda/mps")
-    dtype: str = setting("auto", "of matrix products; auto: bfloat16 on cuda, else float32",
+    dtype: str = setting("auto", "dtype of matrix products; auto: bfloat16 on cuda, else float32",
                          "auto/float32/bfloat16")
     compile: bool | None = setting(None, "use torch.compile; auto: only on cuda [auto/true/false]")
 
@@ -117,10 +117,10 @@ def train(c: TrainConfig, resume: bool = False, overwrite: bool = False) -> None
             check_free(Path(c.out_dir), overwrite)
         train_model(c, corpus, here, resume)
     if dist.is_initialized():
-        dist.destroy_process_group()             # DDP is gone by now, else gloo would wait
+        dist.destroy_process_group()             # after DDP is deleted: gloo would wait for it
 
 def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> None:
-    """Build the model, load what it starts from, and take the steps."""
+    """Build the model, load a checkpoint if asked to, and take the steps."""
     raw, model = build(c, here)
     optimizer = make_optimizer(raw, c)
     done = 0
@@ -147,22 +147,22 @@ def train_model(c: TrainConfig, corpus: Corpus, here: Process, resume: bool) -> 
 
 def take_steps(c: TrainConfig, corpus: Corpus, here: Process, raw: GPT, model: torch.nn.Module,
                optimizer: torch.optim.Optimizer, done: int) -> str:
-    """The training loop. Steps are numbered from 1, and `done` of them have been taken.
+    """The training loop. Steps are numbered from 1. `done` steps have been taken before.
 
-    raw: the model that holds the weights. model: the same model as it is called, which may be
-    compiled or in DDP. Returns what stopped the loop before max_steps, or "".
+    raw: the model that holds the weights. model: raw, possibly compiled or wrapped in DDP.
+    Returns what stopped the loop before max_steps, or "".
     """
     with catch_signals() as caught, open_log(c, here, raw, done, caught) as log:
         batches = read_batches(corpus, c, here, done)
         for step in range(done + 1, c.max_steps + 1):
             begun = time.perf_counter()
-            lr = learning_rate(step - 1, c)                      # counts from 0, as read_batches
+            lr = learning_rate(step - 1, c)                      # counts from 0, as in read_batches
             for group in optimizer.param_groups:
                 group["lr"] = lr
             means = gradients(model, batches, here.dtype, due(step, c.stats_interval, c))
             means["grad_norm"] = clip_gradients(raw, c.grad_clip)
-            # A signal may reach only one rank. Its flag is averaged together with the means: then
-            # all ranks stop after the same step, and all take part in saving.
+            # A signal may reach only one rank. The average of its flag tells all ranks to stop
+            # after the same step and to take part in saving.
             means["stop"] = torch.tensor(float(len(caught) > 0), device=here.device)
             batches = read_batches(corpus, c, here, step)        # the next, while a GPU computes
             means = average_over_ranks(means, here.world)        # waits for the GPU
@@ -249,7 +249,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 def clip_gradients(model: GPT, limit: float) -> Tensor:
-    """Scale the gradient down to the norm `limit`; 0: no limit. Returns the norm it had."""
+    """Scale the gradient to a norm of at most `limit`; 0: no limit. Returns the former norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -266,11 +266,11 @@ def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     return {name: part.view(v.shape).tolist() for (name, v), part in zip(values.items(), parts)}
 
 def check_finite(step: int, means: dict[str, Any], c: TrainConfig) -> None:
-    """UserError unless loss and gradient are finite. All ranks see the same values and agree."""
+    """Raise UserError unless loss and gradient are finite, which all ranks decide alike."""
     loss, norm = means["loss"], means["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         good = newest_checkpoint(Path(c.out_dir))
-        remedy = f"and --resume; {good} is the last checkpoint" if good else \
+        remedy = f"and use --resume; {good} is the last checkpoint" if good else \
                  "and start over; no checkpoint is saved yet"
         raise UserError(f"step {step}: loss {loss}, gradient norm {norm}: "
                         f"lower learning_rate={c.learning_rate} {remedy}")
@@ -299,7 +299,7 @@ def evaluate(model: torch.nn.Module, corpus: Corpus, c: TrainConfig, here: Proce
 
 # ---- before the first step -----------------------------------------------------------------------
 class Process(NamedTuple):
-    """This process among all, and how it computes."""
+    """The rank of this process, and how it computes."""
     rank: int                   # its number, from 0
     world: int                  # how many processes there are
     device: torch.device
@@ -318,7 +318,7 @@ def set_up(c: TrainConfig) -> Process:
         torch.set_float32_matmul_precision("high")
     if world > 1:
         # torchrun keeps its store when it restarts the processes. A prefix for each restart hides
-        # the addresses that the processes before them left there.
+        # the addresses that earlier processes left in the store.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = dist.get_default_backend_for_device(device)
@@ -357,7 +357,7 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
     return per_step, size
 
 def open_corpus(c: TrainConfig, here: Process) -> Corpus:
-    """The corpus c.data. PYTHON_CORPUS is prepared if it is missing. UserError if it is unfit."""
+    """Open c.data. PYTHON_CORPUS is prepared if missing. Raises UserError for an unfit corpus."""
     missing = not Path(c.data, "meta.json").exists()
     if missing and Path(c.data) == PYTHON_CORPUS and here.rank == 0:
         prepare("python", c.data)
@@ -366,7 +366,7 @@ def open_corpus(c: TrainConfig, here: Process) -> Corpus:
     corpus = Corpus(c.data)
     check(vocabulary(c, corpus) >= corpus.vocab_size,
           f"vocab_size={c.vocab_size}, but {c.data} needs {corpus.vocab_size}")
-    corpus.n_windows("train", c.block_size)      # these refuse a split that is too short
+    corpus.n_windows("train", c.block_size)      # refuses a split that is too short
     if c.eval_interval:
         corpus.n_windows("val", c.block_size)
     return corpus
@@ -387,13 +387,13 @@ def vocabulary(c: TrainConfig, corpus: Corpus | None = None) -> int:
     return 64 * math.ceil(tokens / 64)
 
 def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
-    """The initial model twice: as it holds the weights, and as it is called to train.
+    """Return raw, the initial model that holds the weights, and the model to call in training.
 
-    Only DDP, and torch.compile on one rank, wrap it. FSDP2, and torch.compile on several ranks,
-    change it in place: then both are the same object.
+    DDP, and torch.compile on one rank, wrap raw. FSDP2, and torch.compile on several ranks, change
+    raw in place. Without a wrapper, the two are the same object.
     """
     sharded = here.world > 1 and c.parallel == "fsdp"
-    raw = bare(c)                                # with FSDP2 it is never whole on one GPU
+    raw = bare(c)                                # with FSDP2 no GPU holds the whole model
     raw.recompute = c.recompute
     compiled = here.device.type == "cuda" if c.compile is None else c.compile
     if compiled and here.world > 1:
@@ -418,10 +418,10 @@ def bare(c: ModelConfig) -> GPT:
         return GPT(c)
 
 def compile_blocks(model: GPT) -> None:
-    """Compile every block by itself. Between blocks DDP sends gradients and FSDP2 fetches weights.
+    """Compile each block alone. Between blocks, DDP sends gradients and FSDP2 fetches weights.
 
-    torch.compile of a whole DDP model makes one graph for each 25 MB of gradients, which is 66 for
-    configs/paper/dense_1b.py. Single blocks share one graph. That takes less than half the time.
+    torch.compile of a whole DDP model makes one graph for each 25 MB of gradients: 66 graphs for
+    configs/paper/dense_1b.py. Blocks share one graph, which compiles in less than half the time.
     """
     torch._dynamo.config.optimize_ddp = False
     # With norm="lns" every block has its own scale, and so its own graph.
@@ -435,7 +435,7 @@ def shard(model: GPT, here: Process) -> None:
     A block gathers its weights when it is called, and frees them afterwards. Blocks compute in
     here.dtype. The embedding, the final norm, the head and the stream stay in float32.
     """
-    mesh = init_device_mesh(here.device.type, (here.world,))    # FSDP2 would take any GPU it sees
+    mesh = init_device_mesh(here.device.type, (here.world,))    # else FSDP2 takes any GPU it sees
     policy = MixedPrecisionPolicy(param_dtype=here.dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.blocks:
@@ -457,7 +457,7 @@ ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def save(c: TrainConfig, step: int, model: GPT, optimizer: torch.optim.Optimizer, corpus: Corpus,
          here: Process) -> None:
-    """Write out_dir/ckpt.pt. All ranks must call it. UserError if a weight is not finite."""
+    """Write out_dir/ckpt.pt. All ranks must call it. Raises UserError if a weight is not finite."""
     weights = get_model_state_dict(model, options=ON_CPU)
     moments = {}                                 # AdamW has none before the first step
     if optimizer.state:
@@ -482,30 +482,31 @@ def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, corpus
         return 0
     saved = load_checkpoint(path)
     check("optimizer" in saved and "step" in saved,
-          f"{path} holds no optimizer to resume with: use --init_from={path}")
+          f"{path} holds no optimizer, so it cannot be resumed: use --init_from={path}")
     check_resumable(c, corpus, saved, path, here.rank)
     load_weights(model, saved, path)
     if saved["optimizer"]:
         names = {p: name for name, p in model.named_parameters()}
-        groups = [group | {"params": [names[p] for p in group["params"]]}    # these, not the saved
-                  for group in optimizer.param_groups]                       # ones, set the decay
+        # The decay is that of these groups, not of the saved ones.
+        groups = [group | {"params": [names[p] for p in group["params"]]}
+                  for group in optimizer.param_groups]
         state = {"state": saved["optimizer"], "param_groups": groups}
         set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
     return saved["step"]
 
 def load_weights(model: GPT, saved: dict[str, Any], path: str | Path) -> None:
-    """Load a checkpoint's weights, sharded or not. UserError where they do not fit."""
+    """Load a checkpoint's weights, sharded or not. Raises UserError if they do not fit."""
     check_weights(model, saved, path)
     set_model_state_dict(model, saved["model"], options=WHOLE)
 
 def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path: Path,
                     rank: int) -> None:
-    """Print the settings that have changed. UserError for those that must not change."""
+    """Print changed settings. Raises UserError if a setting that must not change has changed."""
     theirs = saved["settings"]
     check(same_tokenizer(corpus.tokenizer, saved["tokenizer"]),
           f"{path} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has "
           f"{corpus.tokenizer!r}: give another --data, or another --out_dir")
-    moved = theirs.get("data") != c.data         # on purpose; printed below
+    moved = theirs.get("data") != c.data         # the user did this; printed below
     check(moved or saved.get("corpus", checksum(corpus)) == checksum(corpus),
           f"{c.data} has changed since {path} was trained on it: put the old corpus back, "
           "or start over in another --out_dir")
@@ -515,12 +516,12 @@ def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path:
             continue
         check(name not in fixed,
               f"{name}={value}, but {path} was trained with {name}={theirs[name]}: "
-              "give it, or another --out_dir")
+              "give that value, or another --out_dir")
         if rank == 0:
             print(f"resuming with {name}={value} instead of {theirs[name]}")
 
 def checksum(corpus: Corpus) -> int:
-    """One number for the checksums of all shards in meta.json."""
+    """One checksum of the checksums of all shards in meta.json."""
     shards = [shard.get("crc32") for split in ("train", "val")
               for shard in corpus.meta[split]["shards"]]
     return zlib.crc32(json.dumps(shards).encode())
@@ -541,7 +542,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 # ---- out_dir, the log and the terminal -----------------------------------------------------------
 @contextlib.contextmanager
 def only_writer(out: Path, here: Process) -> Iterator[None]:
-    """A context in which rank 0 locks out_dir against other runs. A lock ends with its process."""
+    """A context in which rank 0 locks out_dir. The lock also ends when the process dies."""
     if here.rank > 0:
         yield
         return
@@ -558,7 +559,7 @@ def only_writer(out: Path, here: Process) -> Iterator[None]:
         yield
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """UserError if out_dir holds a checkpoint and --overwrite is not given."""
+    """Raise UserError if out_dir holds a checkpoint and --overwrite is not given."""
     check(overwrite or newest_checkpoint(out) is None,
           f"{out} holds a checkpoint: continue it with --resume, give another --out_dir, or "
           "rename its files to *.old with --overwrite")
@@ -614,7 +615,7 @@ def closing_lines(c: TrainConfig, corpus: Corpus, stopped: str) -> str:
 @contextlib.contextmanager
 def open_log(c: TrainConfig, here: Process, model: GPT, done: int,
              caught: list[str]) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """log(record) writes a step to log.jsonl, to the terminal and to wandb. Only rank 0 writes."""
+    """A context with log(record), which writes to log.jsonl, terminal and wandb on rank 0."""
     if here.rank > 0:
         yield lambda record: None
         return
@@ -630,15 +631,15 @@ def open_log(c: TrainConfig, here: Process, model: GPT, done: int,
             tracker.log(dict(numbers("", record)), step=record["step"])
         try:
             show(record, c)
-        except BrokenPipeError:                  # nobody reads any more, as after `| head -1`
+        except BrokenPipeError:                  # the reader has ended, as in `| head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            caught.append("the end of its output pipe")          # save and stop, as for a signal
+            caught.append("a closed output pipe")                # save and stop, as for a signal
 
     with wandb_run(c, done) as tracker:
         yield log
 
 def show(record: dict[str, Any], c: TrainConfig) -> None:
-    """Print a line that is never wider than the terminal. Ten of a run stay, and validations."""
+    """Print a line cut to the terminal's width. Ten lines per run and all validations stay."""
     step, rate = record["step"], record["tokens_per_s"]
     left = (c.max_steps - step) * c.tokens_per_step / rate / 60
     line = f"step {step}/{c.max_steps}  loss {record['loss']:.4f}"
@@ -692,7 +693,7 @@ PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
 OTHER_CARD = re.compile(r"\b(Laptop|Ti|SUPER|D|NVL|MIG)\b")    # a variant, or a part of the card
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The peak FLOP/s that MFU is relative to. None unless PEAK has the card; bfloat16 only."""
+    """The card's peak FLOP/s, for MFU. None unless dtype is bfloat16 and PEAK has the card."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         card = torch.cuda.get_device_name(device)
         for name, peak in PEAK.items():
@@ -718,7 +719,7 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
         f"hours        {hours:,.1f} on {gpus} H100 at {mfu:.0%} of their {peak / 1e12:.0f} TFLOP/s",
         f"GB per GPU   {'weights':>10}{'gradients':>10}{'AdamW':>10}{'total':>10}  and activations"]
     for parallel, ranks in (("ddp", 1), ("fsdp", gpus)):
-        weights = 4 * n["total"] / ranks / 1e9    # in float32, as gradients and both moments
+        weights = 4 * n["total"] / ranks / 1e9    # float32, like gradients and both moments
         columns = (weights, weights, 2 * weights, 4 * weights)
         lines.append(f"  {parallel:11}" + "".join(f"{gb:10.2f}" for gb in columns))
     lines.append(f"host memory  {12 * n['total'] / 1e9:,.1f} GB on rank 0 while it saves")
@@ -763,7 +764,7 @@ def make_parser() -> Parser:
     add("--mfu", type=float, default=0.4,
         help="fraction of the peak FLOP/s for --plan (default 0.4)")
     group = parser.add_argument_group("model")
-    starts = {"data": "data", "max_steps": "optimizer", "out_dir": "run"}     # a group's first
+    starts = {"data": "data", "max_steps": "optimizer", "out_dir": "run"}     # first of each group
     for f in fields(TrainConfig):
         if f.name in starts:
             group = parser.add_argument_group(starts[f.name])
@@ -784,7 +785,7 @@ def read_config(path: Path) -> dict[str, Any]:
           "such as n_layer = 16, or a setting such as --n_layer=16")
     try:
         assigned = runpy.run_path(str(path))
-    except (Exception, SystemExit) as e:         # the file's mistake, whatever it is
+    except (Exception, SystemExit) as e:         # whatever went wrong in the file
         first_line = str(e).partition("\n")[0]
         raise UserError(f"{path}: {type(e).__name__}: {first_line}") from e
     for name in assigned.get("__annotations__", {}):
@@ -798,7 +799,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
 
 def kind_of(name: str, where: str) -> str:
-    """The type of a setting, as TrainConfig writes it. UserError if there is no such setting."""
+    """The type of a setting, as TrainConfig writes it. Raises UserError for an unknown name."""
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
@@ -826,7 +827,7 @@ def typed(name: str, value: Any, where: str) -> Any:
     raise UserError(f"{where}: {name}={value!r} must be {wanted.get(kind, 'true or false')}")
 
 def add_architecture(values: dict[str, Any], path: str) -> None:
-    """Add a checkpoint's architecture to the settings. UserError where the two contradict."""
+    """Add a checkpoint's architecture to the settings. Raises UserError if they contradict."""
     saved = load_checkpoint(path)["settings"]
     free = ("block_size", "lb_loss_weight", "z_loss_weight")    # no weight depends on them
     for f in fields(ModelConfig):

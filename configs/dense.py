@@ -1,10 +1,11 @@
-# The baseline of every family: dense, multi-head attention, Pre-RMSNorm, the paper's init and optimizer.
+# The baseline of every family: a dense model with multi-head attention and Pre-RMSNorm, and the
+# paper's initialisation and optimizer.
 data = "data/python"
 block_size = 128
 n_layer = 8
 n_head = 4
 n_embd = 64
-init_std = 0.113            # 0.02 * sqrt(2048 / n_embd): the paper's initialisation, see laptop/base.py
+init_std = 0.113            # 0.02 * sqrt(2048 / n_embd), as in laptop/base.py
 
 max_steps = 1000
 tokens_per_step = 2048

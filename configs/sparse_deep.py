@@ -1,4 +1,5 @@
-# depth.py with the paper's recipe: longer context, more weight decay, grouped queries (G = 2) and experts.
+# depth.py with the paper's recipe: longer context, more weight decay, grouped queries (G = 2) and
+# experts.
 base = "depth.py"
 block_size = 512
 weight_decay = 0.3

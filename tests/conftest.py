@@ -1,4 +1,4 @@
-"""The scripts are modules in the repository's root, not a package: tests import them from there."""
+"""The fixtures that tests share. The scripts are modules in the root folder, not a package."""
 import os
 import random
 import signal
@@ -15,16 +15,17 @@ from helpers import SHARED, Outcome  # noqa: E402
 import data  # noqa: E402
 from model import UserError  # noqa: E402
 
-# A script's `pytest &` ignores SIGINT, and under nohup it ignores SIGHUP. Its child processes would inherit this.
+# `pytest &` in a script ignores SIGINT, and `nohup pytest` ignores SIGHUP. Child processes would
+# inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-torch.set_num_threads(1)      # for matrices this small a second thread costs time, tenfold on a busy machine
+torch.set_num_threads(1)      # matrices are small: a second thread can take ten times as long
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A prepared corpus of 40 documents of words, about 20,000 byte tokens: something a tiny model learns quickly."""
+    """A prepared corpus of 40 documents, about 20,000 bytes, which a tiny model learns quickly."""
     texts, draw = tmp_path_factory.mktemp("texts"), random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(20)]
     for i in range(40):
@@ -48,7 +49,7 @@ def gpt2(monkeypatch):
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """run_main(module, *args): the outcome of a script's main, without the seconds that a new process takes."""
+    """run_main(module, *args) runs a script's main in this process, which saves seconds."""
     def call(module, *args):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, args)])

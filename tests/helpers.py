@@ -1,5 +1,7 @@
-"""Shared by the test files: paths, scripts run as a user runs them, a tiny model, and a second implementation of the
-model in float64 with loops, against which model.py and probe.py are tested.
+"""Shared by the tests: paths, scripts run as a user runs them, a tiny model.
+
+The second half implements the model again, with loops in float64. model.py and probe.py are
+compared with it.
 """
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from model import GPT, Attention, Block, ModelConfig, MoE, RoPE, SwiGLU
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"               # small trained models, and their scores by other programs
+GOLDEN = ROOT / "tests" / "golden"               # trained models, with scores by other programs
 SHARED = ROOT.parent / "shared"                  # beside the repository, if it exists: tasks, a tiktoken cache
 TINY = dict(vocab_size=29, block_size=12, n_head=4, n_kv_head=2, n_embd=8, ffn_hidden=24, init_std=0.4)
 
@@ -48,14 +50,14 @@ def run_script(name: str, *args: Any, cwd: str | Path | None = None, env: dict[s
 
 
 def without(package: str, folder: Path) -> dict[str, str]:
-    """An environment in which importing this package fails. A file in this folder causes it."""
+    """An environment in which this package cannot be imported. It uses a file in `folder`."""
     (folder / "without").mkdir()
     (folder / f"without/{package}.py").write_text(f"raise ImportError('no {package}')\n")
     return {"PYTHONPATH": str(folder / "without")}
 
 
 PEAK = """
-def peak():         # most bytes of this process; ru_maxrss would start at the peak of its parent
+def peak():         # peak memory of this process in bytes; ru_maxrss starts at its parent's peak
     try:
         return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
     except OSError:
@@ -79,8 +81,11 @@ def assert_mistake(outcome: tuple[int, str, str], *words: str) -> None:
 
 
 def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> GPT:
-    """A tiny model with large weights and uneven gains: at the usual 0.02 every softmax is flat and every
-    block near the identity, which hides mistakes."""
+    """A tiny model with large weights and uneven gains.
+
+    With weights of the usual size, 0.02, every softmax is flat and every block is near the
+    identity. That would hide mistakes.
+    """
     torch.manual_seed(seed)
     model = GPT(ModelConfig(**TINY | settings)).eval()
     for p in model.parameters():
@@ -114,9 +119,9 @@ def array(x: Tensor) -> np.ndarray:
 
 
 def differences(want: Any, got: Any, tolerance: Callable[[str], float], floor: float, path: str = "") -> list[str]:
-    """The places where `got` differs from `want`, both trees of dicts, lists and numbers; tolerance(path) is relative.
+    """The places where two trees of dicts, lists and numbers differ. tolerance(path) is relative.
 
-    Entries that `want` lacks are ignored. nan equals nan.
+    Entries that only `got` has are ignored. nan equals nan.
     """
     if isinstance(want, dict):
         found = []
@@ -135,8 +140,8 @@ def differences(want: Any, got: Any, tolerance: Callable[[str], float], floor: f
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the model a second time: one sequence, float64, loops. It reads weights and numbers from the model's modules.
-# `assert_as_configured` compares these numbers with the settings.
+# the model again, for one sequence, with loops in float64. These functions read weights and numbers
+# from the model's modules. `assert_as_configured` compares the numbers with the settings.
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -161,14 +166,14 @@ def frequencies_by_hand(rope: RoPE) -> list[float]:
 
 
 def rotate_by_hand(z: Tensor, position: Sequence[int], rope: RoPE) -> Tensor:
-    """RoPE on z (T, head_dim): features i and i + half are a complex number, which position t times exp(i t freq)."""
+    """RoPE on z (T, head_dim): (i, i + half) is a complex number, multiplied by exp(1j t freq)."""
     angle = torch.tensor(frequencies_by_hand(rope), dtype=torch.float64) * torch.as_tensor(position)[:, None]
     z = torch.complex(z[:, :rope.half], z[:, rope.half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag), dim=-1)
 
 
 def heads_by_hand(a: Attention, u: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """q of every query head, k and v of every key/value head, each (T, head_dim), before the rotation; u (T, d)."""
+    """q of each query head, k and v of each key/value head: (T, head_dim), unrotated; u (T, d)."""
     D, n_q, n_kv = a.head_dim, a.n_head, a.n_kv_head
     qkv = u @ values(a.qkv.weight).T
     q, k, v = qkv[:, :n_q * D], qkv[:, n_q * D:(n_q + n_kv) * D], qkv[:, (n_q + n_kv) * D:]
@@ -185,7 +190,7 @@ def attention_by_hand(block: Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     qs, ks, vs = heads_by_hand(a, rms_norm(x, block.attn_norm) * block.scale)
     mixed, probabilities = [], []
     for h in range(a.n_head):
-        g = h // (a.n_head // a.n_kv_head)                 # the key/value head that it shares with its neighbours
+        g = h // (a.n_head // a.n_kv_head)                 # the key/value head of query head h
         q, k = rotate_by_hand(qs[h], position, a.rope), rotate_by_hand(ks[g], position, a.rope)
         p = torch.zeros(T, T, dtype=torch.float64)
         for t in range(T):
@@ -202,7 +207,7 @@ def swiglu_by_hand(f: SwiGLU, u: Tensor) -> Tensor:
 
 
 def moe_by_hand(f: MoE, u: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """The output for u (T, d), and the experts that each token went to, the likeliest first."""
+    """The output for u (T, d), and each token's experts, the likeliest first."""
     gate, up, down = values(f.gate), values(f.up), values(f.down)
     rows, chosen = [], []
     for token in u:
@@ -218,7 +223,7 @@ def moe_by_hand(f: MoE, u: Tensor) -> tuple[Tensor, list[list[int]]]:
 
 
 def ffn_by_hand(block: Block, x: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """What the FFN adds to the stream x (T, d), and the experts that each token went to; none if it is dense."""
+    """What the FFN adds to the stream x (T, d), and each token's experts: [] if it is dense."""
     u, chosen = rms_norm(x, block.ffn_norm) * block.scale, []
     if isinstance(block.ffn, MoE):
         y, chosen = moe_by_hand(block.ffn, u)
@@ -243,13 +248,13 @@ def logits_by_hand(model: GPT, x: Tensor) -> Tensor:
 
 
 def negative_log_likelihood(model: GPT, x: Tensor, sequence: Tensor) -> float:
-    """The sum over the T - 1 next tokens that the stream x (T, d) predicts, in nats."""
+    """The sum of -log p in nats over the T - 1 next tokens, for the last stream x (T, d)."""
     p = logits_by_hand(model, x).softmax(-1)
     return -sum(math.log(p[t, sequence[t + 1]]) for t in range(len(sequence) - 1))
 
 
 def loss_by_hand(model: GPT, tokens: Tensor, layers: Sequence[Callable[[Tensor], Tensor]]) -> float:
-    """Mean over the T - 1 predictions of every sequence of tokens (B, T)."""
+    """The mean of -log p in nats over the T - 1 predictions of every sequence; tokens (B, T)."""
     total = sum(negative_log_likelihood(model, streams_by_hand(model, s, layers)[-1], s) for s in tokens)
     return total / (len(tokens) * (tokens.size(1) - 1))
 
@@ -277,7 +282,7 @@ def model_by_hand(model: GPT, sequence: Tensor) -> ByHand:
 
 
 def assert_as_configured(model: GPT) -> None:
-    """Check that the numbers that the functions above read from a model's modules are those of its settings."""
+    """Check that the numbers that the functions above read from modules equal the settings."""
     c = model.config
     assert len(model.blocks) == c.n_layer
     assert {m.eps for m in model.modules() if isinstance(m, nn.RMSNorm)} == {c.norm_eps}

@@ -2,8 +2,9 @@
 
     python tests/stand_in.py train.py configs/gqa_deep.py --max_steps=3
 
-For torch it is another device. Operations that mix it with the CPU fail. So does float64, which Apple's GPUs lack. The
-last line of the output says how often the script waited for the device, to get a value or to decide something.
+For torch, the stand-in is a separate device. Operations that mix it with the CPU fail. float64
+fails, too, as on Apple's GPUs. The last line of the output says how often the script waited for the
+device to read a value.
 """
 from __future__ import annotations
 
@@ -93,11 +94,11 @@ LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
 if __name__ == "__main__":
     import data
     import probe
-    importlib.import_module("train")                         # before Generator is replaced, which torch imports use
+    importlib.import_module("train")                # its imports need the original Generator
 
     generator = torch.Generator                              # torch has no generator for this device
     torch.Generator = lambda device="cpu": generator()
-    probe.TOKENS_AT_ONCE = 1                                 # on a device 64 at a width of 8: several micro-batches
+    probe.TOKENS_AT_ONCE = 1                         # so that there are several micro-batches
     sys.argv = sys.argv[1:]
     try:
         data.run(importlib.import_module(Path(sys.argv[0]).stem).main)

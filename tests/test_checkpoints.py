@@ -1,4 +1,4 @@
-"""Checkpoints: data.py reads back what it saved, and refuses any other file by name.
+"""Checkpoints: data.py reads what it saved. It refuses any other file and names the file.
 
     python -m pytest -q tests/test_checkpoints.py
 """
@@ -20,7 +20,7 @@ DENSE = dict(vocab_size=61, block_size=12, n_layer=3, n_embd=32, ffn_hidden=40)
 
 @pytest.mark.parametrize("extra", [dict(), dict(tie_embeddings=True), dict(n_experts=5, expert_hidden=16, norm="peri")],
                          ids=["untied", "tied", "moe"])
-def test_a_model_comes_back_from_its_checkpoint(extra, tmp_path):
+def test_a_model_loaded_from_its_checkpoint_is_the_same(extra, tmp_path):
     model, idx = make_model(torch.float32, **DENSE | extra), make_tokens(2, 12, 61)
     saved = checkpoint_of(model, step=7)
     saved["settings"] |= {"learning_rate": 1e-3, "batch_tokens": 4096}       # settings of train.py are ignored
@@ -47,7 +47,7 @@ def test_a_checkpoint_appears_by_rename_and_a_failed_save_leaves_the_old_one_int
     assert [p.name for p in path.parent.iterdir()] == ["ckpt.pt"] and D.load_checkpoint(path)["step"] == 1
 
 
-def test_as_many_older_checkpoints_are_kept_as_asked_for(tmp_path):
+def test_the_number_of_checkpoints_asked_for_is_kept(tmp_path):
     for step in range(1, 6):
         D.save_checkpoint(tmp_path / "ckpt.pt", {"step": step}, keep=3)
         want = {name: step - k for k, name in enumerate(("ckpt.pt", "ckpt.1.pt", "ckpt.2.pt")) if step > k}
@@ -86,7 +86,7 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_with_the_reason(name, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_a_truncated_and_a_text_file_are_refused_by_name(tmp_path):
+def test_missing_truncated_and_text_files_are_refused_and_named(tmp_path):
     path = tmp_path / "ckpt.pt"
     with pytest.raises(UserError, match="no checkpoint .*ckpt.pt"):
         D.load_model(path)
@@ -95,7 +95,7 @@ def test_a_missing_a_truncated_and_a_text_file_are_refused_by_name(tmp_path):
     for damaged in (*(content[:n] for n in (0, 1, 1000, len(content) // 2, len(content) - 1)),
                     b"not a checkpoint\n" * 9):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="ckpt.pt is damaged or no checkpoint"):
+        with pytest.raises(UserError, match="ckpt.pt is damaged or not a checkpoint"):
             D.load_model(path)
 
 
@@ -139,4 +139,4 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(tmp_p
         D.load_model(path)
     assert not victim.exists()
     pickle.loads(pickle.dumps(RunsCode(victim)))
-    assert victim.exists(), "pickle does run the code, so the test above could fail"
+    assert victim.exists(), "pickle runs the code, so the test above can fail"

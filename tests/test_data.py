@@ -27,7 +27,7 @@ TEXT = "naïve café — 東京 😀👩‍💻\r\n\n\ttabs   and spaces \x00\x7
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Make shards and batches so small that a few kilobytes of text fill many of them."""
+    """Make shards and batches so small that a few kilobytes of text fill many."""
     monkeypatch.setattr(D, "SHARD_TOKENS", 500)
     monkeypatch.setattr(D, "BATCH_DOCUMENTS", 4)
 
@@ -45,7 +45,7 @@ def write_rows(path: Path, documents: list) -> str:
 
 
 def split_of(number: int, val_fraction: float) -> str:
-    """The first document is for validation, the second for training. For the others a hash decides."""
+    """Document 0 is for validation, document 1 for training. A hash decides for all others."""
     lot = int(hashlib.sha256(str(number).encode()).hexdigest()[:16], 16) / 2**64
     return "val" if number == 0 or number > 1 and lot < val_fraction else "train"
 
@@ -97,7 +97,7 @@ def write_sources(folder: Path) -> list[str]:
             "e = 1\n", "g packed é\n", "h \ufffd may stand in a text"]
 
 
-def test_a_corpus_has_the_bytes_and_the_end_of_every_document_and_says_what_was_skipped(
+def test_a_corpus_has_every_document_with_its_end_and_says_what_was_skipped(
         tmp_path, run_main, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = write_sources(tmp_path / "texts")
@@ -144,7 +144,7 @@ def test_a_data_set_of_the_hub_is_streamed_by_its_name_and_its_configuration(tmp
 @pytest.mark.parametrize("content, said", [
     ('{"text": 5}', "the field text holds int"), ('{"story": "a"}', "no field text or content; .*story.*--field"),
     ('{"text": "a', r"a\.jsonl:1 is not a line of JSON")])
-def test_a_row_without_a_text_is_refused_by_the_name_of_the_file(content, said, tmp_path):
+def test_a_row_without_a_text_is_refused_and_the_file_is_named(content, said, tmp_path):
     (tmp_path / "a.jsonl").write_text(content + "\n")
     with pytest.raises(UserError, match=said):
         prepare(str(tmp_path / "a.jsonl"), tmp_path / "out")
@@ -158,7 +158,7 @@ def test_a_null_is_skipped_and_counted_and_half_a_surrogate_pair_is_replaced(tmp
     assert corpus.meta["skipped"] == {"rows without text": 2}
 
 
-def test_a_corpus_in_gpt2_tokens_equals_tiktokens_own(gpt2, tmp_path, small_shards):
+def test_the_gpt2_tokens_of_a_corpus_equal_those_of_tiktoken(gpt2, tmp_path, small_shards):
     documents = [TEXT, "", "<|endoftext|>", *texts(60)]
     name = write_rows(tmp_path / "a.jsonl", documents)
     corpus = Corpus(prepare(name, tmp_path / "out", "gpt2", val_fraction=0.2))
@@ -183,7 +183,7 @@ def pieces(tmp_path: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("chars", [1000, 2000, 5000])
 def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "DOCUMENT_CHARS", chars)
-    # Every few lines one starts with a letter, so that there always is a place for a clean cut.
+    # Every few lines, a line starts with a letter or digit. So a clean cut is always possible.
     text = "".join(line for line in long_text().splitlines(True) if line[0].isalnum() or line.isspace())
     cut = pieces(tmp_path, text)
     assert len(cut) > 10 and "".join(cut) == text
@@ -194,7 +194,7 @@ def test_the_tokens_of_the_pieces_are_the_tokens_of_the_whole(chars, gpt2, tmp_p
 @pytest.mark.parametrize("documents, settings, said", [
     (["", "", ""], {}, "documents are empty"), (["abc"], {}, r"too few documents .1."),
     (["a", ""], {}, "too few"),
-    (["a" * 30, "b" * 30], {"max_tokens": 20}, "--max_tokens=20 ends with the first document"),
+    (["a" * 30, "b" * 30], {"max_tokens": 20}, "--max_tokens=20 is reached by the first document"),
     (["a", "b"], {"val_fraction": 0.6}, "val_fraction=0.6"), (["a", "b"], {"max_tokens": 0}, "max_tokens=0"),
 ])
 def test_a_corpus_without_text_in_both_splits_is_refused_and_leaves_nothing(documents, settings, said, tmp_path):
@@ -216,7 +216,7 @@ def test_max_tokens_is_reached_by_the_fewest_whole_documents(limit, kept, tmp_pa
     (["a.jsonl", "--tokenizer=bytes", "--out=a.jsonl"], "a.jsonl"), (["a.jsonl", "--fields=x"], "--fields"),
     ([], "NAME"),
 ])
-def test_a_mistake_is_one_line_and_status_2(arguments, culprit, tmp_path, monkeypatch, run_main):
+def test_a_mistake_gives_one_line_and_status_2(arguments, culprit, tmp_path, monkeypatch, run_main):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "a.jsonl", ["a", "b", "c"])
@@ -235,7 +235,7 @@ class PowerCut(Exception):
     pass
 
 
-def test_an_interrupted_preparation_ends_with_the_same_files(tmp_path, small_shards, monkeypatch):
+def test_an_interrupted_and_continued_preparation_is_the_same(tmp_path, small_shards, monkeypatch):
     name = write_rows(tmp_path / "a.jsonl", texts(300))
     whole = contents(prepare(name, tmp_path / "whole", val_fraction=0.1))
     assert len(whole) > 10, "many shards"
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_a_folder_that_can_be_resumed(tmp_path, small_shards,
     assert contents(prepare(name, tmp_path / "out")) == whole
 
 
-def test_a_finished_corpus_is_not_prepared_again_and_one_of_another_request_is_refused(tmp_path, gpt2):
+def test_a_finished_corpus_is_not_prepared_again_and_another_request_is_refused(tmp_path, gpt2):
     name = write_rows(tmp_path / "a.jsonl", texts(50))
     prepare(name, tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -304,7 +304,7 @@ def test_a_checkpoint_with_rope_scaling_which_model_py_no_longer_has_is_refused(
 def test_the_python_corpus_is_the_one_of_the_recorded_experiments():
     folder = Path(D.__file__).parent / "data/python"
     if not (folder / "meta.json").exists() or torch.__version__.split("+")[0] != "2.13.0":
-        pytest.skip("data/python is not prepared, or from another torch")
+        pytest.skip("data/python is not prepared, or torch is not 2.13.0")
     assert train.checksum(Corpus(folder)) == 3102562760
 
 
@@ -342,7 +342,7 @@ def test_targets_are_the_inputs_shifted_by_one_and_windows_tile_the_split(corpus
     for row, i in enumerate(windows):
         assert x[row].tolist() == whole[i * T:i * T + T] and y[row].tolist() == whole[i * T + 1:i * T + T + 1]
     everything = corpus.batch("train", range(n), T)[0].flatten().tolist()
-    assert everything == whole[:n * T], "no token between the windows is lost or read twice"
+    assert everything == whole[:n * T], "each token is in exactly one window"
 
 
 def test_a_split_that_is_too_short_for_the_context_is_refused(corpus):
@@ -352,7 +352,7 @@ def test_a_split_that_is_too_short_for_the_context_is_refused(corpus):
         corpus.n_windows("val", n)
 
 
-def test_every_window_comes_once_per_epoch_in_another_order_each_time():
+def test_every_epoch_has_each_window_once_in_a_new_order():
     n, per_step = 35, 8                      # 35 is no multiple of 8: steps straddle epochs
     flat = np.concatenate([train_windows(1, step, per_step, n) for step in range(35)])
     epochs = flat.reshape(8, n)
@@ -363,7 +363,7 @@ def test_every_window_comes_once_per_epoch_in_another_order_each_time():
     assert (flat != others).mean() > 0.5, "another seed, another order"
 
 
-def test_a_step_larger_than_an_epoch_takes_each_window_once_before_any_comes_again():
+def test_a_step_larger_than_an_epoch_takes_every_window_before_it_repeats_one():
     windows = train_windows(0, 0, 23, 10).tolist()                   # two epochs of 10, and 3 windows more
     assert sorted(windows[:10]) == sorted(windows[10:20]) == list(range(10)) and len(set(windows[20:])) == 3
 
@@ -417,7 +417,10 @@ def test_bigram_entropy_equals_a_double_loop(tmp_path):
 
 
 def test_bigram_entropy_of_simple_chains_is_known(tmp_path):
-    """0 for a cycle; for independent draws the entropy of a draw. The tokens are counted in several pieces."""
+    """It is 0 for a cycle, and the entropy of one draw for independent draws.
+
+    The tokens are counted in several pieces.
+    """
     n = (1 << 22) + 70_000
     independent = np.random.default_rng(0).choice(3, n, p=[0.5, 0.25, 0.25])
     for tokens, want, tolerance in ((np.arange(n) % 3, 0.0, 1e-12), (independent, 1.5 * math.log(2), 2e-3)):
@@ -425,13 +428,13 @@ def test_bigram_entropy_of_simple_chains_is_known(tmp_path):
         meta = {"vocab_size": 3, "dtype": "uint16", "train": {"shards": [{"file": "t.bin", "tokens": n}]}}
         assert D.bigram_entropy(tmp_path, meta) == pytest.approx(want, abs=tolerance)
     once = np.zeros(n, dtype=np.uint16)
-    once[1 << 22] = 1                                                # the only 1 is where the first piece ends
+    once[1 << 22] = 1                            # the only 1, where the first piece ends
     once.tofile(tmp_path / "t.bin")
     want = -(math.log((n - 3) / (n - 2)) * (n - 3) + math.log(1 / (n - 2))) / (n - 1)
     assert D.bigram_entropy(tmp_path, meta) == pytest.approx(want, rel=1e-6)
 
 
-def test_a_missing_corpus_or_a_truncated_shard_is_refused_by_name(corpus, tmp_path):
+def test_a_missing_corpus_or_a_truncated_shard_is_refused_and_named(corpus, tmp_path):
     with pytest.raises(UserError, match=f"no prepared corpus at {tmp_path}.*python data.py"):
         Corpus(tmp_path)
     shard = corpus.folder / "train_00001.bin"
@@ -442,12 +445,12 @@ def test_a_missing_corpus_or_a_truncated_shard_is_refused_by_name(corpus, tmp_pa
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.4, 0.3, 0.1, 0.05, 0.001])
-def test_the_share_of_validation_is_the_one_asked_for(fraction):
+def test_validation_gets_the_fraction_of_documents_asked_for(fraction):
     n = 100_000
     chosen = [i for i in range(n) if D.is_validation(i, fraction)]
     sigma = (n * fraction * (1 - fraction)) ** 0.5
     assert abs(len(chosen) - n * fraction) < 4 * sigma
-    for period in (2, 3, 5, 20):                             # alternating sources have equal shares
+    for period in (2, 3, 5, 20):                             # alternating sources get equal shares
         for turn in range(period):
             mine = [i for i in chosen if i % period == turn]
             assert abs(len(mine) - len(chosen) / period) < 4 * (len(chosen) / period) ** 0.5 + 1

@@ -1,4 +1,4 @@
-"""The scripts on a stand-in for a GPU, see tests/stand_in.py.
+"""The scripts on the stand-in for a GPU in tests/stand_in.py.
 
     python -m pytest -q tests/test_devices.py
 """
@@ -21,7 +21,7 @@ KIND = MOE | dict(n_kv_head=1, recompute=True, norm="peri", shared_hidden=8)
 
 
 def on_device(cwd, script, *args, env=None):
-    """Run a script on the stand-in. Returns its output, and how often it waited for the device."""
+    """Run a script on the stand-in. Returns its output and how often it waited."""
     status, out, err = run_script("tests/stand_in.py", script, *args, cwd=cwd, env=env)
     assert status == 0, err
     *printed, last = out.splitlines(keepends=True)
@@ -33,7 +33,7 @@ def told(corpus, **given):
 
 
 # ---- the stand-in ------------------------------------------------------------------------------------------------
-SEEN = {                                             # expressions of x on the device: the error, or the number of waits
+SEEN = {                                             # expression of x: error, or number of waits
     "x + torch.ones(3)": "aten::add mixes the device with the CPU",
     "x.double()": "float64 on a device that has none",
     "torch.zeros(3, dtype=torch.float64, device=x.device)": "float64 on a device that has none",
@@ -71,7 +71,7 @@ def test_training_on_a_device_waits_once_per_step_and_equals_training_on_the_cpu
     assert waits("parts", 5, "--resume") - first == 3 - 2             # 3 steps; loading the weights does not wait
     train.train(TrainConfig(**told(corpus, out_dir=str(tmp_path / "cpu"), max_steps=5)))
     log, parts, cpu = (without_rates(read_log(tmp_path / name)) for name in ("whole", "parts", "cpu"))
-    del parts[1]["val_loss"]                                          # which every run has at its end
+    del parts[1]["val_loss"]                              # every run ends with a validation
     assert parts == log
     for ours, theirs in zip(log, cpu, strict=True):
         assert ours.keys() == theirs.keys()
@@ -107,7 +107,8 @@ def assert_alike(ours, theirs, name=""):
         assert ours == theirs, name
 
 
-def test_measuring_and_sampling_on_a_device_equal_those_on_the_cpu(corpus, tmp_path, run_main, monkeypatch):
+def test_scores_and_samples_on_a_device_equal_those_on_the_cpu(
+        corpus, tmp_path, run_main, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.train(TrainConfig(**told(corpus, out_dir="run", max_steps=20, learning_rate=1e-2)))
     measure = "run/ckpt.pt", "--samples=4", "--jacobian_samples=1"
@@ -122,7 +123,7 @@ def test_measuring_and_sampling_on_a_device_equal_those_on_the_cpu(corpus, tmp_p
 
 
 def test_measuring_waits_a_few_times_per_micro_batch_and_not_for_every_intervention(corpus, tmp_path):
-    """It may wait for each block, because the fits are made in float64, which the device lacks."""
+    """It may wait once or twice per block: fits need float64, which the device lacks."""
     waits = {}
     no_figures = without("matplotlib", tmp_path)
     for n_layer in (2, 6):
@@ -131,4 +132,4 @@ def test_measuring_waits_a_few_times_per_micro_batch_and_not_for_every_intervent
         few, many = (on_device(tmp_path, "probe.py", "ckpt.pt", f"--data={corpus}", f"--samples={n}",
                                "--jacobian_samples=1", f"--out={n_layer}_{n}", env=no_figures)[1] for n in (10, 20))
         waits[n_layer] = (many - few) / 2                             # micro-batches, of 5 sequences of 12 tokens
-    assert 0 < waits[2] < 30 and waits[6] - waits[2] <= 2 * 4         # blocks; there are 15 pairs, 11 runs, 15 updates
+    assert 0 < waits[2] < 30 and waits[6] - waits[2] <= 2 * 4    # 4 blocks more

@@ -1,9 +1,10 @@
-"""After a change of the block in model.py, every experiment and every task is about the changed block.
+"""If the block in model.py is changed, every experiment and task measures the changed block.
 
     python -m pytest -q tests/test_fork.py
 
-There are three forks of Attention. Each is compared with the same change written by hand: scaled values and a window
-of keys; an output gate, which is one more matrix; an attention that does not call scaled_dot_product_attention.
+There are three forks of Attention: one with scaled values and a window of keys, one with an output
+gate, which is one more matrix, and one that does not call scaled_dot_product_attention. Each is
+compared with the same change written by hand.
 """
 from __future__ import annotations
 
@@ -31,11 +32,11 @@ MODELS = {"dense": dict(n_layer=3), "moe_peri": dict(n_layer=3, norm="peri", **E
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the forks, and the same by hand
+# the forks, and the same changes by hand
 
 
 class Windowed(Attention):
-    """Values are scaled. A query sees itself and the WINDOW - 1 keys before it."""
+    """Values are scaled. A token attends to itself and to the WINDOW - 1 tokens before it."""
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, SCALE * v, attn_mask=window(x.size(1)), enable_gqa=True)
@@ -124,7 +125,7 @@ def forked(fork: str | type[Attention], dtype: torch.dtype = torch.float64, **se
 
 @functools.cache
 def measured(fork: str, kind: str) -> tuple[dict[str, Any], Truth]:
-    """The result of all experiments on a fork, and the Truth that the naive versions start from."""
+    """The result of all experiments on a fork, and the Truth that naive versions use."""
     model, tokens = forked(fork, **MODELS[kind]), make_tokens(5, T)
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         m.setattr(probe, "TOKENS_AT_ONCE", 2 * T)
@@ -148,7 +149,7 @@ def test_every_experiment_measures_the_forked_block(fork, kind, name):
 @every_model
 @every_fork
 def test_no_experiment_measures_the_original_block(fork, kind):
-    """The changes affect every score, except the scores of weights. So the comparison above can fail."""
+    """Shows that the test above can fail. Scores of weights are the same in both."""
     got, truth = measured(fork, kind)
     plain = probe.probe(make_model(**MODELS[kind]), truth.tokens, remove=REMOVE, sublayers=True)
 
@@ -165,7 +166,7 @@ def test_no_experiment_measures_the_original_block(fork, kind):
         matters(plain["sparsity"]["attention"], got["sparsity"]["attention"])
 
 
-def test_a_block_may_also_be_changed_after_the_model_was_built():
+def test_a_block_may_be_changed_after_the_model_is_built():
     model, (want, truth) = make_model(**MODELS["dense"]), measured("windowed", "dense")
     for block in model.blocks:
         block.attn.__class__ = Windowed
@@ -175,7 +176,7 @@ def test_a_block_may_also_be_changed_after_the_model_was_built():
     assert plain["variance"] != pytest.approx(got["variance"], rel=1e-3)
 
 
-def test_attention_to_the_token_itself_alone_has_no_entropy(monkeypatch):
+def test_attention_only_to_the_token_itself_has_no_entropy(monkeypatch):
     monkeypatch.setattr("test_fork.WINDOW", 1)
     model = forked("windowed", **MODELS["dense"])
     got = probe.probe(model, make_tokens(2, T), ["sparsity"])["sparsity"]
@@ -183,8 +184,8 @@ def test_attention_to_the_token_itself_alone_has_no_entropy(monkeypatch):
     assert got["interaction_density"] == [0.5] * 3                                        # 2 key heads of 4
 
 
-def test_attention_is_compared_with_a_uniform_one_over_the_keys_it_sees():
-    """With queries of zeros, all visible keys have the same weight. The entropy is relative to that."""
+def test_attention_is_compared_with_uniform_attention_to_the_visible_keys():
+    """With zero queries, all visible keys have the same weight, so every score is 1."""
     model = forked("windowed", **MODELS["dense"])
     with torch.no_grad():
         for block in model.blocks:
@@ -216,10 +217,10 @@ def test_the_scores_of_weights_include_a_new_matrix():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# an attention that does not call scaled_dot_product_attention: its probabilities are not seen
+# an attention without scaled_dot_product_attention: its probabilities are unknown
 
 
-def test_all_but_the_sparsity_of_attention_is_measured_if_its_probabilities_are_not_seen():
+def test_all_but_the_sparsity_of_attention_is_measured_if_its_probabilities_are_unknown():
     model, tokens = forked(WrittenOut, **MODELS["dense"]), make_tokens(4, T)
     others = [name for name in EXPERIMENTS if name != "sparsity"]
     want, got = probe.probe(make_model(**MODELS["dense"]), tokens, others), probe.probe(model, tokens, others)
@@ -261,7 +262,7 @@ def by_hand(model: M.GPT, attention: Callable, context: list[int], continuation:
 
 @every_model
 @every_fork
-def test_tasks_on_a_forked_block_are_scored_as_one_token_at_a_time(fork, kind, monkeypatch):
+def test_tasks_on_a_forked_block_score_as_if_computed_one_token_at_a_time(fork, kind, monkeypatch):
     model, pairs = forked(fork, **MODELS[kind]), some_pairs()
     want = [by_hand(model, FORKS[fork].by_hand, *pair) for pair in pairs]
     for tokens_at_once in (4096, 60):
@@ -280,7 +281,7 @@ def test_tasks_do_not_need_the_probabilities_of_attention():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what else depends on a new matrix
+# other functions that depend on a new matrix
 
 
 @every_model
@@ -295,7 +296,7 @@ def test_the_flops_count_the_matrix_of_the_gate(kind):
     assert {key: have[key] - had[key] for key in have} == dict.fromkeys(have, n * d * d)
 
 
-def test_the_gate_is_saved_and_loaded_and_kept_when_a_block_is_dropped(tmp_path, monkeypatch):
+def test_the_gate_is_saved_and_loaded_and_stays_when_a_block_is_dropped(tmp_path, monkeypatch):
     model, tokens = forked("gated", torch.float32, **MODELS["dense"]), make_tokens(3, T)
     data.save_checkpoint(tmp_path / "ckpt.pt", checkpoint_of(model))
     data.save_checkpoint(tmp_path / "pruned.pt", probe.without_blocks(checkpoint_of(model), [1]))
@@ -314,7 +315,7 @@ def test_the_gate_is_saved_and_loaded_and_kept_when_a_block_is_dropped(tmp_path,
 
 
 class Twice(Attention):
-    """The mean of Attention and of an attention to the token itself alone."""
+    """The mean of Attention and of attention only to the token itself."""
     def forward(self, x):
         q, k, v = self.heads(x)
         itself = torch.eye(x.size(1), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""model.py compared with a second implementation in float64 and with loops, which is in tests/helpers.py.
+"""model.py compared with the second implementation in tests/helpers.py: loops, in float64.
 
     python -m pytest -q tests/test_model.py
 """
@@ -79,7 +79,7 @@ def test_the_product_of_a_rotated_query_and_key_depends_only_on_their_distance()
     for distance in range(-39, 40):
         diagonal = gram.diagonal(distance)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-12)
-    assert np.unique(np.round(gram[0], 6)).size == 40, "every distance has another product"
+    assert np.unique(np.round(gram[0], 6)).size == 40, "each distance has its own product"
     assert gram[0, 0] == pytest.approx(float((q * k).sum()))
 
 
@@ -119,10 +119,10 @@ def test_moe_under_bfloat16_autocast_stays_near_the_float64_loop():
     with torch.autocast("cpu", torch.bfloat16):
         got = array(moe(x)[0]).reshape(18, 32)
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert 0 < error < 0.02, "bfloat16 has 8 bits; an error of 0 would mean that it was not used"
+    assert 0 < error < 0.02, "bfloat16 has 8 bits; without it the error would be 0"
 
 
-def test_an_expert_without_tokens_gets_a_zero_gradient_in_float32_and_the_others_that_of_float64():
+def test_an_expert_without_tokens_gets_a_zero_gradient_and_float32_agrees_with_float64():
     results = []
     for dtype in (torch.float32, torch.float64):
         moe, config, x = moe_with_an_idle_expert(dtype)
@@ -136,7 +136,10 @@ def test_an_expert_without_tokens_gets_a_zero_gradient_in_float32_and_the_others
 
 
 def grouped(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (10, 8) of 3 experts, the second without a row; w (3, 8, 16), the gradient of their product (10, 16), ends."""
+    """x (10, 8), w (3, 8, 16), the gradient of their product (10, 16), and ends.
+
+    The second of the three experts has no row.
+    """
     generator = torch.Generator().manual_seed(0)
     x, w, grad = (torch.randn(shape, dtype=dtype, generator=generator) for shape in ((10, 8), (3, 8, 16), (10, 16)))
     return x, w, grad, torch.tensor([4, 4, 10], dtype=torch.int32)
@@ -144,7 +147,7 @@ def grouped(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_grouped_matrix_product_and_its_gradient_are_well_formed_custom_ops(dtype):
-    """PyTorch's own check of the schema, of the fake tensors for torch.compile, and of the autograd formula."""
+    """opcheck tests the schema, the fake tensors for torch.compile, and the autograd formula."""
     x, w, grad, ends = grouped(dtype)
     torch.library.opcheck(torch.ops.depth.grouped_mm_weight.default, (x, grad, ends))
     torch.library.opcheck(torch.ops.depth.grouped_mm.default, (x.requires_grad_(), w.requires_grad_(), ends))
@@ -240,7 +243,7 @@ def test_a_block_and_its_details_equal_those_computed_by_hand(settings):
 
 
 def test_the_norm_variants_differ():
-    """Otherwise all cases above might be "pre" in both implementations."""
+    """If both implementations ignored `norm`, the test above would still pass."""
     idx = tokens(DENSE)
     logits = [make_model(**dict(DENSE, norm=norm))(idx)[0] for norm in ("pre", "lns", "peri")]
     assert min((a - b).abs().max() for a, b in [logits[:2], logits[1:], logits[::2]]) > 0.1
@@ -291,8 +294,8 @@ def test_changing_a_token_leaves_earlier_logits_bit_identical(t):
 
 
 @pytest.mark.parametrize("t", [0, 5, 11])
-def test_changing_a_token_leaves_earlier_logits_of_a_moe_alone(t):
-    """Only up to rounding: another number of rows may select another kernel for an expert."""
+def test_changing_a_token_leaves_earlier_logits_of_a_moe_equal_up_to_rounding(t):
+    """If an expert gets another number of rows, another kernel may be selected."""
     model, idx = make_model(torch.float32, **SPARSE), tokens(SPARSE)
     changed = idx.clone()
     changed[:, t] = (changed[:, t] + 1) % 61
@@ -309,13 +312,14 @@ SMALL = dict(vocab_size=11, block_size=6, n_layer=2, n_head=4, n_kv_head=2, n_em
     dict(n_experts=4, expert_hidden=8, shared_hidden=8, lb_loss_weight=0.0, z_loss_weight=0.0),
     dict(n_experts=4, expert_hidden=8, norm_topk_prob=True, lb_loss_weight=0.0, z_loss_weight=0.0)], ids=str)
 def test_gradient_of_every_parameter_equals_finite_differences(extra):
-    """Without the auxiliary losses, which change the gradient but not the value of the loss: see the next test.
+    """Each parameter moves along a random direction, as in the fast mode of gradcheck.
 
-    Each parameter moves along a random direction, as in the fast mode of torch.autograd.gradcheck.
+    The auxiliary losses are off, because they change the gradient of the loss but not its value.
+    The next test covers them.
     """
     settings, step = SMALL | extra, 3e-6
     model, idx, targets = make_model(**settings), tokens(settings, T=6), tokens(settings, T=6, seed=2)
-    for model.logits_at_once in (0, 50):                                     # the second is in chunks
+    for model.logits_at_once in (0, 50):                                     # 50: in chunks
         gradient = gradients(model, model(idx, targets)[1])
         for (name, p), g in zip(model.named_parameters(), gradient):
             direction, losses = torch.randn_like(p), []
@@ -401,7 +405,7 @@ def test_a_gathered_gradient_is_that_of_indexing():
 
 @pytest.mark.parametrize("at_once", [1, 100, 61 * 7, 61 * 23, 61 * 24])
 @pytest.mark.parametrize("settings", [DENSE, SPARSE, dict(DENSE, tie_embeddings=True)], ids=["dense", "moe", "tied"])
-def test_cross_entropy_in_chunks_equals_the_plain_one(settings, at_once):
+def test_cross_entropy_in_chunks_equals_plain_cross_entropy(settings, at_once):
     model = make_model(**settings, lb_loss_weight=0.0, z_loss_weight=0.0)
     idx, targets = tokens(settings), tokens(settings, seed=2)
     plain = F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten())
@@ -427,15 +431,15 @@ class Largest(TorchDispatchMode):
 
 
 def test_complete_logits_never_exist_when_the_loss_runs_in_chunks():
-    settings = dict(DENSE, vocab_size=200, n_embd=8, n_head=2)       # B T V = 24 * 200, the head itself is only 8 * 200
+    settings = dict(DENSE, vocab_size=200, n_embd=8, n_head=2)    # 24 * 200 logits, a head of 8 * 200
     model, idx = make_model(torch.float32, **settings), tokens(settings)
     with Largest() as seen:
         model(idx, idx)[1].backward()
-    assert seen.numel == 24 * 200, "without chunks they exist, and the recorder sees them"
+    assert seen.numel == 24 * 200, "without chunks, the recorder sees all logits"
     model.logits_at_once = 5 * 200
     with Largest() as seen:
         model(idx, idx, return_logits=False)[1].backward()
-    assert seen.numel == 8 * 200, "the gradient of the head is larger than a chunk of 5 rows"
+    assert seen.numel == 8 * 200, "the head's gradient, which is larger than a chunk of 5 rows"
 
 
 def test_no_logits_are_kept_for_the_backward_pass():
@@ -452,8 +456,8 @@ def test_no_logits_are_kept_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_one(dtype):
-    """It may be nearer, because the gradient of the head is accumulated in float32, not in bfloat16."""
+def test_the_loss_under_autocast_is_as_near_to_float64_as_the_plain_loss(dtype):
+    """It may be nearer: the gradient of the head is summed in float32, not in bfloat16."""
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 200, bias=False)
     x, targets = torch.randn(2, 40, 32), torch.randint(200, (2, 40))
@@ -527,9 +531,12 @@ def test_tied_embeddings_are_counted_once():
                                    dict(tie_embeddings=True), dict(n_experts=5, expert_hidden=16),
                                    dict(n_experts=4, top_k=3, expert_hidden=8, shared_hidden=8)], ids=str)
 def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
-    """PyTorch cannot count fused attention on a CPU, so this uses the math backend; nor can it count our products."""
+    """PyTorch counts neither fused attention on a CPU nor our custom operations.
+
+    So the test uses the math backend and tells PyTorch the FLOPs of the operations.
+    """
     def product(a: tuple, b: tuple, ends: tuple, out_shape: tuple | None = None, **_) -> int:
-        return 2 * a[0] * a[1] * b[-1]             # shapes x (M, K), w (E, K, N); or x (M, K), grad (M, N)
+        return 2 * a[0] * a[1] * b[-1]             # x (M, K), w (E, K, N) or grad (M, N)
 
     settings = DENSE | extra
     model, idx = make_model(torch.float32, **settings), tokens(settings, T=8)
@@ -551,7 +558,7 @@ def test_flops_equal_those_that_pytorch_counts_in_a_run(extra):
 
 
 def test_the_flops_of_a_model_include_those_that_each_attention_reports(monkeypatch):
-    """An attention that sees fewer keys overrides flops_per_token, and nothing else."""
+    """An attention with fewer keys needs to override only flops_per_token."""
     model = make_model(**DENSE)
     before = model.flops_per_token(12, backward=False)
     monkeypatch.setattr(model.blocks[1].attn, "flops_per_token", lambda T: 1000.0 * T)
@@ -560,7 +567,7 @@ def test_the_flops_of_a_model_include_those_that_each_attention_reports(monkeypa
 
 
 @pytest.mark.parametrize("settings", [DENSE, dict(SPARSE, shared_hidden=16, norm="peri")], ids=["dense", "moe"])
-def test_every_matrix_starts_at_std_002_whatever_its_depth_and_every_norm_at_1(settings):
+def test_matrices_start_with_std_0_02_at_every_depth_and_norms_start_at_1(settings):
     torch.manual_seed(0)
     settings = {name: value for name, value in settings.items() if name != "init_std"}
     model = GPT(ModelConfig(**dict(settings, n_layer=12)))
@@ -571,7 +578,7 @@ def test_every_matrix_starts_at_std_002_whatever_its_depth_and_every_norm_at_1(s
             n = p.numel()         # five standard errors of a standard deviation and of a mean
             assert p.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * n)), name
             assert abs(p.mean().item()) < 5 * 0.02 / math.sqrt(n), name
-    # in a whole block, a factor of 1/sqrt(2 L) or 1/sqrt(layer) would be tens of standard errors away
+    # over a whole block, a factor of 1/sqrt(2 L) or 1/sqrt(layer) would be tens of standard errors
     for block in model.blocks:
         matrices = torch.cat([p.flatten() for p in block.parameters() if p.dim() > 1])
         assert matrices.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * matrices.numel()))
@@ -592,7 +599,7 @@ def test_a_model_made_on_the_meta_device_is_the_same_after_init_weights():
 
 def test_compiling_into_one_graph_changes_neither_loss_nor_gradients():
     """fullgraph=True raises on a graph break. The backend aot_eager is fast, because it generates no code."""
-    settings = dict(SPARSE, shared_hidden=16)                    # its shared expert is a dense FFN
+    settings = dict(SPARSE, shared_hidden=16)                    # the shared expert is a dense FFN
     model, idx, targets = make_model(torch.float32, **settings), tokens(settings), tokens(settings, seed=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -616,7 +623,7 @@ def test_compiling_into_one_graph_changes_neither_loss_nor_gradients():
     (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(n_experts=2, top_k=3, expert_hidden=8), "top_k=3"),
     (dict(n_experts=2, top_k=0), "top_k=0"), (dict(n_experts=4, expert_hidden=12), "expert_hidden=12"),
     (dict(n_experts=4, n_embd=36, n_head=2), "n_embd=36"), (dict(init_std=-0.1), "init_std=-0.1")], ids=str)
-def test_impossible_shapes_are_refused_by_the_name_of_the_setting(bad, name):
+def test_impossible_shapes_are_refused_and_the_setting_is_named(bad, name):
     with pytest.raises(UserError, match=name):
         ModelConfig(**(DENSE | dict(n_kv_head=0) | bad))
 
@@ -625,7 +632,7 @@ def test_zeros_in_the_configuration_stand_for_derived_values():
     c = ModelConfig(vocab_size=10, n_embd=64, n_head=4)
     assert (c.n_kv_head, c.ffn_hidden, c.expert_hidden) == (4, 256, 0)
     c = ModelConfig(vocab_size=10, n_embd=64, n_head=4, n_experts=8, top_k=2)
-    assert c.expert_hidden == 128, "two experts of half the width cost as much as the dense layer"
+    assert c.expert_hidden == 128, "two experts of half the width cost as much as a dense FFN"
 
 
 def test_a_model_without_a_vocabulary_and_a_context_that_is_too_long_are_refused():
@@ -658,7 +665,7 @@ def test_generation_never_draws_the_padding_of_the_vocabulary():
     assert int(M.generate(model, idx, 30, 5.0).max()) >= 40, "without n_vocab it draws padding"
 
 
-def test_generation_with_the_same_seed_repeats_itself_and_with_another_does_not():
+def test_generation_repeats_itself_with_the_same_seed_but_not_with_another():
     model, idx = make_model(torch.float32, **DENSE), tokens(DENSE, T=4)
     texts = [M.generate(model, idx, 20, 1.0, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
@@ -671,7 +678,7 @@ def test_generation_draws_with_the_frequencies_of_the_tempered_softmax_over_the_
     drawn, likeliest = text[:, -1].numpy(), np.argsort(-logits)[:6]
     p = np.exp(logits[likeliest] / 0.5) / np.exp(logits[likeliest] / 0.5).sum()
     seen = np.array([(drawn == token).sum() for token in likeliest])
-    assert seen.sum() == 8000, "nothing outside the likeliest six"
+    assert seen.sum() == 8000, "only the likeliest six are drawn"
     chi2 = ((seen - 8000 * p) ** 2 / (8000 * p)).sum()
     assert chi2 < 25.7, "the 0.9999 quantile of chi-square with 5 degrees of freedom"
-    assert p.max() / p.min() > 2, "and the six are not equally likely"
+    assert p.max() / p.min() > 2, "the six are not equally likely"

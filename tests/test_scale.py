@@ -1,4 +1,4 @@
-"""train.py in real processes on the CPU: on several ranks, killed, stopped, with a full disk; and its out_dir.
+"""train.py in real processes on the CPU: several ranks, kills, signals, full disks, and out_dir.
 
     python -m pytest -q tests/test_scale.py                     # no download
 """
@@ -27,9 +27,9 @@ from model import UserError
 from train import TrainConfig
 
 RUN = TINY | dict(max_steps=40, learning_rate=1e-2, save_interval=5, eval_interval=10, stats_interval=10, **MOE)
-# For comparing runs that round differently over many steps: if all experts are chosen, rounding changes no choice.
+# For long runs that round differently: if a token uses all experts, rounding changes no choice.
 ALL_EXPERTS = {"top_k": RUN["n_experts"]}
-# The script that is started: these lines, then the changes that a test makes to train.py, then its main.
+# A started script consists of these lines, a test's changes to train.py, and a call of main.
 SCRIPT = f"""
 import io, json, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -55,7 +55,7 @@ torch.save = slowly
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, corpus):
-    """launch(out, *arguments, ranks=, change=, torchrun=, **settings) starts train.py in a process of its own."""
+    """launch(out, *arguments, ranks=, change=, torchrun=, **settings) starts a new process."""
     started, folder = [], tmp_path_factory.mktemp("scripts")
 
     def start(out, *args, ranks=1, change="", torchrun=(), script="train.run(train.main)", preexec_fn=None, env={},
@@ -79,7 +79,7 @@ def launch(tmp_path_factory, corpus):
 
 @pytest.fixture
 def here(corpus, run_main):
-    """here(out, *arguments, status=, **settings) runs train.py in this process; returns its stdout and stderr."""
+    """here(out, *arguments, status=, **settings) runs train.py. Returns stdout and stderr."""
     def run(out, *args, status=0, **settings):
         told = RUN | {"data": corpus, "out_dir": out} | settings
         done = run_main(train, *args, *(f"--{name}={value}" for name, value in told.items()))
@@ -89,8 +89,8 @@ def here(corpus, run_main):
 
 
 def end(process, status=0):
-    """Wait for a process and check its exit status; returns what it wrote to stdout and stderr."""
-    out, err = process.communicate(timeout=300)      # long, because two ranks on a busy core are slow
+    """Wait for a process and check its exit status. Returns its stdout and stderr."""
+    out, err = process.communicate(timeout=300)      # two ranks on a busy core are slow
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err
 
@@ -100,7 +100,7 @@ def errors(text):
 
 
 def until(happened, process):
-    """Wait until happened() is true. The process must not end before."""
+    """Wait until happened() is true. Fail if the process ends first."""
     while not happened():
         assert process.poll() is None, "it ended first: " + "\n".join(process.communicate())
         time.sleep(0.002)
@@ -163,7 +163,7 @@ ENGINES = ("ddp", "fsdp")
 
 
 def cut(out, to):
-    """Make the folder that the run `out` would have left if it had died before its last checkpoint."""
+    """Copy the run `out` as if it had died before its last checkpoint."""
     to.mkdir()
     shutil.copy(out / "ckpt.1.pt", to / "ckpt.1.pt")
     shutil.copy(out / "log.jsonl", to / "log.jsonl")
@@ -171,7 +171,7 @@ def cut(out, to):
 
 @pytest.fixture(scope="module")
 def engines(launch, corpus, tmp_path_factory):
-    """A folder of runs: each kind in one process and under each engine, and runs resumed under another engine."""
+    """A folder of runs: each kind alone and under each engine, and runs resumed under another."""
     folder = tmp_path_factory.mktemp("engines")
     todo = {kind: SHORT | settings | {"data": str(corpus)} for kind, settings in KINDS.items()}
     for kind, settings in todo.items():
@@ -181,8 +181,8 @@ def engines(launch, corpus, tmp_path_factory):
             for engine in ENGINES for kind, settings in todo.items()]
     runs.append((todo["moe"] | {"out_dir": str(folder / "alone-then-fsdp"), "parallel": "fsdp"}, True))
     script = """
-train.dist.init_process_group("gloo")               # one group for all runs: torchrun's store serves only one
-leave = train.dist.destroy_process_group            # if it is not called, threads of gloo abort the interpreter
+train.dist.init_process_group("gloo")               # once: torchrun's store serves only one group
+leave = train.dist.destroy_process_group    # call it, else gloo's threads abort the exit
 train.dist.init_process_group = train.dist.destroy_process_group = lambda *_, **__: None
 for settings, resume in json.loads(sys.argv[1]):
     train.train(train.TrainConfig(**settings), resume)
@@ -213,8 +213,8 @@ def test_a_checkpoint_of_one_engine_resumes_under_another(engines, resumed):
 
 COMPILED = {         # settings, backend, and the number of graphs after each step
     "ddp": (MOE | {"parallel": "ddp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),
-    "fsdp": (MOE | {"parallel": "fsdp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),       # all blocks share a graph
-    "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 9}, "eager", [9, 9, 18, 18, 18, 18]),      # none do
+    "fsdp": (MOE | {"parallel": "fsdp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),    # shared by all blocks
+    "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 9}, "eager", [9, 9, 18, 18, 18, 18]),    # one per block
 }
 
 
@@ -266,14 +266,14 @@ def test_two_ranks_compile_once_without_graph_breaks_and_compute_the_same(compil
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The folder of RUN without an interruption."""
+    """The out_dir of RUN without an interruption."""
     out = tmp_path_factory.mktemp("whole") / "out"
     run_here(out, corpus)
     return out
 
 
 def run_here(out, corpus, resume=False, **settings):
-    """RUN in this process."""
+    """Train with the settings RUN in this process."""
     train.train(TrainConfig(**RUN | {"data": str(corpus), "out_dir": str(out)} | settings), resume)
 
 
@@ -282,7 +282,7 @@ def kill(process):
     process.communicate()
 
 
-def test_a_run_that_is_killed_and_resumed_twice_ends_bit_for_bit_as_an_uninterrupted_one(
+def test_a_run_that_is_killed_and_resumed_twice_is_bit_identical_to_an_uninterrupted_run(
         launch, here, whole, tmp_path):
     out = tmp_path / "out"
     for step in sorted(random.Random(1).sample(range(1, 39), 2)):
@@ -291,7 +291,7 @@ def test_a_run_that_is_killed_and_resumed_twice_ends_bit_for_bit_as_an_uninterru
         kill(process)
         assert len(read_log(out)) < 40
         with open(out / "log.jsonl", "a") as f:
-            f.write('{"step": 39, "tok')                             # as if it was killed while it wrote a line
+            f.write('{"step": 39, "tok')                        # as if killed while it wrote a line
     assert ", from step " in here(out, "--resume")[0]
     assert_same_end(out, whole)
 
@@ -300,7 +300,7 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_earlier_one
     out = tmp_path / "out"
     for n in (1, 2):
         process = launch(out, "--resume", change=SLOW + HALF)
-        for _ in range(n):                                           # the nth checkpoint from here
+        for _ in range(n):                                           # wait for the nth checkpoint
             until((out / "ckpt.pt.tmp").exists, process)
             if _ < n - 1:
                 until(lambda: not (out / "ckpt.pt.tmp").exists(), process)
@@ -313,7 +313,8 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_keeps_the_earlier_one
                                                      "config.json", "config.json.old"}
 
 
-def test_resume_starts_afresh_where_there_is_nothing_and_changes_nothing_in_a_finished_run(here, whole, tmp_path):
+def test_resume_starts_afresh_without_a_checkpoint_and_leaves_a_finished_run_unchanged(
+        here, whole, tmp_path):
     out = tmp_path / "out"
     said, _ = here(out, "--resume")
     assert said.splitlines()[0] == f"nothing to resume in {out}: starting afresh"
@@ -322,11 +323,12 @@ def test_resume_starts_afresh_where_there_is_nothing_and_changes_nothing_in_a_fi
     said, _ = here(out, "--resume")
     assert "trained to step 40" in said
     after = {path: path.read_bytes() for path in out.iterdir()}
-    assert before.pop(out / "config.json") and after.pop(out / "config.json")    # it has the command
+    assert before.pop(out / "config.json") and after.pop(out / "config.json")    # has the command
     assert after == before
 
 
-def test_a_run_that_a_signal_stops_with_status_0_continues_bit_for_bit(launch, here, whole, tmp_path):
+def test_a_run_stopped_by_a_signal_exits_with_status_0_and_continues_bit_for_bit(
+        launch, here, whole, tmp_path):
     out = tmp_path / "out"
     process = launch(out, change=SLOW, save_interval=0)
     until(logged(out, 3), process)
@@ -340,7 +342,7 @@ def test_a_run_that_a_signal_stops_with_status_0_continues_bit_for_bit(launch, h
     assert_same_end(out, whole)
 
 
-def test_sigterm_to_one_rank_stops_and_saves_all(launch, here, corpus, tmp_path):
+def test_sigterm_to_one_rank_stops_all_ranks_after_a_checkpoint(launch, here, corpus, tmp_path):
     out, want = tmp_path / "out", tmp_path / "want"
     process = launch(out, ranks=2, change=SLOW, save_interval=0, parallel="fsdp", **ALL_EXPERTS)
     until(logged(out, 3), process)
@@ -354,7 +356,7 @@ def test_sigterm_to_one_rank_stops_and_saves_all(launch, here, corpus, tmp_path)
     assert_same_end(out, want, exact=False)
 
 
-def test_a_run_resumes_by_itself_when_torchrun_restarts_a_killed_rank(launch, corpus, tmp_path):
+def test_a_run_resumes_when_torchrun_restarts_a_killed_rank(launch, corpus, tmp_path):
     out, want = tmp_path / "out", tmp_path / "want"
     process = launch(out, "--resume", ranks=2, change=SLOW, torchrun=["--max-restarts=1"], **ALL_EXPERTS)
     until(logged(out, 12), process)
@@ -366,7 +368,7 @@ def test_a_run_resumes_by_itself_when_torchrun_restarts_a_killed_rank(launch, co
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# an out_dir belongs to one run, and nothing in it is lost in silence
+# an out_dir belongs to one run, and no file in it is lost silently
 
 
 def files(out):
@@ -376,7 +378,7 @@ def files(out):
 
 @pytest.fixture(scope="module")
 def six_steps(corpus, tmp_path_factory):
-    """A run of 6 steps that keeps the checkpoints of step 4 and 6."""
+    """A run of 6 steps that keeps the checkpoints of steps 4 and 6."""
     out = tmp_path_factory.mktemp("six_steps") / "out"
     run_here(out, corpus, max_steps=6, save_interval=2)
     return out
@@ -390,7 +392,7 @@ def short(six_steps, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "ckpt.1.pt"])
-def test_a_fresh_start_is_refused_if_there_is_a_checkpoint_and_touches_nothing(here, short, name):
+def test_a_fresh_start_beside_a_checkpoint_is_refused_and_changes_no_file(here, short, name):
     os.replace(short / "ckpt.pt", short / name)
     before = files(short)
     said, err = here(short, status=2)
@@ -418,7 +420,7 @@ def test_a_second_run_in_an_out_dir_is_refused_until_the_first_has_died(launch, 
     here(out, "--resume")
 
 
-def test_signal_handlers_are_restored_after_a_run_also_if_it_failed(short, corpus):
+def test_signal_handlers_are_restored_after_a_run_even_if_it_failed(short, corpus):
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(UserError, match="seed=1"):
         run_here(short, corpus, resume=True, seed=1)
@@ -426,13 +428,13 @@ def test_signal_handlers_are_restored_after_a_run_also_if_it_failed(short, corpu
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_without_ckpt_pt_a_run_resumes_from_the_checkpoint_before_it(short, six_steps, corpus):
+def test_without_ckpt_pt_a_run_resumes_from_the_earlier_checkpoint(short, six_steps, corpus):
     (short / "ckpt.pt").unlink()                                     # the machine stopped between two renames
     run_here(short, corpus, resume=True, max_steps=6, save_interval=2)
     assert_same_end(short, six_steps)
 
 
-def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before_it_and_touches_nothing(short, here):
+def test_a_damaged_checkpoint_gives_one_line_that_names_the_earlier_checkpoint(short, here):
     (short / "ckpt.pt").write_bytes((short / "ckpt.pt").read_bytes()[:-1000])
     before = files(short)
     said, err = here(short, "--resume", status=2)
@@ -442,7 +444,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before_it_and_touch
     assert "ckpt.1.pt" not in here(short, "--resume", status=2)[1]
 
 
-def test_a_run_beyond_max_steps_is_refused_and_touches_nothing(short, here):
+def test_a_run_beyond_max_steps_is_refused_and_changes_no_file(short, here):
     before = files(short)
     said, err = here(short, "--resume", max_steps=4, status=2)
     assert_mistake((2, said, err), "step 6", "max_steps=4")
@@ -450,13 +452,14 @@ def test_a_run_beyond_max_steps_is_refused_and_touches_nothing(short, here):
 
 
 @pytest.mark.parametrize("name, value", [("n_head", 4), ("seed", 1), ("tokens_per_step", 512), ("norm", "lns")])
-def test_resuming_with_another_model_or_other_data_is_refused_by_name(short, corpus, name, value):
+def test_resuming_with_another_model_or_other_data_is_refused_and_named(short, corpus, name, value):
     with pytest.raises(UserError, match=f"{name}={value}, but .* {name}="):
         run_here(short, corpus, resume=True, max_steps=8, **{name: value})
     assert load_checkpoint(short / "ckpt.pt")["step"] == 6 and len(read_log(short)) == 6
 
 
-def test_resuming_with_another_learning_rate_or_decay_says_so_and_uses_it(short, corpus, capsys, monkeypatch):
+def test_resuming_with_another_learning_rate_or_decay_uses_and_prints_it(
+        short, corpus, capsys, monkeypatch):
     decays, make = [], train.make_optimizer
 
     def make_and_watch(*args):
@@ -472,7 +475,8 @@ def test_resuming_with_another_learning_rate_or_decay_says_so_and_uses_it(short,
     assert log[-1]["lr"] == pytest.approx(2e-2 * (0.1 + 0.45 * (1 + np.cos(np.pi * 5 / 6))))     # the new schedule
 
 
-def test_a_corpus_that_changed_under_its_path_is_refused_and_a_copy_elsewhere_is_not(short, here, corpus, tmp_path):
+def test_a_corpus_that_changed_is_refused_and_a_copy_elsewhere_is_accepted(
+        short, here, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "words")
     here(short, "--resume", data=tmp_path / "words", max_steps=7)
     meta = json.loads((tmp_path / "words/meta.json").read_text())
@@ -501,15 +505,15 @@ def test_config_json_has_all_that_is_needed_to_repeat_a_run(launch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# failures: one line on stderr, status 2 (torchrun's own is 1), and the last checkpoint is unchanged
+# a failure prints one line to stderr and keeps the last checkpoint; the status is 2, of torchrun 1
 
 
 def at_most(n):
-    """Limit files to n bytes, which has the effect of a full disk."""
+    """Limit files to n bytes, which acts like a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, n))
 
 
-def test_a_disk_too_full_for_a_checkpoint_is_one_line(launch, short):
+def test_a_disk_too_full_for_a_checkpoint_gives_one_line(launch, short):
     before = {path: path.read_bytes() for path in short.glob("ckpt*")}
     _, err = end(launch(short, "--resume", preexec_fn=at_most(100_000)), status=2)
     line, = err.splitlines()
@@ -517,13 +521,13 @@ def test_a_disk_too_full_for_a_checkpoint_is_one_line(launch, short):
     assert {path: path.read_bytes() for path in short.glob("ckpt*")} == before    # the half-written file is gone
 
 
-def test_a_disk_too_full_for_the_log_is_one_line(launch, tmp_path):
+def test_a_disk_too_full_for_the_log_gives_one_line(launch, tmp_path):
     _, err = end(launch(tmp_path / "out", save_interval=0, preexec_fn=at_most(5_000)), status=2)
     line, = err.splitlines()
     assert line.startswith("error: cannot write (File too large)")
 
 
-def test_a_loss_that_is_not_finite_on_two_ranks_is_one_line(launch, short):
+def test_a_loss_that_is_not_finite_on_two_ranks_gives_one_line(launch, short):
     # the loss of one rank alone overflows
     change = "original = train.gradients\n" \
              "def overflow(*args, **kwargs):\n" \

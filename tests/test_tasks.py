@@ -57,7 +57,7 @@ def answers(scorer, folder):
 
 @torch.no_grad()
 def one_at_a_time(model):
-    """The same, with one pass per choice and a sum over its bytes."""
+    """The same log likelihoods: one pass per choice, summed over the bytes of the choice."""
     out = []
     for question, choices, _ in QUESTIONS:
         values = []
@@ -74,7 +74,7 @@ def one_at_a_time(model):
     return out
 
 
-def test_log_likelihoods_equal_those_of_one_pass_per_choice_and_of_the_harness_itself(folder):
+def test_log_likelihoods_equal_those_of_one_pass_per_choice_and_of_the_harness(folder):
     model, saved = data.load_model(folder / "ckpt.pt")
     ours = answers(probe.make_scorer(model, "bytes", print), folder)
     naive = one_at_a_time(model)
@@ -101,7 +101,7 @@ def test_an_empty_context_becomes_the_bos_token_even_if_its_id_is_0(tmp_path):
     assert probe.make_scorer(None, "bytes", print).prefix_token_id == 256
 
 
-def test_two_ranks_find_what_one_process_finds(folder, tmp_path):
+def test_two_ranks_find_the_same_scores_as_one_process(folder, tmp_path):
     script = [str(ROOT / "probe.py"), str(folder / "ckpt.pt"), "--only=tasks", "--tasks=tiny_choice",
               f"--task_folder={folder}", "--device=cpu"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -1,4 +1,4 @@
-"""train.py compared with independent computations: by hand, in float64, in plain loops.
+"""train.py compared with independent computations: by hand, in float64, with plain loops.
 
     python -m pytest -q tests/test_train.py                    # no download
 """
@@ -36,7 +36,7 @@ PAPER = {path.stem: path for path in (ROOT / "configs" / "paper").glob("*.py")}
 
 @pytest.fixture
 def begin(corpus, tmp_path):
-    """begin(**settings) trains a tiny model and returns its out_dir."""
+    """begin(**settings) trains a tiny model. Returns its out_dir."""
     def run(**kwargs):
         c = TrainConfig(**(TINY | {"data": str(corpus), "out_dir": str(tmp_path / "out")} | kwargs))
         train.train(c, overwrite=True)                   # some tests run it twice
@@ -72,7 +72,7 @@ def model_of(c):
 
 
 def tokens_of(folder, split):
-    """The split's tokens, read without data.py; the tiny corpus has one file per split."""
+    """The tokens of a split, read without data.py. The tiny corpus has one file per split."""
     (path,) = Path(folder).glob(f"{split}_*.bin")
     return torch.from_numpy(np.fromfile(path, dtype=np.uint16).astype(np.int64))
 
@@ -144,7 +144,7 @@ def test_config_files_override_defaults_in_order_and_the_command_line_overrides_
     assert (c.n_layer, c.n_embd, c.max_steps, args.plan) == (3, 64, 9, False)
     assert c.block_size == 128                                       # set nowhere: the default
     c, _ = load_settings(["--max_steps=9", b, a])
-    assert (c.n_embd, c.max_steps) == (32, 9)                        # a later file wins; options win over files
+    assert (c.n_embd, c.max_steps) == (32, 9)                        # a later file overrides; options override files
 
 
 def test_a_config_starts_from_its_base_in_the_same_folder(tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_config_starts_from_its_base_in_the_same_folder(tmp_path, monkeypatch)
     assert (c.n_layer, c.n_embd, c.max_steps, c.out_dir) == (3, 64, 6, "out/leaf")
 
 
-def test_out_dir_is_named_after_the_last_config_unless_it_is_given(tmp_path):
+def test_the_default_out_dir_is_named_after_the_last_config(tmp_path):
     a, b = write(tmp_path / "a.py", ""), write(tmp_path / "b.py", "")
     assert load_settings([a, b])[0].out_dir == "out/b"
     assert load_settings([a, b, "--out_dir=elsewhere"])[0].out_dir == "elsewhere"
@@ -178,7 +178,7 @@ def test_a_value_takes_the_type_of_its_setting(tmp_path, name, text, python, wan
     ("learning_rate", "nan", "None"), ("learning_rate", "fast", "'fast'"), ("tie_embeddings", "1", "1"),
     ("compile", "maybe", "'maybe'"),
 ])
-def test_a_value_of_the_wrong_type_is_refused_by_name(tmp_path, name, text, python):
+def test_a_value_of_the_wrong_type_is_refused_and_named(tmp_path, name, text, python):
     with pytest.raises(UserError, match=f"command line: {name}="):
         load_settings([f"--{name}={text}"])
     with pytest.raises(UserError, match=f"c.py: {name}="):
@@ -198,14 +198,14 @@ def test_an_unknown_setting_is_refused_with_the_closest_name(tmp_path):
     ("batch_size", -1), ("beta2", 1.0), ("beta1", -0.1), ("device", "tpu"), ("device", "cuda:0"), ("dtype", "float16"),
     ("n_head", 3), ("norm", "post"),
 ])
-def test_a_value_out_of_range_is_refused_by_name(name, value):
+def test_a_value_out_of_range_is_refused_and_named(name, value):
     with pytest.raises(UserError, match=f"^{name}={value!r}|{name}={value} |{name}={value}$"):
         TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize("text", ["raise ValueError('no')", "n_layer = [", "n_layer = 1 / 0", "max_steps == 3",
                                   "import sys; sys.exit(3)", "base = 'nowhere.py'", "base = 3", "n_layer: 3"])
-def test_a_mistake_in_a_config_is_one_line_that_names_the_file(tmp_path, text):
+def test_a_mistake_in_a_config_gives_one_line_that_names_the_file(tmp_path, text):
     with pytest.raises(UserError, match=r"(broken|nowhere)\.py") as refused:
         load_settings([write(tmp_path / "broken.py", text)])
     assert "\n" not in str(refused.value)
@@ -235,7 +235,7 @@ def test_a_config_of_the_repository_loads_and_its_model_builds(path):
     assert len(model.blocks) == c.n_layer
 
 
-@pytest.mark.parametrize("names, differ", [      # families of the paper: their members, and how these differ
+@pytest.mark.parametrize("names, differ", [     # the paper's families: members, differences
     ([f"depth_{L}" for L in (12, 16, 24, 32)], {"n_layer": [12, 16, 24, 32]}),
     (["weight_decay_" + d for d in ("0", "0_01", "0_1", "1", "3")], {"weight_decay": [0, 0.01, 0.1, 1, 3]}),
     ([f"context_{T}" for T in (256, 512, 1024, 2048, 4096, 8192)], {"block_size": [256, 512, 1024, 2048, 4096, 8192]}),
@@ -247,7 +247,7 @@ def test_a_config_of_the_repository_loads_and_its_model_builds(path):
     (["ladder_t4096", "ladder_t8192"], {"block_size": [4096, 8192]}),
     (["ladder_decay_0_3", "ladder_decay_0_6", "ladder_decay_1"], {"weight_decay": [0.3, 0.6, 1]})],
     ids=lambda x: x[0] if isinstance(x, list) else "")
-def test_the_configs_of_a_family_differ_in_nothing_else_and_see_10b_tokens(names, differ):
+def test_the_configs_of_a_family_differ_only_as_the_paper_says_and_see_10b_tokens(names, differ):
     members = [vars(load_settings([str(PAPER[name])])[0]) for name in names]
     free = {"out_dir", "batch_size", "parallel"}
     if "n_experts" in differ:
@@ -282,7 +282,8 @@ MISTAKES = {     # name -> (arguments, what the line must name)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_of_the_user_is_one_line_on_stderr_and_status_2(mistake, corpus, run_main, tmp_path, monkeypatch):
+def test_a_mistake_gives_one_line_on_stderr_and_status_2(
+        mistake, corpus, run_main, tmp_path, monkeypatch):
     args, named = MISTAKES[mistake]
     monkeypatch.chdir(tmp_path)                                      # empty
     assert_mistake(run_main(train, "--device=cpu", *(arg.replace("CORPUS", str(corpus)) for arg in args)), named)
@@ -314,7 +315,7 @@ def test_every_matrix_is_decayed_and_no_norm_is(kind):
     decay = {}
     for group in train.make_optimizer(model, c).param_groups:
         for p in group["params"]:
-            assert id(p) not in decay                                # in one group, once
+            assert id(p) not in decay                                # in one group only
             decay[id(p)] = group["weight_decay"]
     for name, p in model.named_parameters():
         assert decay.pop(id(p)) == (0.0 if "norm" in name else 0.3), name
@@ -342,8 +343,8 @@ def eight_windows():
     return [torch.randint(VOCAB, (8, 32), generator=generator) for _ in range(2)]
 
 
-def test_the_gradient_of_a_moe_is_the_mean_of_its_micro_batches_gradients_auxiliary_losses_included(eight_windows):
-    # The load-balancing loss is defined for a micro-batch, so the gradient of the whole batch is another one.
+def test_the_gradient_of_a_moe_with_auxiliary_losses_is_the_mean_over_micro_batches(eight_windows):
+    # The load-balancing loss is defined per micro-batch, so the whole batch has another gradient.
     c = TrainConfig(**TINY | MOE | {"lb_loss_weight": 0.5, "z_loss_weight": 0.3, "init_std": 0.3})
     model, (x, y) = model_of(c).double(), eight_windows
     parameters = list(model.parameters())
@@ -357,7 +358,7 @@ def test_the_gradient_of_a_moe_is_the_mean_of_its_micro_batches_gradients_auxili
         torch.testing.assert_close(p.grad, sum(gs) / 4, rtol=1e-8, atol=1e-12)
     router = model.blocks[0].ffn.router.weight
     whole = wanted(x, y)[[p is router for p in parameters].index(True)]
-    assert (whole - router.grad).abs().max() > 1e-3 * router.grad.abs().max()            # it is another one
+    assert (whole - router.grad).abs().max() > 1e-3 * router.grad.abs().max()     # another one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,27 +384,27 @@ def test_the_log_has_one_object_per_step_with_the_promised_keys(trained):
                 assert len(layer) == 4 and sum(layer) == pytest.approx(1) and min(layer) >= 0
 
 
-def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls_clearly(trained):
+def test_the_loss_starts_at_the_loss_of_a_uniform_guess_and_falls_clearly(trained):
     _, _, log = trained
     assert log[0]["loss"] == pytest.approx(math.log(VOCAB), abs=0.1)
     assert all(record["loss"] < log[0]["loss"] - 2.5 for record in log[-5:])
     assert log[-1]["val_loss"] < log[9]["val_loss"] < log[0]["loss"] - 1
 
 
-def test_the_checkpoint_reloads_and_gives_the_logged_validation_loss_again(trained):
+def test_the_reloaded_checkpoint_gives_the_logged_validation_loss(trained):
     out, told, log = trained
     model, saved = load_model(out / "ckpt.pt")
     assert saved["step"] == 30 and saved["tokenizer"] == "bytes" and saved["settings"]["seed"] == 5
     tokens = tokens_of(told["data"], "val")
     losses = []
-    for i in eval_windows(448 // 32, (len(tokens) - 1) // 32):       # one window at a time; train.py took four
+    for i in eval_windows(448 // 32, (len(tokens) - 1) // 32):       # single windows; train.py used four at a time
         with torch.no_grad():
             losses.append(plain_loss(model, *windows_of(tokens, [i], 32)).item())
     assert len(losses) == 14                                         # not a multiple of four
     assert sum(losses) / 14 == pytest.approx(log[-1]["val_loss"], rel=1e-5)
 
 
-def test_intervals_of_zero_are_off_but_the_end_writes_a_checkpoint(begin):
+def test_intervals_of_zero_turn_off_but_the_last_step_writes_a_checkpoint(begin):
     out = begin(max_steps=3, eval_interval=0, stats_interval=0, save_interval=0)
     always = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
     assert [record.keys() for record in read_log(out)] == [always] * 3
@@ -421,7 +422,7 @@ def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, 
     model = model_of(c).double()
     state = {name: (0.0, 0.0) for name, _ in model.named_parameters()}
     for step, record in enumerate(read_log(out)):
-        loss = plain_loss(model, *global_batch(c, step))             # 8 windows at once; train.py took two
+        loss = plain_loss(model, *global_batch(c, step))             # 8 windows at once; train.py used two
         grads = torch.autograd.grad(loss, list(model.parameters()))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads))
         shrink = min(1.0, 0.5 / norm) if c.grad_clip else 1.0
@@ -429,7 +430,7 @@ def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, 
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)  # before it is clipped
         assert record["lr"] == pytest.approx(lr)
-        assert c.grad_clip == 0 or norm > 0.5                        # so clipping is tested
+        assert c.grad_clip == 0 or norm > 0.5                        # otherwise nothing is clipped
         with torch.no_grad():
             for (name, p), g in zip(model.named_parameters(), grads):
                 new, *state[name] = adamw_by_hand(p, g * shrink, *state[name], step + 1, lr,
@@ -437,7 +438,7 @@ def test_training_equals_a_plain_loop_written_by_hand_in_float64(begin, corpus, 
                 p.copy_(new)
     saved = load_checkpoint(out / "ckpt.pt")["model"]
     for name, p in model.named_parameters():
-        # Adam divides by the size of the gradient. Where that is near 0, rounding in float32 becomes visible.
+        # Adam divides by the size of the gradient. Where that is near 0, float32 rounding shows.
         assert (saved[name] - p).abs().mean() < 1e-6 and (saved[name] - p).abs().max() < 1e-3, name
 
 
@@ -483,7 +484,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(begin):
     assert {w.dtype for w in load_checkpoint(out / "ckpt.pt")["model"].values()} == {torch.float32}
 
 
-def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(begin, tmp_path):
+def test_only_the_same_seed_gives_the_same_log_and_weights(begin, tmp_path):
     told = dict(max_steps=4, eval_interval=2, stats_interval=2, **MOE)
     a, b, c = (begin(**told, seed=seed, out_dir=str(tmp_path / name)) for name, seed in [("a", 1), ("b", 1), ("c", 2)])
     assert without_rates(read_log(a)) == without_rates(read_log(b))
@@ -494,7 +495,8 @@ def test_the_same_seed_gives_the_same_log_and_weights_and_another_seed_does_not(
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_run_that_diverges_stops_and_names_the_step_and_the_last_good_checkpoint(begin, tmp_path, monkeypatch, bad):
+def test_a_diverging_run_stops_and_names_the_step_and_the_last_checkpoint(
+        begin, tmp_path, monkeypatch, bad):
     original, calls = train.gradients, []
 
     def diverge(model, *args, **kwargs):
@@ -540,13 +542,13 @@ def test_a_run_saves_and_resumes_before_the_first_step(begin, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["taken", "taken/below"])
-def test_an_out_dir_that_cannot_be_made_is_one_clear_line(corpus, run_main, tmp_path, place):
+def test_an_out_dir_that_cannot_be_made_gives_one_clear_line(corpus, run_main, tmp_path, place):
     (tmp_path / "taken").write_text("a file, no folder")
     done = run_main(train, "--device=cpu", f"--data={corpus}", f"--out_dir={tmp_path / place}")
     assert_mistake(done, str(tmp_path / "taken"))
 
 
-def test_progress_is_never_wider_than_the_terminal_and_few_lines_stay(begin, monkeypatch, capsys):
+def test_progress_lines_fit_into_the_terminal_and_few_of_them_stay(begin, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     begin(max_steps=100, stats_interval=5, n_layer=1)
@@ -590,7 +592,7 @@ def test_a_batch_that_does_not_divide_among_the_ranks_is_refused(tokens, batch_s
 
 
 def see(monkeypatch, kind, count):
-    """Make torch report `count` devices of this kind. Nothing can be computed on them."""
+    """Make torch report `count` devices of this kind, which cannot compute."""
     seen = torch.device(kind) if count else None
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: seen)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
@@ -618,7 +620,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     ("NVIDIA A10", 125), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
     ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA A10G", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ("NVIDIA L40", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
-def test_the_peak_of_a_card_is_its_data_sheets(card, tera, monkeypatch):
+def test_the_peak_of_a_card_is_that_of_its_data_sheet(card, tera, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     cuda = torch.device("cuda", 0)
     assert train.peak_flops(cuda, torch.bfloat16) == (tera * 1e12 if tera else None)
@@ -635,9 +637,9 @@ def test_init_from_takes_the_architecture_and_the_weights_of_a_checkpoint(traine
                           "--block_size=16", "--tokens_per_step=256", "--max_steps=1", "--eval_interval=0", "--seed=9",
                           "--device=cpu"])
     saved = load_checkpoint(out / "ckpt.pt")["settings"]
-    for f in fields(ModelConfig):                                    # block_size shapes no weight: it may change
+    for f in fields(ModelConfig):                                  # no weight depends on block_size
         assert getattr(c, f.name) == (16 if f.name == "block_size" else saved[f.name])
-    assert c.learning_rate == 3e-3                                   # not from the checkpoint, which had 2e-2
+    assert c.learning_rate == 3e-3                    # the default, not the 2e-2 of the checkpoint
     train.train(c)
     record, = read_log(tmp_path)
     model, _ = load_model(out / "ckpt.pt")
@@ -647,7 +649,7 @@ def test_init_from_takes_the_architecture_and_the_weights_of_a_checkpoint(traine
 
 
 @pytest.mark.parametrize("name, value", [("n_layer", 3), ("n_embd", 32), ("rope_theta", 500.0), ("norm", "lns")])
-def test_a_setting_that_contradicts_the_checkpoint_is_refused_by_name(begin, name, value):
+def test_a_setting_that_contradicts_the_checkpoint_is_refused_and_named(begin, name, value):
     path = begin(max_steps=1) / "ckpt.pt"
     with pytest.raises(UserError, match=f"{name}={value}"):
         load_settings([f"--init_from={path}", f"--{name}={value}"])
@@ -666,9 +668,11 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(begin, tmp_path):
 
 
 def flops_by_hand(d, L, T, kv, ffn):
-    """FLOPs per token in training. kv: width of all keys; ffn: the weights of a layer's FFN that a token uses.
+    """FLOPs per token in training.
 
-    Forward 2 for each weight and 4 T d per layer for attention, backward twice that; the embedding is a look-up.
+    kv: width of all keys; ffn: the number of FFN weights in a layer that a token uses. The forward
+    pass takes 2 FLOPs per weight and 4 T d per layer for attention. The backward pass takes twice
+    as many. The embedding is a look-up.
     """
     weights = L * (2 * d * d + 2 * d * kv + ffn) + VOCAB * d
     return 3 * (2 * weights + L * 4 * T * d)
@@ -681,7 +685,7 @@ def flops_by_hand(d, L, T, kv, ffn):
     (MOE, flops_by_hand(d=16, L=2, T=32, kv=16, ffn=2 * 3 * 16 * 16 + 4 * 16)),      # 2 experts of 4, and the router
 ], ids=["dense", "gqa_tied_recompute", "moe"])
 def test_the_mfu_is_the_flops_of_a_token_times_the_rate_over_the_peak(begin, monkeypatch, capsys, kind, flops):
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e6)          # so low that the percentage has digits
+    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: 1e6)     # for a large MFU
     log = read_log(begin(max_steps=3, eval_interval=1, **kind))
     said = [float(percent) for percent in re.findall(r"MFU (\d+)%", capsys.readouterr().out)]
     assert said == [pytest.approx(100 * flops * record["tokens_per_s"] / 1e6, abs=0.51) for record in log]
@@ -747,10 +751,10 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def test_steps_statistics_and_validations_are_one_graph_each_and_are_never_compiled_again(
+def test_steps_statistics_and_validations_are_each_compiled_once_into_one_graph(
         begin, monkeypatch, fresh_dynamo):
     compile = torch.compile
-    # The same capture without generating code, which would take most of a minute.
+    # aot_eager captures the same graphs but does not generate code, which would take a minute.
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compile(*args, **kwargs, backend="aot_eager"))
     graphs = spy_on_steps(monkeypatch, lambda _: compiled_graphs())
     begin(**TINY | MOE | dict(max_steps=6, stats_interval=2, eval_interval=2, compile=True))
@@ -759,8 +763,8 @@ def test_steps_statistics_and_validations_are_one_graph_each_and_are_never_compi
 
 @pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))),
                     reason="torch.compile on a CPU needs a C++ compiler")
-def test_a_compiled_moe_gives_the_output_and_the_gradients_of_an_eager_one(fresh_dynamo):
-    """torch.compile does not accept F.grouped_mm in float32."""
+def test_a_compiled_moe_gives_the_output_and_the_gradients_of_an_eager_moe(fresh_dynamo):
+    """It needs the custom operations: torch.compile rejects F.grouped_mm in float32."""
     moe = model_of(TrainConfig(**TINY | MOE | {"init_std": 0.3})).blocks[0].ffn
     x = torch.randn(2, 32, 16)
     parts = []
@@ -778,7 +782,7 @@ def test_a_compiled_moe_gives_the_output_and_the_gradients_of_an_eager_one(fresh
 
 
 class FakeRun:
-    """Records what it receives. Like a run of wandb it is a context."""
+    """A run that records what it receives. Like a run of wandb, it is a context manager."""
     def __init__(self, told):
         self.told, self.sent, self.ended = told, [], False
         self.id = told["id"] or "made_up"
@@ -808,7 +812,7 @@ def runs(monkeypatch):
     return begun
 
 
-def test_wandb_receives_the_numbers_of_the_log_and_a_resumed_run_goes_on(runs, begin, corpus):
+def test_wandb_receives_the_numbers_of_the_log_and_a_resumed_run_continues(runs, begin, corpus):
     told = TINY | {"data": str(corpus), "wandb": "depth", "eval_interval": 2, "stats_interval": 2}
     out = begin(**told | {"max_steps": 2})
     train.train(TrainConfig(**told | {"out_dir": str(out), "max_steps": 4}), resume=True)

@@ -1,6 +1,7 @@
-"""Models of transformers: HFModel compared with the model itself, pruning, export. Tiny random weights, no network.
+"""Models of transformers: HFModel, pruning, export. Weights are tiny and random. No network.
 
-The truth is the forward pass of the model, in which hooks record the streams or make a layer return its input.
+HFModel is compared with the forward pass of the model itself. Hooks record its streams, or make a
+layer return its input.
 """
 import contextlib
 import json
@@ -80,7 +81,7 @@ def streams_and_logits(inner, idx):
 
 @torch.no_grad()
 def chain(model, idx, without=()):
-    """The same by HFModel. The blocks in `without` are skipped."""
+    """h_0 .. h_n and the logits, computed by HFModel without some blocks."""
     h = [model.embed(idx)]
     for l, block in enumerate(model.blocks):
         h.append(h[-1] if l in without else block(h[-1]))
@@ -88,7 +89,7 @@ def chain(model, idx, without=()):
 
 
 def scores(h, skipped, idx):
-    """variance, influence, causal and removal of streams h. skipped: streams and logits without each block."""
+    """Four scores of the streams h. skipped: streams and logits without each block."""
     h = [x.double() for x in h]
     n = len(h) - 1
     update = [h[l + 1] - h[l] for l in range(n)]
@@ -121,8 +122,8 @@ def test_scores_are_those_of_a_naive_loop_over_the_models_own_layers(family, dty
 
 @every_family
 @torch.no_grad()
-def test_a_layer_without_attention_or_ffn_is_the_layer_with_their_weights_at_zero(family):
-    """The model is built again for each sublayer, because its weights are set to zero."""
+def test_a_layer_without_attention_or_ffn_equals_the_layer_with_its_weights_set_to_zero(family):
+    """The model is built again for each sublayer, because the test overwrites weights."""
     names = FAMILIES[family][1:]
     inner, idx = build(family)
     model = data.HFModel(inner, family)
@@ -147,7 +148,7 @@ def test_a_layer_without_attention_or_ffn_is_the_layer_with_their_weights_at_zer
             torch.testing.assert_close(without, zeroed.blocks[l](h[l]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_final_norm_is_the_models_own():
+def test_the_final_norm_is_found():
     inner, idx = build("gpt2")
     model = data.HFModel(inner, "gpt2")
     model.capture(T)
@@ -198,7 +199,7 @@ def test_a_model_whose_tables_depend_on_the_batch_is_refused():
 
 
 @every_family
-def test_a_pruned_folder_computes_what_the_model_does_without_the_layers(family, tmp_path):
+def test_a_pruned_folder_computes_the_same_as_the_model_without_the_layers(family, tmp_path):
     inner, idx = build(family)
     layers = layers_of(inner)
     with doing_nothing(layers[0]), doing_nothing(layers[2]):
@@ -211,7 +212,7 @@ def test_a_pruned_folder_computes_what_the_model_does_without_the_layers(family,
 
 
 def test_layers_that_cannot_change_places_are_not_pruned_and_nothing_is_left(tmp_path):
-    inner, _ = build("qwen2_moe", mlp_only_layers=[1])                    # number 1 would be another layer
+    inner, _ = build("qwen2_moe", mlp_only_layers=[1])                    # layer 1 becomes layer 0
     with pytest.raises(UserError, match="without layers 0 cannot be loaded again"):
         data.prune_hf(data.HFModel(inner, "mixed"), [0], tmp_path / "pruned", "bytes")
     assert list(tmp_path.iterdir()) == []
@@ -224,11 +225,11 @@ def test_a_layer_that_depends_on_its_number_is_noticed_by_the_logits(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_list_that_has_as_many_items_as_layers_by_accident_is_not_cut_in_silence(tmp_path):
+def test_a_list_with_as_many_items_as_layers_by_chance_is_not_cut_silently(tmp_path):
     inner, _ = build("llama", eos_token_id=[2, 3, 4, 5])                  # no logit depends on it
     data.prune_hf(data.HFModel(inner, "ends"), [0], tmp_path / "pruned", "bytes")
     assert json.loads((tmp_path / "pruned/config.json").read_text())["eos_token_id"] == [2, 3, 4, 5]
-    inner, _ = build("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])           # numbers of layers: [1, 2, 3] is wrong
+    inner, _ = build("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])    # numbers of layers
     with pytest.raises(UserError, match="cannot be loaded again"):
         data.prune_hf(data.HFModel(inner, "dense"), [0], tmp_path / "other", "bytes")
 
@@ -308,7 +309,7 @@ def test_gpt2_written_for_transformers_gives_the_ids_of_tiktoken(gpt2, tmp_path)
     assert data.get_tokenizer(str(tmp_path)).n_vocab == 50257
 
 
-def test_a_copy_beside_a_checkpoint_survives_a_move_and_is_known_as_the_same(folder, tmp_path):
+def test_a_copied_tokenizer_moves_with_its_checkpoint_and_keeps_its_name(folder, tmp_path):
     (tmp_path / "run").mkdir()
     name = data.copy_tokenizer(str(folder), tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -328,7 +329,7 @@ def test_a_folder_without_a_tokenizer_is_refused(family, tmp_path):
         data.get_tokenizer(str(tmp_path))
 
 
-def test_an_unknown_tokenizer_is_refused_by_name():
+def test_an_unknown_tokenizer_is_refused_and_named():
     for name in ("gtp2", "/no/such/folder"):
         with pytest.raises(UserError, match=name):
             data.get_tokenizer(name)

@@ -1,3 +1,3 @@
-# Explicit sparsity, key/value heads: G = 1 query head per key/value head, which is multi-head attention. There are
-# four query heads: G = 1, 2, 4 stand for the paper's 1, 4, 16.
+# Explicit sparsity, key/value heads: G = 1 query head per key/value head, that is, multi-head
+# attention. With four query heads, G = 1, 2, 4 stand for the paper's 1, 4, 16.
 base = "base.py"

@@ -1,3 +1,3 @@
-# The recipe's ladder, first row: L = 8 stands for the paper's 16. It is as wide as the second row, so it has half of
-# the parameters. The paper does not state the width or the size of this row.
+# The recipe's ladder, first row: L = 8 stands for the paper's 16. It is as wide as the
+# second row, so it has half as many parameters. The paper states neither its width nor its size.
 base = "base.py"

@@ -1,3 +1,3 @@
-# The ladder: weight decay 0.384 instead, which stands for the paper's 0.6.
+# The ladder: weight decay 0.384 instead of 0.192. It stands for the paper's 0.6.
 base = "ladder_t4096.py"
 weight_decay = 0.384

@@ -1,3 +1,3 @@
-# The ladder: T = 512 instead, which stands for the paper's 8192.
+# The ladder: T = 512 instead of 256. It stands for the paper's 8192.
 base = "ladder_32.py"
 block_size = 512

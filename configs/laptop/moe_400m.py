@@ -1,5 +1,5 @@
-# Explicit sparsity, experts: 32 with 4 per token, and a shared one that every token uses, as in the paper. Relative
-# to n_embd an expert is as wide as in the paper.
+# Explicit sparsity, experts: 32 experts, 4 per token, and a shared expert that every token uses, as
+# in the paper. expert_hidden / n_embd is the paper's, too.
 base = "dense_400m.py"
 n_experts = 32
 top_k = 4

@@ -1,6 +1,8 @@
-# The settings that the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the released optimizer.
+# The settings that the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the
+# released optimizer.
 # Prepare the data with  python data.py fineweb-edu --max_tokens 10.5e9
-data = "data/fineweb-edu"   # in tokens of GPT-2, which tiktoken has; the paper uses GPT-NeoX's (50280, padded to 50304)
+data = "data/fineweb-edu"   # GPT-2's tokens, because tiktoken has no GPT-NeoX, which the paper uses
+                            # (50280 tokens, padded to 50304)
 vocab_size = 50304
 n_layer = 16
 n_head = 16
@@ -12,7 +14,7 @@ warmup_steps = 1000
 block_size = 2048           # our choice: the context of these runs is not stated
 tokens_per_step = 2**21     # about 2M, as in the GQA and MoE runs
 max_steps = 4768            # 10B tokens
-batch_size = 8              # sequences per pass and GPU, for 80 GB; no effect on the result of a dense model
+batch_size = 8              # sequences per pass and GPU, for 80 GB; no effect on dense results
 
 eval_interval = 250
 eval_tokens = 2**21

@@ -1,5 +1,5 @@
-# Implicit sparsity, attention: T = 2048. The other contexts, 256 to 8192, start from this file. That L is 16 follows
-# from the paper's scores, which are multiples of 1/16.
+# Implicit sparsity, attention: T = 2048. The other contexts, 256 to 8192, start from this file.
+# L must be 16, because the paper's scores are multiples of 1/16.
 base = "base.py"
 block_size = 2048
 batch_size = 8              # a pass has 16,384 tokens at every T

@@ -2,4 +2,4 @@
 base = "base.py"
 n_head = 12
 n_embd = 768
-ffn_hidden = 7680           # our choice: the hidden width that a token uses in moe_400m.py, 5 x 1536; 398M parameters
+ffn_hidden = 7680           # our choice: 5 x 1536, as a token uses in moe_400m.py; 398M parameters

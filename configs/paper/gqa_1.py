@@ -1,2 +1,3 @@
-# Explicit sparsity, key/value heads: G = 1 query head per key/value head, which is multi-head attention.
+# Explicit sparsity, key/value heads: G = 1 query head per key/value head, that is, multi-head
+# attention.
 base = "dense_1b.py"

@@ -1,12 +1,12 @@
-"""Compare a training step with one of the `transformers` Llama: same shape, optimizer and data.
+"""Compare our training step with that of transformers' Llama: same shape, optimizer and data.
 
     pip install transformers
     python tests/bench/beside_transformers.py                               # the shapes in SHAPES
     python tests/bench/beside_transformers.py --n_embd=512 --n_layer=4      # another shape
 
-Takes the settings of train.py and runs on a CPU, eager and compiled; --compile chooses one of the
-two. Prints tokens/s of both models and their ratio. Above 1, ours is faster. The two models are
-timed in turn, and the best of ten rounds counts.
+Takes the settings of train.py. Runs on a CPU, eager and compiled, or only one with --compile.
+Prints tokens/s of both models and their ratio. Above 1, ours is faster. The two models are timed in
+turn, and the best of ten rounds counts.
 """
 import sys
 import time
@@ -27,7 +27,7 @@ SHAPES = (["--n_embd=64", "--n_layer=16"], ["--n_embd=256", "--n_layer=8"],
 
 
 def llama(c: TrainConfig) -> LlamaForCausalLM:
-    """The Llama of the same shape, which has as many parameters."""
+    """A Llama of the same shape."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.ffn_hidden,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
@@ -54,7 +54,7 @@ def time_in_turn(c: TrainConfig, compiled: bool) -> tuple[float, float]:
         our_optimizer.zero_grad()
 
     def their_step() -> None:
-        # It shifts the labels itself, so it has T - 1 targets instead of T. The matrix products are equal.
+        # Llama shifts the labels itself: T - 1 targets instead of T, but equal matrix products.
         their_forward(input_ids=x, labels=x).loss.backward()
         clip_gradients(theirs, c.grad_clip)
         their_optimizer.step()

@@ -1,9 +1,8 @@
-"""Compare each probe with the naive way of the authors' scripts: a whole pass for every intervention.
+"""Time each probe beside a naive one: a whole pass per intervention, as in the authors' scripts.
 
     python tests/bench/probes.py out/gqa_deep/ckpt.pt --samples 16
 
-Both ways are timed in turn in one process, and the best of five rounds counts. tests/test_probe.py compares their
-results.
+The two are timed in turn in one process, and the best of five rounds counts.
 """
 import argparse
 import sys
@@ -38,7 +37,7 @@ def nll(model: GPT, x: Tensor, tokens: Tensor, layers: Any = ()) -> Tensor:
 
 @torch.no_grad()
 def naive_causal(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """Compute the causal numerators. Returns the loss without each block, summed, in nats."""
+    """Compute the causal numerators. Returns the summed loss in nats without each block."""
     blocks = list(model.blocks)
     h = streams_of(blocks, model.embed(tokens))
     losses = []
@@ -52,17 +51,18 @@ def naive_causal(model: GPT, tokens: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def naive_permutation(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """The loss with each pair of blocks swapped: summed, in nats."""
+    """The summed loss in nats with each pair of blocks swapped."""
     pairs = combinations(range(len(model.blocks)), 2)
     return [nll(model, model.embed(tokens), tokens, swapped(list(model.blocks), i, j)) for i, j in pairs]
 
 
 @torch.no_grad()
 def naive_usefulness(model: GPT, tokens: Tensor) -> list[tuple[float, float]]:
-    """The loss with each block replaced by its affine map, summed, in nats.
+    """The summed loss in nats with each block replaced by its affine map.
 
-    Each block has two losses: of all tokens, with a map fitted on all tokens, and of the second half, with a map fitted
-    on the first half. The streams are computed again for every block, and least squares takes all tokens at once.
+    Each block has two losses. The first is over all tokens, with a map fitted to all tokens. The
+    second is over the second half of the tokens, with a map fitted to the first half. The streams
+    are computed again for every block.
     """
     blocks, d, half = list(model.blocks), model.config.n_embd, len(tokens) // 2
     losses = []

@@ -1,17 +1,17 @@
-"""Time whole training steps on random tokens, with several variants in turn. Prints a line of JSON.
+"""Time whole training steps on random tokens, several variants in turn. Prints one line of JSON.
 
     python tests/bench/step.py --n_embd=256 --n_layer=8                         # eager, compiled
     python tests/bench/step.py --n_embd=256 --n_layer=8 --compile=false --families
     OMP_NUM_THREADS=1 torchrun --nproc-per-node=2 tests/bench/step.py --n_embd=256 --batch_size=4
 
 Takes the configs and settings of train.py and needs no data. The variants are eager and compiled,
-or only one of them with --compile. With --families they are a dense model, GQA, experts of equal
-active FLOPs, and four times the context. Under torchrun they are rank 0 alone, DDP and FSDP2. For
-each variant it prints the best of six rounds:
+or only one of these with --compile. With --families the variants are a dense model, GQA, experts
+with equal active FLOPs, and four times the context. Under torchrun they are rank 0 alone, DDP and
+FSDP2. The output has the best of six rounds for each variant:
 
     tokens_per_s, flops_per_s
     speed            relative to the first variant
-    kernel_share     share of a step inside KERNELS; on a shared machine it varies less than rates
+    kernel_share     share of a step's time in KERNELS; it varies less than rates if others compute
 """
 import argparse
 import json
@@ -91,7 +91,7 @@ def make_step(c: TrainConfig, here: Process) -> Callable[[], None]:
 
 
 def kernel_share(step: Callable[[], None], device: torch.device) -> float:
-    """The share of the time of a step that is spent inside KERNELS."""
+    """The share of a step's time in KERNELS."""
     with torch.profiler.profile() as profile:              # the CPU, and the GPU if there is one
         seconds = timed(step, device)
     kernels = [event for event in profile.key_averages() if event.key.startswith(KERNELS)]
