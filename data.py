@@ -939,7 +939,8 @@ def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
             where, dtype=dtype, device_map=device_map, use_safetensors=True,
             output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise UserError(f"cannot load {name} as a model of transformers ({one_line(e)})") from e
+        raise UserError(f"cannot load {name} as a model of transformers ({one_line(e)}). Without "
+                        "a network, give a folder or a model that is in the hub's cache") from e
     lacks = [*found["missing_keys"], *found["mismatched_keys"]]
     check(not lacks, f"{name} is incomplete: it lacks {', '.join(map(str, sorted(lacks)[:3]))}")
     model = HFModel(inner if device_map else inner.to(device), str(name))

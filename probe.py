@@ -1493,7 +1493,6 @@ def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder
     folder: a folder with further tasks, one YAML file each. "average" is the mean over tasks of
     acc_norm, or of acc where a task has no acc_norm.
     """
-    need("lm_eval", "--tasks")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
@@ -1839,6 +1838,8 @@ def read_arguments() -> Any:
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
     args.only = args.only.replace(" ", "")
+    if args.tasks:
+        need("lm_eval", "--tasks")
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks")
     return args
 
