@@ -33,7 +33,7 @@ from functools import cached_property, partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
 from pydoc_data.topics import topics as PYTHON_TOPICS     # English text that every Python brings
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads this when it is imported
 
@@ -54,7 +54,6 @@ TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: a block's activations f
 KEPT_IN_MEMORY = 2**30      # bytes of streams; for a larger sample they are computed again
 USEFUL = 1.1                # a block is useful if its affine map multiplies the loss by more
 BELOW = 0.1                 # a weight is near zero if it is below this times init_std
-
 FITTING = 0.5               # cost of fitting a block's affine map, in evaluations of the block
 
 Model = Any                             # GPT, or HFModel of data.py
@@ -97,8 +96,8 @@ class Progress:
         if self.done:
             left = elapsed * max(self.work - self.done, 0) / self.done
             line += f", about {duration(left)} left"
-        width = shutil.get_terminal_size().columns - 1
         if live:
+            width = shutil.get_terminal_size().columns - 1
             line = line[:width].ljust(width)
         print(line, end="\r" if live else "\n", file=sys.stderr, flush=True)
 
@@ -1003,7 +1002,7 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
         p.micro_batch, p.is_small = f", micro-batch {k} of {len(parts)}", is_small
         yield p
 
-def work_of(model: Model, tokens: Tensor, experiments: Iterable[Experiment],
+def work_of(model: Model, tokens: Tensor, experiments: Collection[Experiment],
             options: Options) -> float:
     """The work per sequence, in evaluations of a block. An experiment's `work` gives its numbers of
     block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes, which cost
@@ -1033,7 +1032,7 @@ def measurable(model: Model) -> list[str]:
     return [name for name in EXPERIMENTS if not left_out.get(name)]
 
 def check_tokens(model: Model, tokens: Tensor) -> None:
-    """UserError for sequences that cannot be measured."""
+    """Raise UserError for sequences that cannot be measured."""
     (B, T), least = tokens.shape, max(2, place_among_ranks()[1])
     check(B >= least, f"{B} sequences: at least {least} are needed (--samples, or more text)")
     check(2 <= T <= model.context,
@@ -1043,7 +1042,7 @@ def check_tokens(model: Model, tokens: Tensor) -> None:
           f"tokens {low} to {high}: this model has tokens 0 to {model.vocab_size - 1}")
 
 def check_request(model: Model, names: Sequence[str], o: Options) -> None:
-    """UserError for what cannot be measured, or would be measured wrongly."""
+    """Raise UserError for what cannot be measured, or would be measured wrongly."""
     n = len(model.blocks)
     for name in names:
         check(name in measurable(model),
@@ -1184,8 +1183,8 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
                for x, e in zip(above, u["ratio_stderr"])]
     useful = [l for l in range(n) if certain[l] and above[l] > 0]
     uncertain = [l for l in range(n) if not certain[l]]
-    said = [f"Useful, since the best affine map in its place multiplies the loss by more than "
-            f"{USEFUL}: {named(useful)}."]
+    said = [f"Useful (the best affine map in the block's place multiplies the loss by more than "
+            f"{USEFUL}): {named(useful)}."]
     share = f"{len(useful) / n:.2f}"
     if len(uncertain) == n:
         said = ["It is not certain which blocks are useful: more --samples would tell."]
@@ -1213,15 +1212,13 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     price = shown(ratio_of(growth))
     if not math.isnan(error):
         price += f" +- {ratio_of(growth) * error:.1g}"
+    said = (f"{named(blocks)}, for {price} times the perplexity (chosen and measured on different "
+            "sequences)")
     if not enough or not abs(growth - math.log(CHEAP)) > 2 * error:
-        return (f"Cheapest to remove: {named(blocks)}, for {price} times the perplexity. Too "
-                "uncertain to act on: more --samples would tell.")
+        return f"Cheapest to remove: {said}. Too uncertain to act on: more --samples would tell."
     if growth > math.log(CHEAP):
-        return (f"Cheapest to remove, but not cheap: {named(blocks)}, for {price} times the "
-                "perplexity.")
-    drop = ",".join(map(str, blocks))
-    return (f"Could go: {named(blocks)}, for {price} times the perplexity:"
-            f"\npython probe.py {path} --drop {drop}")
+        return f"Cheapest to remove, but not cheap: {said}."
+    return f"Could go: {said}:\npython probe.py {path} --drop {','.join(map(str, blocks))}"
 
 def named(blocks: Sequence[int]) -> str:
     """As "blocks 0, 1 and 10", or "no block"."""
@@ -1722,8 +1719,8 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
     whole = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
     if before:
         old, new = before["run"], whole["run"]
-        if all(old.get(key, new.get(key)) == new.get(key, old.get(key))
-               for key in ("weights", "dtype", "checksum", "samples", "length")):
+        if all(old[key] == new[key] for key in ("weights", "dtype", "checksum", "samples", "length")
+               if key in old and key in new):
             seconds = before.get("seconds", {}) | whole.get("seconds", {})
             whole = before | whole | {"run": old | new, "seconds": seconds}
         else:

@@ -34,7 +34,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import check
-from probe import EXPERIMENTS, make_folder, rank_correlation, save_figure, scores
+from probe import COLORS, EXPERIMENTS, USEFUL, make_folder, rank_correlation, save_figure, scores
 from train import PEAK, TrainConfig, bare, load_settings, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -392,10 +392,15 @@ class Estimate(NamedTuple):
         return self.mean + self.half
 
     @property
+    def has_spread(self) -> bool:
+        """Do the seeds differ? False with one seed. Equal values prove no precision: usefulness
+        with 8 blocks, for example, is a multiple of 1/8."""
+        return self.half > 1e-9
+
+    @property
     def decided(self) -> bool:
-        """Does the interval exclude 0? False with one seed. Also False if the values of all seeds
-        are equal: usefulness with 8 blocks is a multiple of 1/8, so this proves no precision."""
-        return self.half > 1e-9 and abs(self.mean) > self.half
+        """Does the interval exclude 0? False without spread."""
+        return self.has_spread and abs(self.mean) > self.half
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of the values and its interval. Numbers that need more values are nan."""
@@ -407,8 +412,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def detectable(e: Estimate) -> float:
     """The effect that as many seeds with the same spread detect with 80% power. It is the standard
-    error times the sum of the two t quantiles. nan where there is no spread."""
-    if not e.half > 1e-9:
+    error times the sum of the two t quantiles. nan without spread."""
+    if not e.has_spread:
         return math.nan
     k = min(e.n, 10) - 2
     return e.half / T_975[k] * (T_975[k] + T_80[k])
@@ -419,7 +424,7 @@ def p_value(e: Estimate) -> float:
     With t = sqrt(nu) tan(u), Student's density is proportional to cos(u)^(nu - 1). The tail is
     summed at the midpoints of 10,000 intervals of u.
     """
-    if not e.half > 1e-9:
+    if not e.has_spread:
         return math.nan
     nu = e.n - 1
     t = abs(e.mean) / (e.half / T_975[min(e.n, 10) - 2])
@@ -522,7 +527,7 @@ def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
     """
     if direction not in (1, -1):
         return "no direction" if direction == 0 else ""
-    if not effect.half > 1e-9:
+    if not effect.has_spread:
         return "inconclusive"
     smaller = size is not None and size.high < 1
     if effect.decided:
@@ -709,8 +714,8 @@ def report(args: Any) -> None:
 def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     """Does a family have runs to compare, beyond those that it shares with the depth family?"""
     shared = [rows[0]["settings"] for rows in depth.values()]
-    own = [name for name, rows in runs.items() if rows[0]["settings"] not in shared]
-    return len(runs) > 1 and (family == "depth" or bool(own))
+    has_own = any(rows[0]["settings"] not in shared for rows in runs.values())
+    return len(runs) > 1 and (family == "depth" or has_own)
 
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
          "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
@@ -944,8 +949,6 @@ def processors(depth: Runs) -> str:
     return table(["run", *shown], rows)
 
 # ---- figures -------------------------------------------------------------------------------------
-# Colours that readers with colour blindness can tell apart (Okabe and Ito).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # For each score, the title of its panel and the label of its axis.
 NAMES = {"last var.": ("Variance at the end", "variance of the last stream"),
          "ln Vn/V1": ("Growth of the variance", "ln(Var h_n / Var h_1)"),
@@ -1076,7 +1079,8 @@ def draw_blocks(runs: Runs) -> Any:
         ax.set(title=title, ylabel=unit)
         if "variance" in name:
             log_scale(ax.yaxis)
-    axes[3].axhline(1.1, color="gray", linewidth=1, linestyle=":", label="useful above 1.1")
+    axes[3].axhline(USEFUL, color="gray", linewidth=1, linestyle=":",
+                    label=f"useful above {USEFUL}")
     axes[2].set_ylim(bottom=0)
     legend_below(fig, axes)
     return fig
@@ -1199,8 +1203,9 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     pairs = (("density", "last var."), ("density", "ln Vn/V1"), ("last var.", "log ratio"),
              ("ln Vn/V1", "log ratio"))
     fig, axes = panels(4, 2.8, "Density and variance, variance and use: a dot per configuration")
+    together = configurations(found)
     for ax, (x, y) in zip(axes, pairs):
-        for member, rows in configurations(found).items():
+        for member, rows in together.items():
             family = next(family for family in TURNED if member in FAMILIES[family])
             means = [over_seeds(rows, score).mean for score in (x, y)]
             means = [math.exp(m) if score in LOGARITHMS else m for score, m in zip((x, y), means)]

@@ -717,7 +717,8 @@ def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
         f"FLOPs        {flops:,.0f} per token of training at T={c.block_size}",
         f"tokens       {tokens:,} in {c.max_steps:,} steps of {c.tokens_per_step:,}",
         f"hours        {hours:,.1f} on {gpus} H100 at {mfu:.0%} of their {peak / 1e12:.0f} TFLOP/s",
-        f"GB per GPU   {'weights':>10}{'gradients':>10}{'AdamW':>10}{'total':>10}  and activations"]
+        f"GB per GPU   {'weights':>10}{'gradients':>10}{'AdamW':>10}{'total':>10}"
+        "  without activations"]
     for parallel, ranks in (("ddp", 1), ("fsdp", gpus)):
         weights = 4 * n["total"] / ranks / 1e9    # float32, like gradients and both moments
         columns = (weights, weights, 2 * weights, 4 * weights)

@@ -145,7 +145,7 @@ def test_the_price_of_the_cheapest_block_comes_from_the_sequences_that_did_not_c
 def test_only_certain_blocks_are_named_useful_and_the_share_is_a_range():
     u = {"ratio": [1.5, 1.12, 1.0, 1.2], "ratio_stderr": [0.1, 0.02, 0.01, 0.01], "loose_fit": False}
     said = " ".join(probe.useful_blocks(u, True))
-    assert "more than 1.1: blocks 0 and 3." in said and "Not certain for block 1:" in said
+    assert "more than 1.1): blocks 0 and 3." in said and "Not certain for block 1:" in said
     assert "between 0.50 and 0.75" in said
     few = " ".join(probe.useful_blocks(u, False))
     assert "not certain which blocks" in few and "Useful" not in few and "share" not in few
@@ -154,7 +154,7 @@ def test_only_certain_blocks_are_named_useful_and_the_share_is_a_range():
 def test_maps_that_fit_too_few_tokens_do_not_make_a_block_useless():
     u = {"ratio": [1.5, 1.0], "ratio_stderr": [0.01, 0.0], "loose_fit": True}
     said = " ".join(probe.useful_blocks(u, True))
-    assert "more than 1.1: block 0." in said and "Not certain for block 1:" in said
+    assert "more than 1.1): block 0." in said and "Not certain for block 1:" in said
     assert "between 0.50 and 1.00" in said
 
 
