@@ -105,7 +105,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 class Maps(NamedTuple):
-    """The least-squares affine map of each block, see `fit_maps`."""
+    """The least-squares affine map of each block, see `Fit`."""
     whole: list[Map]            # fitted on all sequences
     half: list[Map]             # fitted on the first half of the sequences
     recorded: Map | None        # of the last block, fitted to its output in `recorded`
@@ -248,7 +248,7 @@ class Experiment(NamedTuple):
     scores: dict[str, Callable[[Result], float]] = {}   # values for the whole model, by column
     figure: Callable[[Any, dict[str, Result]], None] | None = None     # draws into a subfigure
     work: Callable[[int, Options], tuple] = lambda n, options: (0, 0, 0)        # see `work_of`
-    fits: bool = False                                  # does it use p.maps?
+    fits: bool = False                                  # does it use p.maps? Then stage 2 or later
     stage: int = 0                                      # slow experiments run later, see `probe`
 
 EXPERIMENTS: dict[str, Experiment] = {}
@@ -442,7 +442,7 @@ def usefulness(model: Model, p: Pass) -> Sums:
     As in the paper, the maps are fitted and judged on all tokens. For "heldout", they are fitted on
     the first half of the sequences and judged on the second half.
     """
-    maps = p.maps or fit_maps(model, [p])
+    maps = p.maps or fit_maps(model, p)
     later = p.number >= p.total // 2                     # the second half of the sequences, (B,)
     sums = {"mapped": p.place(torch.stack(losses_with_maps(model, p, maps.whole))),
             "loss": p.place(p.loss), "tokens": p.idx.numel()}
@@ -475,36 +475,47 @@ def map_scores(model: Model, mapped: Tensor, loss: Tensor, tokens: float) -> Res
             "score": (ratio > USEFUL).double().mean(), "mean_log_ratio": ratio.log().mean(),
             "loose_fit": tokens < 10 * (model.d + 1)}
 
-@torch.no_grad()
-def fit_maps(model: Model, passes: Iterable[Pass]) -> Maps:
-    """The least-squares affine map from h_l to h_{l+1} for each block l.
+class Fit:
+    """The sums that the affine maps need, added over micro-batches: see `moments`.
 
-    The 2 n + 1 sums need float64 and are on the CPU: 17.5 GB for d = 4096 and n = 32.
+    They need float64 and are on the CPU: 17.5 GB for d = 4096 and 32 blocks.
     """
-    n, d = len(model.blocks), model.d
-    first_half, second_half = torch.zeros(2, n, d + 1, 2 * d + 1, dtype=torch.float64)
-    to_recorded = torch.zeros(d + 1, 2 * d + 1, dtype=torch.float64)
-    x = None
-    for p in passes:
+    def __init__(self, model: Model) -> None:
+        self.model, n, d = model, len(model.blocks), model.d
+        self.first_half, self.second_half = torch.zeros(
+            2, n, d + 1, 2 * d + 1, dtype=torch.float64)
+        self.recorded = torch.zeros(d + 1, 2 * d + 1, dtype=torch.float64)
+        self.has_norm = getattr(model, "norm", None) is not None
+
+    def add(self, p: Pass) -> None:
+        """Add a micro-batch. The two halves of the sample have sums of their own."""
         p.progress.experiment = "affine maps"
-        for l in p.watch(range(n)):
-            later = p.number >= p.total // 2
-            for half, rows in ((first_half, ~later), (second_half, later)):
+        later = p.number >= p.total // 2
+        for l in p.watch(range(len(p.h) - 1)):
+            for half, rows in ((self.first_half, ~later), (self.second_half, later)):
                 if rows.any():
                     half[l] += moments(pick(p.h[l], rows), pick(p.h[l + 1], rows))
-            p.progress.done += FITTING * len(p.idx)
-        if getattr(model, "norm", None) is not None:
-            to_recorded += moments(p.h[-2], recorded(model, p.h)[-1])
-        x = p.h[0]
-    for sums in (*first_half, *second_half, to_recorded):
-        add_over_ranks(sums)
+        if self.has_norm:
+            self.recorded += moments(p.h[-2], recorded(self.model, p.h)[-1])
+        p.progress.done += FITTING * (len(p.h) - 1) * len(p.idx)
 
-    def solve(sums: Tensor) -> Map:
-        W, b = affine_map(sums if finest(x.device) != torch.float64 else sums.to(x.device))
-        return W.to(x), b.to(x)
-    return Maps([solve(a + b) for a, b in zip(first_half, second_half)],
-                [solve(a) for a in first_half],
-                solve(to_recorded) if getattr(model, "norm", None) is not None else None)
+    def solve(self, like: Tensor) -> Maps:
+        """The least-squares maps, with the device and the precision of the stream `like`."""
+        for sums in (*self.first_half, *self.second_half, self.recorded):
+            add_over_ranks(sums)
+
+        def maps(sums: Iterable[Tensor]) -> list[Map]:
+            on_cpu = finest(like.device) != torch.float64
+            found = [affine_map(x if on_cpu else x.to(like.device)) for x in sums]
+            return [(W.to(like), b.to(like)) for W, b in found]
+        return Maps(maps(a + b for a, b in zip(self.first_half, self.second_half)),
+                    maps(self.first_half), maps([self.recorded])[0] if self.has_norm else None)
+
+def fit_maps(model: Model, p: Pass) -> Maps:
+    """The affine maps for a sample of one micro-batch."""
+    fit = Fit(model)
+    fit.add(p)
+    return fit.solve(p.h[0])
 
 def moments(x: Tensor, y: Tensor) -> Tensor:
     """What the regression of y on (x, 1) needs, summed over tokens: (x, 1)^T (x, 1) and (x, 1)^T y,
@@ -562,7 +573,7 @@ EXPERIMENTS["usefulness"] = Experiment(
         "growth of the loss", scale="growth", errors=lambda r: map_ratios(r, "ratio_stderr"),
         threshold=USEFUL),
     work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
-    fits=True, stage=2)
+    fits=True)
 
 # ---- the scores as the released scripts compute them ---------------------------------------------
 def released(model: Model, p: Pass) -> Sums:
@@ -574,7 +585,7 @@ def released(model: Model, p: Pass) -> Sums:
     all later streams are read one place early.
     """
     blocks, last = list(model.blocks), len(model.blocks) - 1
-    maps = p.maps or fit_maps(model, [p])
+    maps = p.maps or fit_maps(model, p)
     h = recorded(model, p.h)                                                      # 2
     rows, losses = [], []
     for s in p.watch(range(len(blocks))):
@@ -951,25 +962,30 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
         model.capture(tokens.size(1))
     names = measurable(model) if experiments is None else experiments
     check_request(model, names, o)
-    first = min((EXPERIMENTS[name].stage for name in names), default=0)
-    chosen = {"loss": LOSS._replace(stage=first)} | {name: EXPERIMENTS[name] for name in names}
+    chosen = {"loss": LOSS} | {name: EXPERIMENTS[name] for name in names}
     progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), o)
     n, d = len(model.blocks), model.d
     is_small = 2 * n * (n + 7) * d * tokens.numel() < KEPT_IN_MEMORY        # bytes of all streams
     kept = list(passes(model, tokens, o, progress, is_small)) if is_small else None
+    stages: dict[int, dict[str, Experiment]] = {}
+    for name, e in chosen.items():
+        # The streams of a large sample are computed again in each stage, so it has fewer stages.
+        # The maps are fitted during the first stage, at the latest 1.
+        least = 2 if e.fits else 0 if is_small else 1
+        stages.setdefault(max(e.stage, least), {})[name] = e
+    fit = Fit(model) if any(e.fits for e in chosen.values()) else None
     result, maps = {} if into is None else into, None
     result["seconds"] = {}
-    for stage in sorted({e.stage for e in chosen.values()}):
-        some = {name: e for name, e in chosen.items() if e.stage == stage}
-        if maps is None and any(e.fits for e in some.values()):
-            maps = fit_maps(model, kept or passes(model, tokens, o, progress))
-        run_stage(model, some, kept or passes(model, tokens, o, progress), maps, result)
+    for _, some in sorted(stages.items()):
+        run_stage(model, some, kept or passes(model, tokens, o, progress), maps, fit, result)
+        if fit:
+            maps, fit = fit.solve(model.embed(tokens[:1])), None
     return result
 
 def run_stage(model: Model, experiments: dict[str, Experiment], passes: Iterable[Pass],
-              maps: Maps | None, result: Result) -> None:
-    """Add up the sums of these experiments over all micro-batches of all ranks, and put their
-    scores into the result."""
+              maps: Maps | None, fit: Fit | None, result: Result) -> None:
+    """Add up the sums of these experiments, and those of `fit`, over all micro-batches. Put the
+    scores of the sums over all ranks into the result."""
     totals: dict[str, Sums] = {name: {} for name in experiments}
     seconds = dict.fromkeys(experiments, 0.0)
     for p in passes:
@@ -979,6 +995,8 @@ def run_stage(model: Model, experiments: dict[str, Experiment], passes: Iterable
             for key, x in experiment.sums(model, p).items():
                 totals[name][key] = totals[name].get(key, 0) + to_cpu_float64(x)
             seconds[name] += time.perf_counter() - begun
+        if fit:
+            fit.add(p)
     for name, experiment in experiments.items():
         for x in totals[name].values():
             add_over_ranks(x)
