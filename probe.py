@@ -1258,39 +1258,34 @@ Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, on
 def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabel: str,
           scale: str = "linear", errors: Named = lambda r: {}, threshold: float | None = None,
           sort: bool = False) -> None:
-    """Lines over the blocks. With several models, the color identifies the model and the line style
-    the name. With a single model, color and line style both identify the name.
+    """Lines over the blocks: one for each name. With several models, one for each model, which shows
+    the first name that all models have.
 
     scale: linear, log, or growth, which shows ratios as growth in percent. errors: standard errors;
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
     the order of the first name's values.
     """
-    ax, growth, labelled = fig.subplots(), scale == "growth", set()
+    ax, several, growth = fig.subplots(), len(results) > 1, scale == "growth"
     if growth:
         growth_axis(ax)
-    names = list(dict.fromkeys(name for r in results.values() for name in values(r)))
+    names = [name for name in values([*results.values()][0])
+             if all(name in values(r) for r in results.values())]
     for k, r in enumerate(results.values()):
-        for name, its_values in values(r).items():
-            y, bars, i = np.array(its_values, dtype=float), errors(r).get(name), names.index(name)
+        for i, name in enumerate(names[:1] if several else names):
+            y = np.array(values(r)[name], dtype=float)
+            bars = 2 * np.array(errors(r).get(name, math.nan * y), dtype=float)
+            order = np.argsort(values(r)[names[0]]) if sort else np.arange(len(y))
             if growth:
-                y = 100 * (y - 1)
-            if bars is not None:
-                bars = 2 * np.array(bars, dtype=float) * (100 if growth else 1)
-            if name == next(iter(values(r))):
-                order = np.argsort(y) if sort else np.arange(len(y))
-            ax.errorbar(range(len(y)), y[order], None if bars is None else bars[order],
-                        marker="o", elinewidth=0.8, linestyle=STYLES[i % len(STYLES)],
-                        color=COLORS[(k if len(results) > 1 else i) % len(COLORS)],
-                        label="" if name in labelled else name)
-            labelled.add(name)
-    if any(errors(r) for r in results.values()):
-        ylabel += ", ± 2 s.e."
-    ax.set(xlabel="block", ylabel=ylabel)
+                y, bars = 100 * (y - 1), 100 * bars
+            ax.errorbar(range(len(y)), y[order], bars[order], marker="o", elinewidth=0.8,
+                        color=COLORS[(k if several else i) % len(COLORS)],
+                        linestyle=STYLES[i % len(STYLES)], label="" if several else name)
+    ax.set(xlabel="block", ylabel=ylabel + (", ± 2 s.e." if errors(r) else ""))
     ax.locator_params("x", integer=True)
-    if sort and len(results) == 1:
-        ax.set_xticks(range(len(order)), order, fontsize=min(8, 150 / len(order)))
-    elif sort:
+    if sort and several:
         ax.set_xlabel("rank of the block, cheapest first")
+    elif sort:
+        ax.set_xticks(range(len(order)), order, fontsize=min(8, 150 / len(order)))
     if threshold:
         ax.axhline(100 * (threshold - 1), color="black", linestyle="--", linewidth=0.8,
                    label=f"useful above {100 * (threshold - 1):.0f}%")
