@@ -1258,8 +1258,8 @@ Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, on
 def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabel: str,
           scale: str = "linear", errors: Named = lambda r: {}, threshold: float | None = None,
           sort: bool = False) -> None:
-    """Lines over the blocks: one for each name. With several models, one for each model, which shows
-    the first name that all models have.
+    """Lines over the blocks: one for each name. With several models, there is one for each model.
+    It shows the first name that all models have.
 
     scale: linear, log, or growth, which shows ratios as growth in percent. errors: standard errors;
     a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
@@ -1332,7 +1332,8 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
         if errors:
             y, x = np.nonzero(a < 2 * np.array(r[errors], dtype=float))
             ax.plot(x, y, "o", color="white", markeredgecolor="black", markeredgewidth=0.2,
-                    markersize=min(3, 45 / len(a)), label="below two standard errors")
+                    markersize=min(3, 45 / len(a)),
+                    label="below two standard errors" if len(x) else "")
         ax.set(xlabel=xlabel, ylabel=ylabel, title=label[:30] if len(maps) > 1 else "")
         ax.locator_params("both", integer=True)
     finish(fig, axes[0], title)
@@ -1672,6 +1673,9 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
         failed = e
     if is_first and ("loss" in result or "tasks" in result):
         show(path, model, label, result, write_result(out, result, before), out)
+        if failed:
+            names = args.only.split(",") if args.only else measurable(model)
+            print("Not measured:", ", ".join(name for name in names if name not in result))
     if failed:
         raise failed
     return result
@@ -1722,6 +1726,10 @@ def read_result(out: Path) -> Result | None:
     file = out / "probe.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
+# Options that only one experiment uses: they keep their values while its results are kept.
+USED_BY = {"removal": ("remove", "sublayers"), "permutation": ("pairs", "seed"),
+           "jacobian": ("jacobian_samples",)}
+
 def write_result(out: Path, result: Result, before: Result | None) -> Result:
     """Write probe.json and return its contents. before: what it held.
 
@@ -1734,6 +1742,8 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
         old, new = before["run"], whole["run"]
         if all(old[key] == new[key] for key in ("weights", "dtype", "checksum", "samples", "length")
                if key in old and key in new):
+            new |= {key: old[key] for name, keys in USED_BY.items() if name not in whole
+                    for key in keys if key in old}
             seconds = before.get("seconds", {}) | whole.get("seconds", {})
             whole = before | whole | {"run": old | new, "seconds": seconds}
         else:
@@ -1797,7 +1807,7 @@ def read_arguments() -> Any:
     add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt",
         help="a checkpoint of train.py, a Hugging Face folder, or a hub id OWNER/NAME[@REVISION]")
     add("--only", default="", metavar="NAMES",
-        help="the experiments to run, separated by commas (default: all that the model allows): "
+        help="experiments, separated by commas (default: all that the model allows): "
              f"{', '.join(EXPERIMENTS)}; or tasks, to run --tasks alone")
     add("--data", help="a prepared corpus, whose validation split is used, or a text file "
                        "(default: the run's corpus, or else Python's documentation)")
@@ -1805,44 +1815,36 @@ def read_arguments() -> Any:
         help="number of sequences (default 100, as in the paper)")
     add("--length", type=int, default=0, metavar="T",
         help="tokens per sequence (default: the model's context, at most 512)")
-    add("--tokens", metavar="FILE.npy",
-        help="token ids, an integer array (B, T), instead of --data")
-    add("--seed", type=int, default=0,
-        help="seed for choosing sequences and pairs, and for --sample (default 0)")
+    add("--tokens", metavar="FILE.npy", help="token ids (B, T), an integer array, instead of --data")
+    add("--seed", type=int, default=0, help="for sequences, pairs and --sample (default 0)")
     add("--remove", default="1", metavar="LENGTHS",
         help="lengths of the runs of blocks to remove, such as 1,2,4 (default 1)")
     add("--sublayers", action=argparse.BooleanOptionalAction, default=False,
         help="also remove each attention and each FFN alone")
-    add("--pairs", type=int, default=0, metavar="N",
-        help="number of random pairs of blocks to swap (default: all pairs)")
+    add("--pairs", type=int, default=0, metavar="N", help="random pairs to swap (default: all)")
     add("--jacobian_samples", type=int, default=0, metavar="N",
-        help="number of sequences for the Jacobian (default: half of --samples)")
+        help="sequences for the Jacobian (default: half of --samples)")
     add("--tasks", metavar="NAMES",
         help="tasks of lm-evaluation-harness, such as arc_easy,hellaswag (pip install lm_eval)")
-    add("--task_folder", metavar="DIR",
-        help="folder with more tasks as YAML files, which may run Python code")
-    add("--tokenizer", metavar="NAME",
-        help="tokenizer to use instead of the model's own: bytes, a name of tiktoken such as gpt2, "
-             "a Hugging Face folder or hub id")
+    add("--task_folder", metavar="DIR", help="more tasks as YAML files, which may run Python code")
+    add("--tokenizer", metavar="NAME", help="instead of the model's own: bytes, a name of tiktoken "
+                                            "such as gpt2, a Hugging Face folder or hub id")
     add("--out", metavar="DIR",
         help="folder for the results (default: the folder of ckpt.pt, X/ for X.pt, out/NAME for "
              "Hugging Face); several models get a folder each inside it")
     add("--drop", metavar="BLOCKS",
         help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
     add("--save", metavar="PATH",
-        help="where --drop saves the model (default: pruned.pt beside ckpt.pt, X/pruned.pt for "
-             "X.pt, out/NAME_pruned for Hugging Face)")
+        help="where --drop saves the model (default: pruned.pt in the folder of the results, "
+             "out/NAME_pruned for Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues this text")
-    add("--new_tokens", type=int, default=200, metavar="N",
-        help="number of tokens that --sample generates (default 200)")
-    add("--temperature", type=float, default=0.8,
-        help="temperature of --sample (default 0.8); 0 takes the likeliest token")
+    add("--new_tokens", type=int, default=200, metavar="N", help="tokens of --sample (default 200)")
+    add("--temperature", type=float, default=0.8, help="of --sample (default 0.8); 0: the likeliest")
     add("--top_k", type=int, default=50, metavar="K",
         help="--sample chooses among the K likeliest tokens (default 50); 0: among all")
     add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-        help="device to compute on (default: a GPU if there is one)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
         help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")

@@ -270,6 +270,7 @@ data.run(probe.main)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     assert measured_in(result("dense")) == ["variance", "usefulness"] and "last var." in out
+    assert out.endswith("Not measured: permutation\n")
 
 
 def test_figures_are_drawn_again_without_the_model(workplace, run_main, monkeypatch):
