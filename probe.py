@@ -17,7 +17,6 @@ pass, and nothing in the model is changed.
 """
 from __future__ import annotations
 
-import argparse
 import atexit
 import json
 import math
@@ -129,9 +128,7 @@ class Pass:
     @torch.no_grad()
     def losses(self, x: Tensor, layers: Sequence[Layer] = (), rows: Tensor | None = None) -> Tensor:
         """Send the stream x (B, T, d) through these layers and the head. Returns -log p in nats,
-        summed over the T - 1 predictions of each sequence, (B,).
-
-        rows: which sequences x holds, as numbers or a mask (B,). By default, all of them.
+        summed over the T - 1 predictions of each sequence, (B,). rows: the sequences in x.
         """
         idx = self.idx if rows is None else pick(self.idx, rows)
         for layer in layers:
@@ -234,10 +231,10 @@ def finest(device: torch.device) -> torch.dtype:
 
 # ---- an experiment -------------------------------------------------------------------------------
 class Column(NamedTuple):
-    """A column in the table of blocks."""
+    """A column in the table of blocks, or a line in a figure."""
     name: str
     values: Callable[[Result], Sequence[float] | None]          # one per block; None: not measured
-    meaning: str
+    meaning: str = ""                                           # for the table
     errors: Callable[[Result], Sequence[float]] | None = None   # their standard errors
 
 class Experiment(NamedTuple):
@@ -319,25 +316,17 @@ def variance_score(model: Model, totals: Sums) -> Result:
             found[f"{name}_variance"] = totals[name] / totals["tokens"]
     return found
 
-def log_ratio(x: float, y: float) -> float:
-    """ln(x / y); nan if one of them is 0."""
-    return math.log(x / y) if x > 0 and y > 0 else math.nan
-
-def added_variances(r: Result) -> dict[str, Sequence[float]]:
-    """The variance of the stream after each block, and of what attention and FFN added there."""
-    values = {"stream": r["variance"][1:], "attention adds": r.get("attn_variance"),
-              "FFN adds": r.get("ffn_variance")}
-    return {name: x for name, x in values.items() if x}
-
 EXPERIMENTS["variance"] = Experiment(
     variance, variance_score,
     columns=[Column("variance", lambda r: r["variance"][1:], "of the stream after the block"),
              Column("growth", lambda r: r["variance_growth"], "variance after / before the block")],
     scores={"last var.": lambda r: r["variance"][-1],
-            "ln Vn/V1": lambda r: log_ratio(r["variance"][-1], r["variance"][1])},
+            "ln Vn/V1": lambda r: math.log(r["variance"][-1] / r["variance"][1])},
     figure=lambda fig, results: lines(
-        fig, results, added_variances, "Variance of the stream after each block", "variance",
-        scale="log"))
+        fig, results, [Column("stream", lambda r: r["variance"][1:]),
+                       Column("attention adds", lambda r: r.get("attn_variance")),
+                       Column("FFN adds", lambda r: r.get("ffn_variance"))],
+        "Variance of the stream after each block", "variance", scale="log"))
 
 # ---- causal score --------------------------------------------------------------------------------
 def causal(model: Model, p: Pass) -> Sums:
@@ -387,8 +376,10 @@ def permutation(model: Model, p: Pass) -> Sums:
     pairs = list(combinations(range(n), 2))
     drawn = np.random.default_rng(p.options.seed).permutation(len(pairs))[:p.options.pairs or None]
     losses = torch.zeros(n, n, p.total, dtype=torch.float64)      # stays 0 if a pair is not sampled
-    found = {(i, j): p.losses(p.h[i], swapped(blocks, i, j)[i:])
-             for i, j in p.watch([pairs[k] for k in drawn], "pair")}
+    found = {}
+    for i, j in p.watch([pairs[k] for k in drawn], "pair"):
+        from_i = [blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
+        found[i, j] = p.losses(p.h[i], from_i)
     if found:
         i, j = torch.tensor(list(found)).T
         losses[i, j] = losses[j, i] = p.place(torch.stack(list(found.values())))
@@ -406,10 +397,6 @@ def permutation_score(model: Model, totals: Sums) -> Result:
     of_mean = standard_error(change) if len(change) < n_pairs else math.nan
     return {"permutation": P, "permutation_stderr": error, "permutation_mean": mean(change),
             "permutation_pairs": len(change), "permutation_standard_error": of_mean}
-
-def swapped(blocks: Sequence[Layer], i: int, j: int) -> list[Layer]:
-    """The blocks with i < j exchanged."""
-    return [*blocks[:i], blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
 
 def swaps(n: int, pairs: int) -> tuple[float, float, float]:
     """The work, see `work_of`. From the first block of a pair to the end there are 2 n / 3 blocks
@@ -444,11 +431,11 @@ def usefulness(model: Model, p: Pass) -> Sums:
     """
     maps = p.maps or fit_maps(model, p)
     later = p.number >= p.total // 2                     # the second half of the sequences, (B,)
-    sums = {"mapped": p.place(torch.stack(losses_with_maps(model, p, maps.whole))),
+    sums = {"mapped": p.place(losses_with_maps(model, p, maps.whole)),
             "loss": p.place(p.loss), "tokens": p.idx.numel()}
     sums["heldout"] = torch.zeros_like(sums["mapped"])
     if later.any():
-        losses = torch.stack(losses_with_maps(model, p, maps.half, later))
+        losses = losses_with_maps(model, p, maps.half, later)
         sums["heldout"][:, p.number[later]] = to_cpu_float64(losses)
     return sums
 
@@ -459,13 +446,13 @@ def usefulness_score(model: Model, totals: Sums) -> Result:
                                              tokens * half / len(loss))}
 
 def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
-                     rows: Tensor | None = None) -> list[Tensor]:
-    """The losses of the sequences `rows`, with each block in turn replaced by its affine map."""
+                     rows: Tensor | None = None) -> Tensor:
+    """The losses of the sequences `rows` with each block replaced by its map, (n, sequences)."""
     losses = []
     for l in p.watch(range(len(maps))):
         (W, b), x = maps[l], p.h[l] if rows is None else pick(p.h[l], rows)
         losses.append(p.losses(x @ W + b, model.blocks[l + 1:], rows))
-    return losses
+    return torch.stack(losses)
 
 def map_scores(model: Model, mapped: Tensor, loss: Tensor, tokens: float) -> Result:
     """Scores of maps that were fitted to this many tokens. mapped (n, N) are the losses of the N
@@ -547,19 +534,15 @@ def log_ratios(r: Result) -> list[float]:
     """ln(loss with the block's best affine map instead / loss), for each block."""
     return np.log(r["usefulness"]["ratio"]).tolist()
 
-def map_ratios(r: Result, key: str = "ratio") -> dict[str, Sequence[float]]:
-    """The loss ratio of each block's affine map, named by the sequences that the map was fitted
-    on."""
-    return {"fitted on all": r["usefulness"][key], "held out": r["usefulness_heldout"][key]}
+MAP_COLUMNS = [Column("affine", lambda r: r["usefulness"]["ratio"],
+                      "loss with its best affine map instead / loss",
+                      lambda r: r["usefulness"]["ratio_stderr"]),
+               Column("unseen", lambda r: r["usefulness_heldout"]["ratio"],
+                      "the same, fitted on other sequences",
+                      lambda r: r["usefulness_heldout"]["ratio_stderr"])]
 
 EXPERIMENTS["usefulness"] = Experiment(
-    usefulness, usefulness_score,
-    columns=[Column("affine", lambda r: r["usefulness"]["ratio"],
-                    "loss with its best affine map instead / loss",
-                    lambda r: r["usefulness"]["ratio_stderr"]),
-             Column("unseen", lambda r: r["usefulness_heldout"]["ratio"],
-                    "the same, fitted on other sequences",
-                    lambda r: r["usefulness_heldout"]["ratio_stderr"])],
+    usefulness, usefulness_score, columns=MAP_COLUMNS,
     scores={"useful": lambda r: r["usefulness"]["score"],
             "log ratio": lambda r: r["usefulness"]["mean_log_ratio"],
             "heldout": lambda r: r["usefulness_heldout"]["mean_log_ratio"],
@@ -569,9 +552,8 @@ EXPERIMENTS["usefulness"] = Experiment(
             "ratio sum": lambda r: sum(log_ratios(r)),
             "trend use": lambda r: trend(log_ratios(r))},
     figure=lambda fig, results: lines(
-        fig, results, map_ratios, "Usefulness: an affine map in place of a block",
-        "growth of the loss", scale="growth", errors=lambda r: map_ratios(r, "ratio_stderr"),
-        threshold=USEFUL),
+        fig, results, MAP_COLUMNS, "Usefulness: an affine map in place of a block",
+        "growth of the loss", scale="growth", threshold=USEFUL),
     work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
     fits=True)
 
@@ -677,27 +659,26 @@ def removal_score(model: Model, totals: Sums) -> Result:
                 "price_stderr": standard_error(growth[:, 1::2])}
     return out
 
-def perplexity_ratios(r: Result, what: str) -> list[float]:
-    """Perplexity without each block (or run, attention, FFN) / perplexity."""
-    return [ratio_of(loss - r["loss"]) for loss in r["removal"][what]]
+def perplexity_ratios(r: Result, what: str) -> np.ndarray | None:
+    """Perplexity without each block (or run, attention, FFN) / perplexity, (n,). A run of 2 cannot
+    begin at the last block: nan there."""
+    return np.exp(of_blocks(r, "removal", what) - r["loss"]) if what in r["removal"] else None
 
-def ratio_of(growth: float) -> float:
-    """The factor on the perplexity if the loss grows by this many nats."""
-    return math.exp(min(growth, 700))
-
-def perplexity_errors(r: Result, what: str) -> list[float]:
+def perplexity_errors(r: Result, what: str) -> np.ndarray:
     """The standard errors of `perplexity_ratios`."""
-    errors = r["removal_stderr"][what]
-    return [ratio * number(error) for ratio, error in zip(perplexity_ratios(r, what), errors)]
+    return perplexity_ratios(r, what) * of_blocks(r, "removal_stderr", what)
 
-def every_removal(r: Result, values: Callable[[Result, str], list[float]]
-                  ) -> dict[str, list[float]]:
-    """The values of all removals, by their names in the legend. A run of 2 cannot begin at the last
-    block: nan there."""
+def of_blocks(r: Result, key: str, what: str) -> np.ndarray:
+    """The values of a removal, (n,); nan for blocks where no run begins."""
+    values = np.array(r[key][what], dtype=float)
+    return np.pad(values, (0, len(r["block_influence"]) - len(values)), constant_values=math.nan)
+
+def removal_columns(results: dict[str, Result]) -> list[Column]:
+    """A line for each kind of removal."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    found = {names.get(what, f"run of {what} from it"): values(r, what) for what in r["removal"]}
-    n = max(map(len, found.values()))
-    return {name: x + [math.nan] * (n - len(x)) for name, x in found.items()}
+    return [Column(names.get(what, f"run of {what} from it"), partial(perplexity_ratios, what=what),
+                   errors=partial(perplexity_errors, what=what))
+            for what in dict.fromkeys(what for r in results.values() for what in r["removal"])]
 
 def removal_work(n: int, options: Options) -> tuple[float, float, float]:
     runs = [n - length + 1 for length in set(options.remove)] + [n, n] * options.sublayers
@@ -705,7 +686,7 @@ def removal_work(n: int, options: Options) -> tuple[float, float, float]:
 
 EXPERIMENTS["removal"] = Experiment(
     removal, removal_score,
-    columns=[Column("removed", lambda r: perplexity_ratios(r, "1") if "1" in r["removal"] else None,
+    columns=[Column("removed", lambda r: perplexity_ratios(r, "1"),
                     "perplexity without the block / perplexity",
                     lambda r: perplexity_errors(r, "1")),
              Column("influence", lambda r: r["block_influence"], "1 - cosine of input and output")],
@@ -713,9 +694,8 @@ EXPERIMENTS["removal"] = Experiment(
             "infl. sum": lambda r: sum(r["block_influence"]),
             "trend infl": lambda r: trend(r["block_influence"])},
     figure=lambda fig, results: lines(
-        fig, results, lambda r: every_removal(r, perplexity_ratios),
-        "Removal of a block, cheapest first", "growth of the perplexity", scale="growth", sort=True,
-        errors=lambda r: every_removal(r, perplexity_errors)),
+        fig, results, removal_columns(results), "Removal of a block, cheapest first",
+        "growth of the perplexity", scale="growth", sort=True),
     work=removal_work, stage=1)
 
 # ---- Jacobian ------------------------------------------------------------------------------------
@@ -764,7 +744,7 @@ EXPERIMENTS["jacobian"] = Experiment(
     scores={"|J-I|/d": lambda r: mean(r["jacobian"]["deviation"]),
             "trend J-I": lambda r: trend(r["jacobian"]["deviation"])},
     figure=lambda fig, results: lines(
-        fig, results, lambda r: {"": r["jacobian"]["deviation"]},
+        fig, results, [Column("", lambda r: r["jacobian"]["deviation"])],
         "Distance of the mean Jacobian J from the identity", r"$\|J - I\|_F\,/\,d$", scale="log"),
     work=lambda n, options: (0, 0, n),
     stage=3)
@@ -807,7 +787,7 @@ EXPERIMENTS["lens"] = Experiment(
     columns=[Column("lens KL", lambda r: r["lens"]["kl"][1:],
                     "KL from the model's output to what the head reads after the block")],
     figure=lambda fig, results: lines(
-        fig, results, lambda r: {"": r["lens"]["kl"][1:]},
+        fig, results, [Column("", lambda r: r["lens"]["kl"][1:])],
         "Lens: what the head reads after each block", "KL divergence (nats)"),
     work=lambda n, options: (0, n + 1, 0))
 
@@ -906,9 +886,6 @@ def attention_weights(query: Tensor, key: Tensor, value: Tensor, *args: Any, **k
     return F.scaled_dot_product_attention(
         query, key, identity.expand(*value.shape[:2], -1, -1), *args, **kwargs)
 
-def wide_if_float(x: Any) -> Any:
-    return wide(x) if torch.is_tensor(x) and x.is_floating_point() else x
-
 def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
     """How sparse is the attention of a block that makes these calls? Three values, summed over
     tokens and averaged over the heads of all calls.
@@ -921,7 +898,8 @@ def attention_sums(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
         return torch.full((3,), math.nan)
     sums = []
     for call in calls:
-        (query, *args), kwargs = tree_map(wide_if_float, call)
+        (query, *args), kwargs = tree_map(
+            lambda x: wide(x) if torch.is_tensor(x) and x.is_floating_point() else x, call)
         p = attention_weights(query, *args, **kwargs)[:, :, 1:]           # (B, n_head, T - 1, keys)
         uniform = attention_weights(0 * query, *args, **kwargs)[:, :, 1:]
         keys = 1 / uniform.amax(-1)                                       # how many are visible
@@ -963,7 +941,7 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     names = measurable(model) if experiments is None else experiments
     check_request(model, names, o)
     chosen = {"loss": LOSS} | {name: EXPERIMENTS[name] for name in names}
-    progress.work = len(rank_sequences(tokens)) * work_of(model, tokens, chosen.values(), o)
+    progress.work = work_of(model, tokens, chosen.values(), o)
     n, d = len(model.blocks), model.d
     is_small = 2 * n * (n + 7) * d * tokens.numel() < KEPT_IN_MEMORY        # bytes of all streams
     kept = list(passes(model, tokens, o, progress, is_small)) if is_small else None
@@ -1003,18 +981,14 @@ def run_stage(model: Model, experiments: dict[str, Experiment], passes: Iterable
         result |= to_json(experiment.score(model, totals[name]))
         result["seconds"][name] = seconds[name]
 
-def rank_sequences(tokens: Tensor) -> Tensor:
-    """The numbers of this rank's sequences: ranks take turns."""
-    rank, ranks = place_among_ranks()
-    return torch.arange(rank, len(tokens), ranks)
-
 def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
            is_small: bool = False) -> Iterator[Pass]:
     """One pass for each micro-batch of this rank."""
     at_once = TOKENS_AT_ONCE
     if tokens.device.type != "cpu":             # a narrow model does not fill an H200 (measured)
         at_once *= max(2, 512 // model.d)
-    parts = rank_sequences(tokens).split(max(1, at_once // tokens.size(1)))
+    rank, ranks = place_among_ranks()                                        # ranks take turns
+    parts = torch.arange(rank, len(tokens), ranks).split(max(1, at_once // tokens.size(1)))
     for k, part in enumerate(parts, 1):
         p = forward(model, pick(tokens, part), part, len(tokens), options, progress)
         p.micro_batch, p.is_small = f", micro-batch {k} of {len(parts)}", is_small
@@ -1022,15 +996,16 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
 
 def work_of(model: Model, tokens: Tensor, experiments: Collection[Experiment],
             options: Options) -> float:
-    """The work per sequence, in evaluations of a block. An experiment's `work` gives its numbers of
-    block evaluations, of losses and of Jacobians. A Jacobian takes d backward passes, which cost
-    two evaluations each."""
+    """The work of a rank, in evaluations of a block on a sequence. An experiment's `work` gives its
+    numbers of block evaluations, of losses and of Jacobians for a sequence. A Jacobian takes d
+    backward passes, which cost two evaluations each."""
     n = len(model.blocks)
     works = [experiment.work(n, options) for experiment in experiments]
     blocks, losses, jacobians = map(sum, zip(*works))
     few = min(1, (options.jacobian_samples or len(tokens) / 2) / len(tokens))
     maps = FITTING * n if any(experiment.fits for experiment in experiments) else 0
-    return n + blocks + maps + losses * head_cost(model) + 2 * model.d * jacobians * few
+    each = n + blocks + maps + losses * head_cost(model) + 2 * model.d * jacobians * few
+    return each * len(tokens) / place_among_ranks()[1]
 
 def place_among_ranks() -> tuple[int, int]:
     """The number of this process among torchrun's processes, from 0, and how many there are."""
@@ -1074,11 +1049,7 @@ def check_request(model: Model, names: Sequence[str], o: Options) -> None:
 
 def to_json(x: Any) -> Any:
     """Tensors and arrays as numbers and lists, also inside dicts and lists."""
-    if isinstance(x, dict):
-        return {key: to_json(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [to_json(value) for value in x]
-    return x.tolist() if isinstance(x, (Tensor, np.ndarray, np.generic)) else x
+    return tree_map(lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else leaf, x)
 
 # ---- tables --------------------------------------------------------------------------------------
 TABLE_WIDTH = 110           # characters
@@ -1104,30 +1075,27 @@ def shown(x: float) -> str:
             break
     return text
 
-def block_table(r: Result) -> str:
-    """One line per block, in as many tables as the width requires, with the columns' meanings."""
-    tables: list[tuple[list[str], list[str]]] = []           # lines and meanings
-    for experiment in measured(r):
-        for column in experiment.columns:
-            if column.values(r) is None:
-                continue
-            texts = [column.name, *cells(column, r)]
-            width = max(9, *map(len, texts)) + 1
-            if not tables or len(tables[-1][0][0]) + width > TABLE_WIDTH:
-                tables.append((["block", *(f"{l:5d}" for l in range(len(texts) - 1))], []))
-            rows, meanings = tables[-1]
-            rows[:] = [f"{row}{text:>{width}}" for row, text in zip(rows, texts, strict=True)]
-            meanings.append(f"{column.name}: {column.meaning}")
-    return "\n\n".join("\n".join([*rows, *textwrap.wrap("; ".join(meanings), TABLE_WIDTH)])
-                       for rows, meanings in tables)
+def side_by_side(first: list[str], columns: Iterable[list[str]]) -> str:
+    """Columns of text beside the first one, in as many tables as the width requires."""
+    tables: list[list[str]] = []
+    for texts in columns:
+        width = max(9, *map(len, texts)) + 1
+        if not tables or len(tables[-1][0]) + width > TABLE_WIDTH:
+            tables.append(first)
+        tables[-1] = [f"{row}{text:>{width}}" for row, text in zip(tables[-1], texts, strict=True)]
+    return "\n\n".join("\n".join(rows) for rows in tables)
 
-def score_names() -> list[str]:
-    """The columns of `scores`, in order."""
-    names = [name for experiment in EXPERIMENTS.values() for name in experiment.scores]
-    return ["loss", *names, "accuracy"]
+def block_table(r: Result) -> str:
+    """One line per block, then the meanings of the columns."""
+    columns = [column for experiment in measured(r) for column in experiment.columns
+               if column.values(r) is not None]
+    texts = [[column.name, *cells(column, r)] for column in columns]
+    first = ["block", *(f"{l:5d}" for l in range(max(map(len, texts), default=1) - 1))]
+    meanings = "; ".join(f"{column.name}: {column.meaning}" for column in columns)
+    return f"{side_by_side(first, texts)}\n{textwrap.fill(meanings, TABLE_WIDTH)}"
 
 def scores(r: Result) -> dict[str, float]:
-    """The values for the whole model in a result, by column."""
+    """The values for the whole model in a result, by column, always in the same order."""
     found = {"loss": r["loss"]} if "loss" in r else {}
     for experiment in measured(r):
         found |= {name: float(score(r)) for name, score in experiment.scores.items()}
@@ -1143,22 +1111,14 @@ def decimal(x: float) -> str:
 
 def score_table(results: dict[str, Result]) -> str:
     """One line per model, with the columns that were measured for all of them."""
-    rows = {label: scores(r) for label, r in results.items()}
+    rows = [scores(r) for r in results.values()]
+    columns = [name for name in rows[0] if all(name in row for row in rows)]
     width = max(map(len, results))
-    columns = [name for name in score_names() if all(name in row for row in rows.values())]
-    tables = []
-    for start in range(0, len(columns), 9):
-        some = columns[start:start + 9]
-        lines = [" " * width + "".join(f"{name:>11}" for name in some)]
-        for label, row in rows.items():
-            texts = [decimal(row[name]) for name in some]
-            lines.append(f"{label:{width}}" + "".join(f" {text:>10}" for text in texts))
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
+    texts = [[f"{name:>10}", *(decimal(row[name]) for row in rows)] for name in columns]
+    return side_by_side([f"{label:{width}}" for label in ("", *results)], texts)
 
 # ---- the closing summary -------------------------------------------------------------------------
 CHEAP = 1.1                 # removing a block is cheap if it multiplies the perplexity by less
-IDLE = 0.02                 # a block with less influence is near the identity (our choice)
 ENOUGH = 16                 # sequences; with fewer, a standard error is itself too uncertain
 LADDER = ("in the paper's ladder of 32 layers it is 0.53 for the dense baseline, then 0.59 with "
           "context 4096, 0.63 with weight decay 0.3, 0.66 with GQA (G = 2) and 0.75 with MoE")
@@ -1177,9 +1137,6 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
         first, last = r["variance"][1], r["variance"][-1]
         said.append(f"The variance of the stream is {first:.3g} after the first block and "
                     f"{last:.3g} after the last, {last / max(first, 1e-38):.3g} times as much.")
-    if "block_influence" in r and enough:
-        idle = [l for l, x in enumerate(r["block_influence"]) if x < IDLE]
-        said.append(f"Near the identity (influence below {IDLE}): {named(idle)}.")
     if "sparsity" in r:
         entropy = r["sparsity"]["attention"]["entropy"]
         unseen = [l for l, x in enumerate(entropy) if math.isnan(number(x))]
@@ -1201,21 +1158,15 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
                for x, e in zip(above, u["ratio_stderr"])]
     useful = [l for l in range(n) if certain[l] and above[l] > 0]
     uncertain = [l for l in range(n) if not certain[l]]
-    said = [f"Useful (the best affine map in the block's place multiplies the loss by more than "
-            f"{USEFUL}): {named(useful)}."]
-    share = f"{len(useful) / n:.2f}"
     if len(uncertain) == n:
-        said = ["It is not certain which blocks are useful: more --samples would tell."]
-    elif uncertain:
-        said[0] += f" Not certain for {named(uncertain)}: more --samples would tell."
+        return ["It is not certain which blocks are useful: more --samples would tell."]
+    said = (f"Useful (the best affine map in the block's place multiplies the loss by more than "
+            f"{USEFUL}): {named(useful)}.")
+    share = f"{len(useful) / n:.2f}"
     if uncertain:
+        said += f" Not certain for {named(uncertain)}: more --samples would tell."
         share = f"between {share} and {(len(useful) + len(uncertain)) / n:.2f}"
-    if u["loose_fit"]:
-        said.append("The affine maps were fitted to fewer than 10 (d + 1) tokens and fit them too "
-                    "well: give more --samples.")
-    if enough and n > max(1, len(uncertain)):
-        said.append(f"The share of useful blocks is {share}; {LADDER}.")
-    return said
+    return [said, f"The share of useful blocks is {share}; {LADDER}."]
 
 def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     """Which block or run of blocks could go, and at what price.
@@ -1227,9 +1178,9 @@ def cheapest(r: Result, length: int, path: str, enough: bool) -> str:
     s = int(np.argmin(halves["chosen_by"]))
     growth, error = halves["price"][s], number(halves["price_stderr"][s])
     blocks = list(range(s, s + length))
-    price = shown(ratio_of(growth))
+    price = shown(math.exp(growth))
     if not math.isnan(error):
-        price += f" +- {ratio_of(growth) * error:.1g}"
+        price += f" +- {math.exp(growth) * error:.1g}"
     said = (f"{named(blocks)}, for {price} times the perplexity (chosen and measured on different "
             "sequences)")
     if not enough or not abs(growth - math.log(CHEAP)) > 2 * error:
@@ -1253,36 +1204,34 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
          "lines.markersize": 3, "lines.linewidth": 1.2, "legend.frameon": False,
          "legend.fontsize": 7, "legend.handlelength": 3}
 
-Named = Callable[[Result], dict[str, Sequence[float]]]      # values by name, one per block
+def lines(fig: Any, results: dict[str, Result], columns: Sequence[Column], title: str, ylabel: str,
+          scale: str = "linear", threshold: float | None = None, sort: bool = False) -> None:
+    """Lines over the blocks: one for each column. With several models, there is one for each model.
+    It shows the first column that all models have.
 
-def lines(fig: Any, results: dict[str, Result], values: Named, title: str, ylabel: str,
-          scale: str = "linear", errors: Named = lambda r: {}, threshold: float | None = None,
-          sort: bool = False) -> None:
-    """Lines over the blocks: one for each name. With several models, there is one for each model.
-    It shows the first name that all models have.
-
-    scale: linear, log, or growth, which shows ratios as growth in percent. errors: standard errors;
-    a bar is two of them long on each side. threshold: draws a line there. sort: the blocks are in
-    the order of the first name's values.
+    scale: linear, log, or growth, which shows ratios as growth in percent. A bar is two standard
+    errors long on each side. threshold: draws a line there. sort: the blocks are in the order of
+    the first column's values.
     """
-    ax, several, growth = fig.subplots(), len(results) > 1, scale == "growth"
+    ax, growth = fig.subplots(), scale == "growth"
     if growth:
         growth_axis(ax)
-    names = [name for name in values([*results.values()][0])
-             if all(name in values(r) for r in results.values())]
+    columns = [column for column in columns
+               if all(column.values(r) is not None for r in results.values())]
     for k, r in enumerate(results.values()):
-        for i, name in enumerate(names[:1] if several else names):
-            y = np.array(values(r)[name], dtype=float)
-            bars = 2 * np.array(errors(r).get(name, math.nan * y), dtype=float)
-            order = np.argsort(values(r)[names[0]]) if sort else np.arange(len(y))
+        order = np.argsort(columns[0].values(r)) if sort else slice(None)
+        for i, column in enumerate(columns if len(results) == 1 else columns[:1]):
+            y = np.array(column.values(r), dtype=float)[order]
+            bars = 2 * np.array(column.errors(r), dtype=float)[order] if column.errors else 0 * y
             if growth:
                 y, bars = 100 * (y - 1), 100 * bars
-            ax.errorbar(range(len(y)), y[order], bars[order], marker="o", elinewidth=0.8,
-                        color=COLORS[(k if several else i) % len(COLORS)],
-                        linestyle=STYLES[i % len(STYLES)], label="" if several else name)
-    ax.set(xlabel="block", ylabel=ylabel + (", ± 2 s.e." if errors(r) else ""))
+            ax.errorbar(range(len(y)), y, bars, marker="o", elinewidth=0.8,
+                        linestyle=STYLES[i % len(STYLES)],
+                        color=COLORS[(k + i) % len(COLORS)],              # k or i is 0
+                        label=column.name if len(results) == 1 else "")
+    ax.set(xlabel="block", ylabel=f"{ylabel}, ± 2 s.e." if columns[0].errors else ylabel)
     ax.locator_params("x", integer=True)
-    if sort and several:
+    if sort and len(results) > 1:
         ax.set_xlabel("rank of the block, cheapest first")
     elif sort:
         ax.set_xticks(range(len(order)), order, fontsize=min(8, 150 / len(order)))
@@ -1342,34 +1291,28 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
                        extend="min" if lowest < low else "neither")
     bar.minorticks_off()
 
-def training(fig: Any, results: dict[str, Result], keys: dict[str, str], title: str,
-             ylabel: str) -> None:
-    """Values of one run's log.jsonl over training. keys: their names in the legend."""
-    ax, (r,) = fig.subplots(), results.values()
-    for (key, name), color in zip(keys.items(), COLORS):
+def training(fig: Any, results: dict[str, Result]) -> None:
+    """Loss and last variance over training, from the log.jsonl of the only run."""
+    (r,), (upper, lower) = results.values(), fig.subplots(2, sharex=True)
+    for ax, key in ((upper, "loss"), (upper, "val_loss"), (lower, "variance")):
         found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
-        ax.plot(*np.array(found).reshape(-1, 2).T, marker="o" if len(found) < 100 else "",
-                color=color, linewidth=0.8, label=name)
-    ax.set(xlabel="step", ylabel=ylabel)
-    finish(fig, ax, title)
+        ax.plot(*np.array(found).reshape(-1, 2).T, ".-", linewidth=0.8, label=key)
+    upper.set(ylabel="nats per token")
+    lower.set(xlabel="step", ylabel="last variance")
+    finish(fig, upper, "Loss and variance over training")
 
 def page(results: dict[str, Result], names: Sequence[str]) -> Any:
-    """A figure with the panels of these experiments under a heading. The page of one run also has
-    curves over training."""
+    """A figure with the panels of these experiments. The page of one run also has curves over
+    training."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     panels = [EXPERIMENTS[name].figure for name in names]
     if len(names) > 1 and len(results) == 1 and [*results.values()][0].get("log"):
-        panels += [
-            partial(training, keys={"loss": "training", "val_loss": "validation"},
-                    title="Loss over training", ylabel="loss (nats per token)"),
-            partial(training, keys={"variance": "last block"},
-                    title="Variance over training", ylabel="variance after the last block")]
+        panels.append(training)
     across = min(len(panels), 3 if len(results) == 1 else 2)
     down, width = math.ceil(len(panels) / across), 2.6 + 1.6 * len(results)             # inches
-    headings = [textwrap.fill(heading(label, r), int(12 * width * across) + 10)
-                for label, r in results.items()]
-    fig = Figure((width * across, 2.9 * down + 0.15 * len(headings) + 0.3), layout="constrained")
+    fig = Figure((width * across, 2.9 * down + 0.15 * len(results) + 0.3), layout="constrained")
+    headings = [f"{label}: loss {r['loss']:.4f}" for label, r in results.items()]
     if len(results) > 1:
         handles = [Line2D([], [], color=COLORS[k % len(COLORS)]) for k in range(len(results))]
         fig.legend(handles, headings, loc="outside upper center", fontsize=8)
@@ -1379,41 +1322,25 @@ def page(results: dict[str, Result], names: Sequence[str]) -> Any:
         panel(cell, results)
     return fig
 
-def heading(label: str, r: Result) -> str:
-    """The model, its main scores and the sample, in a line."""
-    ran, found = r.get("run", {}), scores(r)
-    c = ran.get("settings", {})
-    said = [f"{c['n_layer']} layers {c['n_embd']} wide"] if "n_layer" in c else []
-    said += [f"{name} {found[name]:.4g}" for name in ("loss", "causal", "permuted", "useful")
-             if not math.isnan(found.get(name, math.nan))]
-    if "length" in ran:
-        said.append(f"on {ran['samples']} x {ran['length']} tokens")
-    return f"{label}: {', '.join(said)}"
-
 def draw(results: dict[str, Result], out: Path) -> str:
-    """Draw the panels that all results have, on one page and as single files. Says where they
-    are."""
+    """Draw the panels that all results have, on one page and as single files, in place of earlier
+    ones. Says where they are."""
+    for name in (*EXPERIMENTS, "probe"):
+        (out / f"{name}.png").unlink(missing_ok=True)
     os.environ["MPLBACKEND"] = "Agg"            # needs no display; the user's backend might
     try:
         import matplotlib
     except ImportError:
         return "no figures without matplotlib: pip install matplotlib"
-    # A single block has no pairs: its causal and permutation matrices are [[0.0]].
-    names = [name for name, experiment in EXPERIMENTS.items() if experiment.figure
-             and all(name in r and r[name] != [[0.0]] for r in results.values())]
+    names = [name for name, experiment in EXPERIMENTS.items()
+             if experiment.figure and all(name in r for r in results.values())]
     if not names:
         return ""
     with matplotlib.rc_context(STYLE):
         for name in names:
-            save_figure(page(results, [name]), out / name)
-        save_figure(page(results, names), out / "probe")
+            page(results, [name]).savefig(out / f"{name}.png", dpi=150)
+        page(results, names).savefig(out / "probe.png", dpi=150)
     return f"figures in {out}, on one page in {out / 'probe.png'}"
-
-def save_figure(fig: Any, path: Path) -> None:
-    """Save a figure of matplotlib as path.png and path.svg."""
-    fig.savefig(f"{path}.png", dpi=150)
-    fig.set_layout_engine("none")       # keeps the layout: computing it takes half of the time
-    fig.savefig(f"{path}.svg")
 
 # ---- dropping blocks -----------------------------------------------------------------------------
 class Part:
@@ -1734,7 +1661,7 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
     """Write probe.json and return its contents. before: what it held.
 
     If the file holds results of the same weights on the same tokens, these results are kept.
-    Otherwise the file becomes probe.json.old, and its figures are deleted.
+    Otherwise the file becomes probe.json.old.
     """
     file = out / "probe.json"
     whole = json.loads(json.dumps(result), parse_constant=lambda constant: None)    # null for nan
@@ -1749,34 +1676,22 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
         else:
             os.replace(file, f"{file}.old")
             print(f"{file} was measured with other weights or tokens: it is now {file.name}.old")
-            delete_figures(out)
     write_json(file, whole)
     return whole
 
-def delete_figures(out: Path) -> None:
-    for name in (*EXPERIMENTS, "probe"):
-        for ending in ("png", "svg"):
-            (out / f"{name}.{ending}").unlink(missing_ok=True)
-
-def draw_again(args: Any) -> None:
+def draw_again(path: Path, label: str, out: Path) -> Result:
     """--figures: draw what is in probe.json."""
     need("matplotlib", "--figures")
-    results: dict[str, Result] = {}
-    for path in args.checkpoints:
-        label, out = place_of_results(args, path, results)
-        r = read_result(out)
-        check(r is not None, f"no {out / 'probe.json'}: measure with `python probe.py {path}`")
-        results[label] = r | {"log": read_log(path)}
-        print(draw({label: results[label]}, out))
-    if len(results) > 1:
-        compare(args, results)
+    r = read_result(out)
+    check(r is not None, f"no {out / 'probe.json'}: measure with `python probe.py {path}`")
+    r["log"] = read_log(path)
+    print(draw({label: r}, out))
+    return r
 
 def compare(args: Any, results: dict[str, Result]) -> None:
-    """The scores of several models side by side, and their figures. The figures of an earlier
-    comparison are deleted."""
+    """The scores of several models side by side, and their figures."""
     out = Path(args.out or home_of(args.checkpoints[0]).parent / "comparison")
     make_folder(out, "--out")
-    delete_figures(out)
     print("", score_table(results), "", f"comparison: {draw(results, out)}", sep="\n")
 
 def make_folder(out: Path, flag: str) -> None:
@@ -1804,52 +1719,48 @@ def place_of_results(args: Any, path: Path, taken: dict[str, Result]) -> tuple[s
 def read_arguments() -> Any:
     parser = Parser(prog="probe.py", description=__doc__)
     add = parser.add_argument
-    add("checkpoints", nargs="+", type=Path, metavar="ckpt.pt",
+    add("checkpoints", nargs="+", type=Path, metavar="MODEL",
         help="a checkpoint of train.py, a Hugging Face folder, or a hub id OWNER/NAME[@REVISION]")
     add("--only", default="", metavar="NAMES",
         help="experiments, separated by commas (default: all that the model allows): "
              f"{', '.join(EXPERIMENTS)}; or tasks, to run --tasks alone")
     add("--data", help="a prepared corpus, whose validation split is used, or a text file "
                        "(default: the run's corpus, or else Python's documentation)")
-    add("--samples", type=int, default=100, metavar="N",
-        help="number of sequences (default 100, as in the paper)")
-    add("--length", type=int, default=0, metavar="T",
-        help="tokens per sequence (default: the model's context, at most 512)")
-    add("--tokens", metavar="FILE.npy", help="token ids (B, T), an integer array, instead of --data")
+    add("--samples", type=int, default=100, help="number of sequences (default 100)")
+    add("--length", type=int, help="tokens per sequence (default: the context, at most 512)")
+    add("--tokens", metavar="FILE.npy", help="token ids (B, T), integers, instead of --data")
     add("--seed", type=int, default=0, help="for sequences, pairs and --sample (default 0)")
     add("--remove", default="1", metavar="LENGTHS",
         help="lengths of the runs of blocks to remove, such as 1,2,4 (default 1)")
-    add("--sublayers", action=argparse.BooleanOptionalAction, default=False,
-        help="also remove each attention and each FFN alone")
-    add("--pairs", type=int, default=0, metavar="N", help="random pairs to swap (default: all)")
+    add("--sublayers", action="store_true", help="also remove each attention and each FFN alone")
+    add("--pairs", type=int, default=0, help="random pairs of blocks to swap (default: all)")
     add("--jacobian_samples", type=int, default=0, metavar="N",
-        help="sequences for the Jacobian (default: half of --samples)")
-    add("--tasks", metavar="NAMES",
-        help="tasks of lm-evaluation-harness, such as arc_easy,hellaswag (pip install lm_eval)")
-    add("--task_folder", metavar="DIR", help="more tasks as YAML files, which may run Python code")
-    add("--tokenizer", metavar="NAME", help="instead of the model's own: bytes, a name of tiktoken "
-                                            "such as gpt2, a Hugging Face folder or hub id")
-    add("--out", metavar="DIR",
-        help="folder for the results (default: the folder of ckpt.pt, X/ for X.pt, out/NAME for "
-             "Hugging Face); several models get a folder each inside it")
+        help="number of sequences for the Jacobian (default: half of --samples)")
+    add("--tasks", help="tasks of lm-evaluation-harness, such as arc_easy,hellaswag")
+    add("--task_folder", help="folder with more tasks as YAML files, which may run Python code")
+    add("--tokenizer", help="instead of the model's own: bytes, a name of tiktoken such as gpt2, "
+                            "a Hugging Face folder or hub id")
+    add("--out", help="folder for the results (default: the folder of ckpt.pt, X/ for X.pt, "
+                      "out/NAME for Hugging Face); several models get a folder each inside it")
     add("--drop", metavar="BLOCKS",
         help="save the model without these blocks, such as 3,7, or without the N cheapest: auto:N")
     add("--save", metavar="PATH",
         help="where --drop saves the model (default: pruned.pt in the folder of the results, "
              "out/NAME_pruned for Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues this text")
-    add("--new_tokens", type=int, default=200, metavar="N", help="tokens of --sample (default 200)")
-    add("--temperature", type=float, default=0.8, help="of --sample (default 0.8); 0: the likeliest")
+    add("--new_tokens", type=int, default=200, metavar="N", help="of --sample (default 200)")
+    add("--temperature", type=float, default=0.8, metavar="T",
+        help="of --sample (default 0.8); 0: always the likeliest token")
     add("--top_k", type=int, default=50, metavar="K",
         help="--sample chooses among the K likeliest tokens (default 50); 0: among all")
     add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
     add("--figures", action="store_true", help="draw the figures again, from probe.json")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="device to compute on (default: a GPU if there is one)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float64"),
         help="precision of weights and streams (default float32, without TF32)")
     add("--device_map", choices=["auto"], help="spread a Hugging Face model over all GPUs")
     args = parser.parse_args()
-    args.only = args.only.replace(" ", "")
     if args.tasks:
         need("lm_eval", "--tasks")
     check(args.tasks or "tasks" not in args.only.split(","), "--only tasks needs --tasks")
@@ -1871,8 +1782,6 @@ def main() -> None:
     args = read_arguments()
     if args.export:
         return export(args.checkpoints[0], args.export, args.tokenizer)
-    if args.figures:
-        return draw_again(args)
     alone = args.drop is not None or args.sample is not None
     check(not alone or os.environ.get("WORLD_SIZE", "1") == "1",
           "--drop and --sample take one process: start them with python, not torchrun")
@@ -1880,6 +1789,10 @@ def main() -> None:
     args.device = device.type
     results: dict[str, Result] = {}
     for path in args.checkpoints:
+        label, out = place_of_results(args, path, results)
+        if args.figures:
+            results[label] = draw_again(path, label, out)
+            continue
         model, saved = load_model(path, device, getattr(torch, args.dtype), args.device_map)
         check_finite(model, path)
         saved["tokenizer"] = args.tokenizer or saved["tokenizer"]
@@ -1888,7 +1801,6 @@ def main() -> None:
         elif args.drop is not None:
             drop_blocks(args, path, model, saved)
         else:
-            label, out = place_of_results(args, path, results)
             results[label] = measure(args, path, model, saved, label, out)
     rank, ranks = place_among_ranks()
     if len(results) > 1 and rank == 0:

@@ -34,7 +34,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import check
-from probe import COLORS, EXPERIMENTS, USEFUL, make_folder, rank_correlation, save_figure, scores
+from probe import COLORS, EXPERIMENTS, USEFUL, make_folder, rank_correlation, scores
 from train import PEAK, TrainConfig, bare, load_settings, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -993,7 +993,7 @@ def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
             ax.title.set_fontsize(9)
             ax.xaxis.label.set_fontsize(8)
             ax.yaxis.label.set_fontsize(8)
-        save_figure(fig, out / name)
+        fig.savefig(out / f"{name}.png", dpi=150)
     return f"figures in {out}: {', '.join(figures)}"
 
 def panels(across: int, height: float, title: str, down: int = 1,

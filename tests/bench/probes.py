@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Corpus, load_model, run  # noqa: E402
 from model import GPT  # noqa: E402
-from probe import causal_row, jacobian_sum, probe, streams_of, swapped, update_norms  # noqa: E402
+from probe import causal_row, jacobian_sum, probe, streams_of, update_norms  # noqa: E402
 
 
 def side_by_side(name: str, here: Callable[[], Any], naive: Callable[[], Any], rounds: int = 5) -> None:
@@ -52,8 +52,12 @@ def naive_causal(model: GPT, tokens: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def naive_permutation(model: GPT, tokens: Tensor) -> list[Tensor]:
     """The summed loss in nats with each pair of blocks swapped."""
-    pairs = combinations(range(len(model.blocks)), 2)
-    return [nll(model, model.embed(tokens), tokens, swapped(list(model.blocks), i, j)) for i, j in pairs]
+    losses = []
+    for i, j in combinations(range(len(model.blocks)), 2):
+        blocks = list(model.blocks)
+        blocks[i], blocks[j] = blocks[j], blocks[i]
+        losses.append(nll(model, model.embed(tokens), tokens, blocks))
+    return losses
 
 
 @torch.no_grad()
