@@ -1294,9 +1294,10 @@ def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel:
 def training(fig: Any, results: dict[str, Result]) -> None:
     """Loss and last variance over training, from the log.jsonl of the only run."""
     (r,), (upper, lower) = results.values(), fig.subplots(2, sharex=True)
-    for ax, key in ((upper, "loss"), (upper, "val_loss"), (lower, "variance")):
+    for i, (ax, key) in enumerate([(upper, "loss"), (upper, "val_loss"), (lower, "variance")]):
         found = [(line["step"], np.ravel(line[key])[-1]) for line in r["log"] if key in line]
-        ax.plot(*np.array(found).reshape(-1, 2).T, ".-", linewidth=0.8, label=key)
+        ax.plot(*np.array(found).reshape(-1, 2).T, color=COLORS[i], linewidth=0.8, label=key,
+                marker="o" if len(found) < 100 else "")
     upper.set(ylabel="nats per token")
     lower.set(xlabel="step", ylabel="last variance")
     finish(fig, upper, "Loss and variance over training")

@@ -213,6 +213,8 @@ def test_later_measurements_of_the_same_weights_and_tokens_are_added_to_probe_js
     assert numbers(result("dense")) == numbers(result("at_once"))
     assert measured_in(result("dense")) == ["variance", "removal"]
     assert not list(workplace.glob("dense/*.old"))
+    assert take("--only", "permutation", "--pairs", 2).status == take("--only", "variance").status == 0
+    assert result("dense")["run"]["pairs"] == result("dense")["permutation_pairs"] == 2
 
 
 @pytest.mark.parametrize("flags", [["--seed", 1], ["--length", 8], ["--dtype", "float64"], []], ids=str)
