@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from functools import cache
-from itertools import combinations
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import check
-from probe import COLORS, EXPERIMENTS, USEFUL, make_folder, rank_correlation, scores
+from probe import BELOW, COLORS, EXPERIMENTS, USEFUL, make_folder, rank_correlation, scores
 from train import PEAK, TrainConfig, bare, load_settings, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -44,7 +44,7 @@ class Member(NamedTuple):
     """A model of a family. Its name is a config and optional settings: "gqa_16,norm=lns"."""
     baseline: str               # the member that it is compared with
     seeds: range                # the seeds that enter the numbers of its family
-    label: str                  # its name in tables; see `knobs`
+    label: str                  # its name in tables at laptop size
 
 def read_families() -> dict[str, dict[str, Member]]:
     """Read configs/families.txt: the members of each family, by name."""
@@ -84,24 +84,9 @@ def config_of(member: str, args: Any) -> TrainConfig:
     """The settings of a member, changed by the settings on the command line."""
     return config(member, args.scale, tuple(args.settings))
 
-def knobs(c: TrainConfig) -> dict[str, str]:
-    """The settings in which the members of a family differ, as a label shows them."""
-    return {"L": f"{c.n_layer}",                       # blocks
-            "T": f"{c.block_size}",                    # context
-            "d": f"{c.n_embd}",                        # width
-            "decay": f"{c.weight_decay:g}",
-            "G": f"{c.n_head // c.n_kv_head}",         # query heads per key/value head
-            "experts": f"{c.n_experts}, top {c.top_k}",
-            "steps": f"{c.max_steps}"}
-
 def label(family: str, member: str, scale: str) -> str:
     """A member's name in tables, with the paper's value where it differs: "L 16 (paper: 32)"."""
-    here, paper = knobs(config(member, scale)), knobs(config(member, "paper"))
-    if family in ("width", "long", "rates"):           # the paper has no such runs
-        paper = here
-    shown = {knob: value if value == paper[knob] else f"{value} (paper: {paper[knob]})"
-             for knob, value in here.items()}
-    return FAMILIES[family][member].label.format(**shown)
+    return FAMILIES[family][member].label if scale == "laptop" else member
 
 # ---- running -------------------------------------------------------------------------------------
 # The experiments after training; BRIEFLY: those before the first step and at the common lengths.
@@ -160,22 +145,16 @@ def run_job(job: Job, args: Any) -> bool:
     if args.jobs > 1:       # with more threads than cores in total, a run takes ten times as long
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
 
-    def succeed(commands: list[list[str]]) -> bool:
-        with open(job.out / "output.txt", "a", encoding="utf-8") as output:
-            return all(subprocess.run(command, stdout=output, stderr=output, env=environment,
-                                      check=False).returncode == 0 for command in commands)
-
     job.out.mkdir(parents=True, exist_ok=True)
-    print(f"{job.out}: training", flush=True)
-    steps = config_of(job.member, args).max_steps
-    fine = succeed(train_commands(job, args))
+    print(f"{job.out}: training and probing", flush=True)
+    with open(job.out / "output.txt", "a", encoding="utf-8") as output:
+        fine = all(subprocess.run(command, stdout=output, stderr=output, env=environment,
+                                  check=False).returncode == 0
+                   for command in [*train_commands(job, args), *probe_commands(job, args)])
     # train.py also ends with status 0 when SIGTERM stops it, so compare the step.
+    steps = config_of(job.member, args).max_steps
     if not fine or load_checkpoint(job.out / "ckpt.pt")["step"] < steps:
-        print(f"{job.out}: training stopped or failed, see output.txt", flush=True)
-        return False
-    print(f"{job.out}: probing", flush=True)
-    if not succeed(probe_commands(job, args)):
-        print(f"{job.out}: probing failed, see output.txt", flush=True)
+        print(f"{job.out}: stopped or failed, see output.txt", flush=True)
         return False
     append_row(args.results, row_of(job, args))
     print(f"{job.out}: recorded in {args.results}", flush=True)
@@ -272,13 +251,15 @@ def row_of(job: Job, args: Any) -> Row:
     text = (job.out / "log.jsonl").read_text("utf-8")
     log = [json.loads(line) for line in text.splitlines()]
     trained, start = read_probe(job.out), read_probe(job.out / "start")
+    saved = load_checkpoint(job.out / "ckpt.pt")
     curve = [(line["step"], line["variance"][-1]) for line in log if "variance" in line]
     maps = {name: trained[name] for name in MAPS if name in trained}
     row = {"member": job.member, "seed": job.seed,
            "settings": {name: x for name, x in asdict(c).items() if name not in NO_MATTER},
-           "corpus": load_checkpoint(job.out / "ckpt.pt").get("corpus"),
+           "corpus": saved.get("corpus"),
            "torch": torch.__version__, "python": platform.python_version(),
-           "processor": processor(), "scores": own_scores(c, log, trained) | scores(trained),
+           "processor": processor(),
+           "scores": own_scores(c, log, trained, saved["model"]) | scores(trained),
            "curve": curve, "probe": block_values(trained) | maps,
            "start": scores(start), "probe_start": block_values(start)}
     for length in COMMON_LENGTHS:
@@ -314,8 +295,8 @@ def course(curve: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"peak var.": peak, "peak at": step / last_step,
             "left of it": last / peak if peak else math.nan}
 
-def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
-               r: dict[str, Any]) -> dict[str, float]:
+def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]], r: dict[str, Any],
+               weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """Scores of a run that probe.py does not compute: its losses, and measures of its sparsity.
 
     active FFN: the share of the FFN's weights that a token uses. key heads: key/value heads per
@@ -323,7 +304,10 @@ def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
     density: eff. keys x key heads; the paper does not give its formula. near zero: the share of the
     blocks' weights whose size is below a tenth of init_std.
     """
-    found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0}
+    matrices = [w for name, w in weights.items() if name.startswith("blocks.") and w.dim() > 1]
+    small = sum((w.abs() < BELOW * c.init_std).sum().item() for w in matrices)
+    found = {"key heads": c.n_kv_head / c.n_head, "active FFN": 1.0,
+             "near zero": small / sum(w.numel() for w in matrices)}
     if c.n_experts:
         used = c.top_k * c.expert_hidden + c.shared_hidden
         found["active FFN"] = used / (c.n_experts * c.expert_hidden + c.shared_hidden)
@@ -332,21 +316,9 @@ def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]],
     if validations:
         found["val loss"] = validations[-1]
     if "sparsity" in r:
-        found["near zero"] = near_zero(c, r["sparsity"]["weights"])
         found["eff. keys"] = statistics.mean(r["sparsity"]["attention"]["effective_keys"])
         found["density"] = found["eff. keys"] * found["key heads"]
     return found
-
-def near_zero(c: TrainConfig, shares: dict[str, dict[str, list[float]]]) -> float:
-    """The share of near-zero weights in all blocks together, from the shares of the matrices."""
-    count = total = 0.0
-    model = bare(replace(c, vocab_size=vocabulary(c)))
-    for name, w in model.blocks[0].named_parameters():
-        if w.dim() > 1:
-            below = shares[name.removesuffix(".weight")]["below"]
-            count += w.numel() * sum(below)
-            total += w.numel() * len(below)
-    return count / total
 
 @cache
 def processor() -> str:
@@ -722,6 +694,8 @@ SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
                      "val loss"),
          "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
 
+AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence")
+
 def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
     """Every table, by the name of its file."""
     compared = comparisons(found)
@@ -741,11 +715,16 @@ def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
         written[f"premise_{name}"] = premises(depth, scale, score)
     if depth:
         named = {label("depth", name, scale): rows for name, rows in depth.items()}
-        written |= {"depth_steps": depth_steps(found, scale), "course": course_table(depth, scale),
+        steps = [compare(found, "depth", name, score, base) for base, name in pairwise(depth)
+                 for score in KNOB]
+        written |= {"depth_steps": difference_table([c for c in steps if c], scale),
+                    "course": course_table(depth, scale),
                     "released": score_table("depth", named, RELEASED),
                     "processors": processors(depth)}
-    if "context" in found:
-        written["context_common"] = common_lengths(found["context"], scale)
+    for length in COMMON_LENGTHS if "context" in found else ():
+        named = {label("context", name, scale): rows for name, rows in found["context"].items()}
+        written[f"context_{length}"] = score_table(f"first {length} tokens", named, AT_LENGTH,
+                                                   f"at_{length}")
     return written
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -759,7 +738,7 @@ def short(x: float, sign: str = "") -> str:
     """A number with three digits, or "-" for nan."""
     if math.isnan(x):
         return "-"
-    x += 0.0                                           # "0" instead of "-0"
+    x = x if abs(x) > 1e-12 else 0.0                   # neither "-0" nor rounding
     return f"{x:{sign},.0f}" if abs(x) >= 100 else f"{x:{sign}.3g}"
 
 def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
@@ -845,10 +824,12 @@ def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
 
 def difference_table(compared: Sequence[Comparison], scale: str) -> str:
     """A row per pair of members and a column per score. For families that the paper lacks."""
-    effects: dict[str, list[str]] = {}
+    effects: dict[str, dict[str, str]] = {}
     for c in compared:
-        effects.setdefault(versus(c, scale), []).append(with_interval(c.effect, c.score, "+"))
-    return table(["comparison", *KNOB], [[name, *cells] for name, cells in effects.items()])
+        cell = with_interval(c.effect, c.score, "+")
+        effects.setdefault(versus(c, scale), {})[c.score] = cell
+    return table(["comparison", *KNOB], [[name, *(cells.get(score, "-") for score in KNOB)]
+                                         for name, cells in effects.items()])
 
 def premises(depth: Runs, scale: str, score: str) -> str:
     """A row per depth: the value of each seed, their mean, step 0, and what training adds."""
@@ -869,16 +850,6 @@ def premises(depth: Runs, scale: str, score: str) -> str:
     return table([PREMISES[score], "each seed", "mean (95%)", "step 0", "training adds",
                   "verdict"], rows)
 
-def depth_steps(found: dict[str, Runs], scale: str) -> str:
-    """The change of the validation loss with each step in depth."""
-    names, rows = list(found["depth"]), []
-    for base, name in zip(names, names[1:]):
-        c = compare(found, "depth", name, "val loss", base)
-        if c:
-            rows.append([f"{label('depth', base, scale)} to {label('depth', name, scale)}",
-                         with_interval(c.effect, "", "+")])
-    return table(["step", "validation loss (95%)"], rows)
-
 def course_table(depth: Runs, scale: str) -> str:
     """The variance of the last stream during training, here and in the paper: its peak, the time of
     the peak, and the share of the peak that is left at the end."""
@@ -894,16 +865,6 @@ def course_table(depth: Runs, scale: str) -> str:
 
 # Each score as the paper defines it, followed by the score as the released scripts compute it.
 RELEASED = ("causal", "rel.causal", "useful", "rel.useful", "last var.", "rel.var.")
-
-def common_lengths(context: Runs, scale: str) -> str:
-    """A table per common length: the members of "context", probed on the same tokens."""
-    shown = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence")
-    written = []
-    for length in COMMON_LENGTHS:
-        named = {label("context", name, scale): rows for name, rows in context.items()
-                 if by_seed(rows, "loss", f"at_{length}")}
-        written.append(score_table(f"first {length} tokens", named, shown, f"at_{length}"))
-    return "\n\n".join(written)
 
 def mechanism(found: dict[str, Runs]) -> str:
     """Rank correlations over all configurations, and over those with 8 layers of width 64. For each
@@ -934,19 +895,13 @@ def mechanism(found: dict[str, Runs]) -> str:
     return "\n\n".join(written)
 
 def processors(depth: Runs) -> str:
-    """The runs that were computed on several kinds of processor, pair by pair."""
-    shown = ("last var.", "ln Vn/V1", "log ratio", "val loss")
-    rows = []
-    for name, seeds in depth.items():
-        for one, other in combinations(seeds, 2):
-            if one["seed"] == other["seed"]:
-                kinds = f"{other['processor']} vs {one['processor']}"
-                values = [f"{short(other['scores'][score])} vs {short(one['scores'][score])}"
-                          for score in shown]
-                rows.append([f"{name} seed {one['seed']}: {kinds}", *values])
-    if not rows:
+    """The runs that were computed on several kinds of processor, one row for each kind."""
+    repeated = {f"{name} seed {row['seed']}, {row['processor']}": [row]
+                for name, rows in depth.items() for row in rows
+                if sum(other["seed"] == row["seed"] for other in rows) > 1}
+    if not repeated:
         return "No run of the depth family was repeated on another kind of processor."
-    return table(["run", *shown], rows)
+    return score_table("run", repeated, ("last var.", "ln Vn/V1", "log ratio", "val loss"))
 
 # ---- figures -------------------------------------------------------------------------------------
 # For each score, the title of its panel and the label of its axis.
@@ -980,7 +935,7 @@ def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
         depth = found["depth"]
         figures |= {
             "depth": draw_depth(depth), "depth_blocks": draw_blocks(depth),
-            "depth_course": draw_course(depth), "mechanism": draw_mechanism(found),
+            "mechanism": draw_mechanism(found),
             "depth_causal": draw_maps(depth, "causal"),
             "depth_permutation": draw_maps(depth, "permutation")}
     if "rates" in found:
@@ -1106,20 +1061,6 @@ def draw_maps(runs: Runs, name: str) -> Any:
     log_scale(bar.ax.yaxis)
     return fig
 
-def draw_course(runs: Runs) -> Any:
-    """The variance of the last stream during training: each seed, and their geometric mean."""
-    fig, (ax,) = panels(1, 3.2, "The variance of the last stream during training")
-    for color, rows in zip(COLORS, runs.values()):
-        curves = np.array([row["curve"] for row in rows], dtype=float)      # (seeds, points, 2)
-        steps = curves[0, :, 0]
-        ax.plot(steps, curves[:, :, 1].T, color=color, linewidth=0.6, alpha=0.4)
-        ax.plot(steps, np.exp(np.log(curves[:, :, 1]).mean(0)), color=color,
-                label=f"{layers(rows)} layers")
-    ax.set(xlabel="training step", ylabel="variance of the last stream")
-    log_scale(ax.yaxis)
-    ax.legend(fontsize=8, frameon=False)
-    return fig
-
 def draw_family(family: str, runs: Runs, scale: str) -> Any:
     """A row per member: a ring per seed, the mean with its interval, a diamond for the paper."""
     shown = ("last var.", "useful", "log ratio", "val loss")
@@ -1219,24 +1160,14 @@ def draw_mechanism(found: dict[str, Runs]) -> Any:
     return fig
 
 # ---- the recipe at another size ------------------------------------------------------------------
-# For each setting of the recipe: its step of the ladder, the step before, and other values tried.
-STEPS = {"block_size": ("ladder_t4096", "ladder_32", ["ladder_t8192"]),
-         "weight_decay": ("ladder_decay_0_3", "ladder_t4096",
-                          ["ladder_decay_0_6", "ladder_decay_1"]),
-         "n_kv_head": ("ladder_g2", "ladder_decay_0_3", []),
-         "n_experts": ("ladder_moe", "ladder_g2", [])}
-
 def advise(args: Any) -> None:
     """Print the recipe at another size, the evidence for it, and the cost of a run. Write a config
     if --out is given."""
     check(not args.out or not Path(args.out).exists(),
           f"--out {args.out} exists: choose another name")
     c = advised(args.n_layer, args.params, args.tokens, args.gpus)
-    least = config("ladder_moe", "laptop").n_embd
-    check(c.n_embd >= least, f"--params {args.params:g} leaves a width of {c.n_embd} with "
-                             f"{args.n_layer} blocks; the smallest model tried had {least}")
     values = {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != f.default}
-    lines = [*sources(c), *(f"{name} = {x!r}" for name, x in values.items())]
+    lines = [*sources(), *(f"{name} = {x!r}" for name, x in values.items())]
     print(*lines, "", sep="\n", flush=True)
     if args.out:
         Path(args.out).write_text("\n".join(lines) + "\n", "utf-8")
@@ -1281,24 +1212,21 @@ def advised_width(ladder: TrainConfig, n_layer: int, params: float) -> int:
     width = (math.sqrt(b * b + 4 * a * params) - b) / (2 * a)
     return max(32, 32 * round(width / 32))
 
-def sources(c: TrainConfig) -> list[str]:
+def sources() -> list[str]:
     """Comments for an advised config: the paper's gain and our verdict for each step."""
     args = argparse.Namespace(scale="laptop", settings=[])
     rows = read_rows(ROOT / "configs/laptop/results.jsonl")
     found = {family: runs_of(family, rows, args) for family in ("depth", "ladder")}
-    ladder = PAPER["ladder"]
     lines = ["# The paper's models have 12 to 32 blocks, are 768 to 2,048 wide, and saw 10 billion",
-             "# tokens. Anything else is extrapolated."]
-    for name, (member, before, others) in STEPS.items():
-        old, new = ladder[before], ladder[member]
-        lines += [f"# {name} = {getattr(c, name)}",
-                  f"#   paper, {member}: accuracy {old['accuracy']} to {new['accuracy']}, "
-                  f"usefulness {old['useful']} to {new['useful']}"]
-        lines += [f"#   paper, {other} instead: accuracy {ladder[other]['accuracy']}, usefulness "
-                  f"{ladder[other]['useful']}" for other in others]
-        if name == "weight_decay":
-            lines.append("#   chosen so that decay x steps is that of the paper, 0.3 x 4,768")
-        judged = [compare(found, "ladder", member, score) for score in ("useful", "log ratio")]
+             "# tokens. Anything else is extrapolated. weight_decay is chosen so that decay x",
+             "# steps is that of the paper, 0.3 x 4,768."]
+    for name, member in FAMILIES["ladder"].items():
+        old, new = PAPER["ladder"][member.baseline], PAPER["ladder"][name]
+        if name in ("ladder_16", "ladder_32"):
+            continue
+        lines.append(f"# {name} after {member.baseline}, paper: accuracy {old['accuracy']} to "
+                     f"{new['accuracy']}, usefulness {old['useful']} to {new['useful']}")
+        judged = [compare(found, "ladder", name, score) for score in ("useful", "log ratio")]
         lines += [f"#   laptop, {c.score}: {with_interval(c.effect, c.score, '+')}, {c.verdict}"
                   for c in judged if c] or ["#   laptop: no runs yet"]
     return lines
@@ -1350,8 +1278,8 @@ def read_arguments() -> Any:
     for word in args.settings:
         name = word.removeprefix("--").partition("=")[0]
         check("=" in word and name in DEFAULTS and name not in ("seed", "out_dir"),
-              f"{word}: not an option of `recipe.py {args.command}`, and not a setting of train.py "
-              "(--name=value)")
+              f"{word}: neither an option of `recipe.py {args.command}` nor a setting of train.py "
+              "(--name=value) that it leaves to you")
     if args.results is None:
         own = f"configs/{args.scale}/results.jsonl"
         args.results = Path(args.out, args.scale, "results.jsonl") if args.settings else ROOT / own
