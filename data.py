@@ -714,8 +714,8 @@ class HFLayer:
 
         attn and ffn are the first and the last submodule that has weights and is not a norm. If
         another submodule, such as a norm, takes the output of one of them, that one is used
-        instead, because its output is added to the stream. Both are None unless the layer becomes the
-        identity when both outputs are set to zero.
+        instead, because its output is added to the stream. Both are None unless the layer becomes
+        the identity when both outputs are set to zero.
         """
         parts: list[tuple[nn.Module, Tensor]] = []
 
