@@ -707,7 +707,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
-    """A text with parameters, FLOPs, hours, and memory per GPU. The model is not allocated."""
+    """The output of --plan: parameters, FLOPs, hours, memory per GPU. Allocates no model."""
     c = replace(c, vocab_size=vocabulary(c))
     batch_shape(c, gpus)                         # refuses a batch that cannot be divided
     model = bare(c)
