@@ -1127,7 +1127,7 @@ def write_tokenizer(name: str, folder: Path) -> None:
     else:
         get_tokenizer(name).inner.save_pretrained(folder)
     check(encode(str(folder), SAMPLE) == encode(name, SAMPLE),
-          f"the tokenizer {name} gives other ids when it is saved with the model and loaded again: "
+          f"the tokenizer {name} gives other ids when it is saved with a model and loaded again: "
           "name another with --tokenizer")
 
 def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:
