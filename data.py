@@ -1,8 +1,8 @@
 """Everything on disk: corpora, tokenizers, checkpoints, and models of transformers.
 
     python data.py python                            # the sources of torch and Python, in bytes
-    python data.py my_texts/ --tokenizer bytes       # a file or folder of .txt .md .py .jsonl, .gz
-    python data.py my_rows.parquet --field story     # the package datasets reads other formats
+    python data.py my_texts/ --tokenizer bytes       # .txt .md .py .jsonl, also packed as .gz
+    python data.py my_rows.parquet --field story     # other formats, through `datasets`
     python data.py fineweb-edu --max_tokens 10.5e9   # the paper's corpus, or OWNER/NAME[:CONFIG]
 
 A prepared corpus is a folder: meta.json, train_00000.bin, ..., val_00000.bin, ... The same command
@@ -47,7 +47,7 @@ EOT = "<|endoftext|>"
 TEXTS = (".txt", ".md", ".py", ".jsonl")     # read here, also as .gz; `datasets` reads the rest
 TEXT_FIELDS = ("text", "content")            # the fields that may hold the text of a row
 SHORT_NAMES = {"fineweb-edu": "HuggingFaceFW/fineweb-edu:sample-100BT"}
-DOCUMENT_CHARS = 1 << 16     # a longer text file becomes several documents, for both splits
+DOCUMENT_CHARS = 1 << 16     # a longer text file is cut, so that both splits get a part of it
 SHARD_TOKENS = 1 << 25       # 64 MB in uint16; an interruption costs at most this much work
 BATCH_DOCUMENTS = 256        # encoded at a time, by several threads
 # Two tokenizers count as the same if they have the same vocabulary and encode this text alike.
@@ -211,13 +211,14 @@ def read_source(source: Source) -> Iterator[str]:
 def read_text(path: Path) -> Iterator[str]:
     """The documents of a text file: one, or several if it is long.
 
-    A long file is cut between lines, and if possible where no token would cross the cut.
+    A long file is cut between lines, if possible where no token would cross the cut. A line that
+    is longer than DOCUMENT_CHARS may itself be cut.
     """
     with opened(path) as f:
         text = ""
         while line := f.readline(DOCUMENT_CHARS):
             # If a line ends with a visible character and the next begins with a letter or digit,
-            # no token of a tiktoken encoding crosses the line break.
+            # no token of a tiktoken encoding has characters of both lines.
             clean = line[0].isalnum() and re.search(r"\S\r?\n\Z", text[-3:])
             if len(text) >= DOCUMENT_CHARS and (clean or len(text) >= 2 * DOCUMENT_CHARS):
                 yield text
@@ -366,7 +367,7 @@ def check_splits(meta: dict[str, Any], full: bool) -> None:
     train, val = meta["train"]["tokens"], meta["val"]["tokens"]
     check(train > 0 or not full,
           f"--max_tokens={request['max_tokens']} is reached by the first document, which is for "
-          "validation: raise it")
+          "validation: raise --max_tokens")
     check(train + val > n, f"{request['source']}: all its documents are empty")
     check(train > 1 and val > 1,
           f"{request['source']}: too few documents ({n}): training and validation each need "
@@ -469,7 +470,7 @@ class HFTokenizer:
               f"the tokenizer {name} has no end-of-text token or no vocabulary: "
               "name another with --tokenizer")
         self.bos = self.inner.bos_token_id
-        # The tokens that it puts before a text, such as Llama's BOS. Only --tasks uses them.
+        # The tokens that __call__ puts before a text, such as Llama's BOS. Only --tasks uses them.
         whole = self.inner("a")["input_ids"]
         self.start = whole[:whole.index(bare[0])]
 
@@ -492,7 +493,7 @@ def one_line(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
 
 def known_as(name: str) -> str:
-    """A name that is the same for two tokenizers that give the same ids."""
+    """A name by which tokenizers are compared: that of an encoding, or else a fingerprint."""
     if name in encodings():
         return name
     if Path(name).name.startswith("tokenizer_"):              # a copy is named by its fingerprint
@@ -506,7 +507,7 @@ def fingerprint(name: str) -> str:
     return f"tokenizer_{zlib.crc32(repr(content).encode()):08x}"
 
 def same_tokenizer(one: str, other: str) -> bool:
-    """Whether two tokenizers give the same ids."""
+    """Whether two tokenizers count as the same, see `known_as`."""
     return one == other or known_as(one) == known_as(other)
 
 def copy_tokenizer(name: str, folder: Path) -> str:
@@ -580,7 +581,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                             f"use {copy}") from e
     kinds = {"model": dict, "settings": dict, "tokenizer": str}
     sound = isinstance(saved, dict) and all(isinstance(saved.get(k), kinds[k]) for k in kinds)
-    check(sound, f"{path} lacks {', '.join(kinds)}: it is not a checkpoint of train.py")
+    check(sound, f"{path} lacks one of {', '.join(kinds)}: it is not a checkpoint of train.py")
     # An earlier model.py had rope_scaling. It has no weight, so check_weights cannot notice it.
     check(not saved["settings"].get("rope_scaling"),
           f"{path} has rope_scaling, which model.py no longer has: "
@@ -643,7 +644,7 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference between two tensors, relative to the largest value of the second."""
+    """The largest absolute difference of a and b, divided by the largest absolute value of b."""
     return float((a - b).abs_().max() / b.abs().max())
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -711,9 +712,10 @@ class HFLayer:
     def find_sublayers(self, x: Tensor) -> None:
         """Run the layer on the stream x, and set attn, ffn and scaled.
 
-        attn and ffn are the first and the last submodule that has weights and is not a norm. If a
-        norm follows one of them, the norm is taken instead, because its output is added to the
-        stream. attn and ffn are None if the layer is not the identity with both outputs zero.
+        attn and ffn are the first and the last submodule that has weights and is not a norm. If
+        another submodule, such as a norm, takes the output of one of them, that one is used
+        instead, because its output is added to the stream. Both are None unless the layer becomes
+        the identity when both outputs are set to zero.
         """
         parts: list[tuple[nn.Module, Tensor]] = []
 
@@ -918,7 +920,7 @@ class HFModel:
                 "and FFN, and the removal of one of them, are left out": not self.splits,
                 "the contributions of attention and FFN are found by subtracting streams": scaled,
                 "its layers differ in masks or rotary tables: a block that changes places keeps "
-                "its own": own,
+                "its own masks and tables": own,
                 "the load of each expert is left out": not self.dense}
         self.notes = [f"{self.name}: {line}" for line, holds in said.items() if holds]
 
@@ -928,7 +930,7 @@ def load_hf(name: str | Path, device: str | torch.device, dtype: torch.dtype,
 
     device_map: "auto" spreads the layers over all GPUs (accelerate).
     """
-    transformers = need("transformers", f"{name}, which is no checkpoint of train.py,")
+    transformers = need("transformers", f"{name}, which is not a checkpoint of train.py,")
     if Path(name).is_dir():                                   # nothing is downloaded
         transformers.utils.logging.disable_progress_bar()
     if device_map:
@@ -957,9 +959,9 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
     """Write a model of transformers without some layers, and its tokenizer, to a folder.
 
     A config does not say which of its lists have an item for each layer. So every list with as many
-    items as there are layers is cut, except lists of token ids. Then the folder is loaded again. It
-    gets its name only if its logits equal those of the chain of the kept layers. So a wrong cut is
-    refused. The layers are also removed from `model` itself.
+    items as there are layers is cut, except lists of token ids. A wrong cut is refused: the model
+    is saved under a temporary name and loaded again, and the folder gets its name only if the
+    logits equal those of the chain of the kept layers. The layers are also removed from `model`.
     """
     config, n, out = model.inner.config.get_text_config(), len(model.blocks), Path(folder)
     check_empty(out)
@@ -987,7 +989,7 @@ def prune_hf(model: HFModel, drop: Sequence[int], folder: str | Path, tokenizer:
         new = Path(tmp, out.name)
         model.inner.save_pretrained(new)
         write_tokenizer(tokenizer, new)
-        without = f"{model.name} without layers {','.join(map(str, sorted(drop)))}"
+        without = f"{model.name} after --drop {','.join(map(str, sorted(drop)))}"
         try:
             smaller, _ = load_hf(new, model.device, model.dtype, device_map)
         except UserError as e:          # for example, every second layer is a MoE
@@ -1007,7 +1009,8 @@ def check_empty(folder: Path) -> None:
 def export(path: str | Path, folder: str | Path, tokenizer: str | None = None) -> None:
     """Write a checkpoint of train.py as a folder of transformers: Llama if dense, else Qwen2-MoE.
 
-    The folder is loaded again. It gets its name only if its logits equal those of the checkpoint.
+    The folder first has a temporary name. It is loaded again, and gets its own name only if its
+    logits equal those of the checkpoint.
     tokenizer: a name, by default the checkpoint's.
     """
     transformers = need("transformers", "--export")
@@ -1124,7 +1127,7 @@ def write_tokenizer(name: str, folder: Path) -> None:
     else:
         get_tokenizer(name).inner.save_pretrained(folder)
     check(encode(str(folder), SAMPLE) == encode(name, SAMPLE),
-          f"in a folder of this family, AutoTokenizer does not give the ids of {name}: "
+          f"the tokenizer {name} gives other ids when it is saved with a model and loaded again: "
           "name another with --tokenizer")
 
 def byte_level_bpe(enc: tiktoken.Encoding, splits_words: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def setting(default: Any, meaning: str, allowed: float | str = 0) -> Any:
 
 @dataclass
 class ModelConfig:
-    """The architecture. The constructor replaces every 0 that stands for a derived value."""
+    """The architecture. The constructor replaces 0 in n_kv_head, ffn_hidden and expert_hidden."""
     vocab_size: int = setting(0, "size of the vocabulary; 0: the corpus's, rounded up to a "
                                  "multiple of 64")
     block_size: int = setting(128, "context length T in tokens", 1)
@@ -74,7 +74,7 @@ class ModelConfig:
               f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if self.n_experts:
             check(self.top_k <= self.n_experts,
-                  f"top_k={self.top_k} must be 1 to n_experts={self.n_experts}")
+                  f"top_k={self.top_k} must be at most n_experts={self.n_experts}")
             self.expert_hidden = self.expert_hidden or self.ffn_hidden // self.top_k
             for name in ("n_embd", "expert_hidden"):                      # F.grouped_mm needs this
                 width = getattr(self, name)
@@ -137,7 +137,7 @@ class RoPE(nn.Module):
         return x * cos + x.roll(self.half, dims=-1) * sin
 
 class Attention(nn.Module):
-    """Causal self-attention. It groups queries (arXiv 2305.13245) if n_kv_head < n_head."""
+    """Causal self-attention. Grouped-query attention (arXiv 2305.13245) if n_kv_head < n_head."""
     def __init__(self, config: ModelConfig, rope: RoPE):
         super().__init__()
         self.n_head = config.n_head
@@ -195,7 +195,7 @@ def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("depth::grouped_mm_weight", mutates_args=())
 def grouped_mm_weight(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
-    """The gradient of `grouped_mm` for w: x (M, K), grad of the product (M, N) -> (E, K, N)."""
+    """The gradient of `grouped_mm` w.r.t. w: x (M, K), grad of the product (M, N) -> (E, K, N)."""
     if x.dtype == torch.float64:
         inner = ends[:-1].cpu().long()
         pairs = zip(x.tensor_split(inner), grad.tensor_split(inner))
@@ -229,8 +229,8 @@ def expert_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
 class Gather(torch.autograd.Function):
     """x[source], where source selects each row of x (N, d) n times.
 
-    Row place[i n + j] of the result is copy j of row i. With `place`, the gradient is a gather.
-    The gradient of plain indexing adds rows with atomics, which is slow on a GPU and not
+    Row place[i n + j] of the result is copy j of row i. The backward pass uses `place` to
+    gather. The gradient of plain indexing adds rows with atomics, which is slow on a GPU and not
     deterministic.
     """
     @staticmethod
@@ -377,7 +377,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Draw every matrix from N(0, init_std) and set every norm to 1, as in the paper.
+        """Draw matrices from N(0, init_std^2) and set the weights of norms to 1, as in the paper.
 
         embed_init_std and scaled_init change the standard deviation. Whole matrices are drawn on
         the CPU, so that the values depend neither on the device nor on the number of ranks.
@@ -415,8 +415,8 @@ class GPT(nn.Module):
         """Return the logits (B, T, vocab_size) and the loss, the mean cross-entropy in nats.
 
         Without targets the loss is None. The auxiliary losses of a MoE change the gradient of the
-        loss but not its value. stats=True also returns a dict of statistics. With
-        return_logits=False the logits are None, and they are never all in memory.
+        loss but not its value. stats=True also returns a dict of statistics. With targets
+        and return_logits=False, the logits are None: the loss computes them in chunks.
         """
         c = self.config
         T = idx.size(1)
@@ -497,7 +497,7 @@ class GPT(nn.Module):
 def logits_at_once(device: torch.device) -> int:
     """The default number of logits in memory during the loss.
 
-    CPU: 32 MB of float32, because malloc asks the system for every larger block.
+    CPU: 32 MB of float32. malloc gets every larger block anew from the operating system.
     GPU: 0.5 GB, so that matrix products are large. On an H200 with 16,384 tokens, a vocabulary of
     50,304 and d = 2,048, the loss takes 28, 25 and 24 ms with 2^26, 2^27 and 2^28 logits, and 24 ms
     with all logits at once.
@@ -526,7 +526,7 @@ class CrossEntropy(torch.autograd.Function):
             slope = slope.to(dtype)
             grad.copy_(slope @ w)
             if dtype == grad_W.dtype:
-                grad_W.addmm_(slope.T, some_x)         # saves a pass over W
+                grad_W.addmm_(slope.T, some_x)         # saves a pass over grad_W
             else:
                 grad_W += slope.T @ some_x
         ctx.save_for_backward(grad_x, grad_W)
@@ -544,7 +544,7 @@ def cross_entropy(head: nn.Linear, x: Tensor, targets: Tensor, at_once: int = 0)
     at_once: the number of logits in memory; 0: see the function `logits_at_once`.
     """
     check(type(head) is nn.Linear and head.bias is None,
-          "the loss requires a head that is one matrix: adapt CrossEntropy in model.py to yours")
+          "the loss needs a head that is one matrix: adapt CrossEntropy in model.py to your head")
     rows = max(1, (at_once or logits_at_once(x.device)) // head.out_features)
     x = x.flatten(0, 1)
     targets = targets.flatten()

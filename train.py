@@ -60,11 +60,11 @@ from model import ABOVE_0, GPT, ModelConfig, UserError, check, setting
 
 @dataclass
 class TrainConfig(ModelConfig):
-    """All settings of a run: those of the model, and these. Optimizer defaults are the paper's."""
+    """All settings of a run: those of the model, and these."""
     data: str = setting("data/python", "corpus made by data.py; data/python: made on first use")
     tokens_per_step: int = setting(2048, "tokens per optimizer step, over all ranks", 1)
     batch_size: int = setting(0, "sequences per forward pass of a rank; 0: the rank's whole share")
-    eval_tokens: int = setting(65536, "number of validation tokens, the same in every validation")
+    eval_tokens: int = setting(65536, "tokens per validation, always the same ones")
 
     max_steps: int = setting(1000, "number of optimizer steps", 1)
     learning_rate: float = setting(3e-3, "peak learning rate", ABOVE_0)
@@ -249,7 +249,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 def clip_gradients(model: GPT, limit: float) -> Tensor:
-    """Scale the gradient to a norm of at most `limit`; 0: no limit. Returns the former norm."""
+    """Scale the gradient to a norm of at most `limit`; 0: no limit. Returns the old norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -266,7 +266,7 @@ def average_over_ranks(values: dict[str, Tensor], world: int) -> dict[str, Any]:
     return {name: part.view(v.shape).tolist() for (name, v), part in zip(values.items(), parts)}
 
 def check_finite(step: int, means: dict[str, Any], c: TrainConfig) -> None:
-    """Raise UserError unless loss and gradient are finite, which all ranks decide alike."""
+    """Raise UserError unless loss and gradient are finite. All ranks decide alike."""
     loss, norm = means["loss"], means["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         good = newest_checkpoint(Path(c.out_dir))
@@ -357,7 +357,7 @@ def batch_shape(c: TrainConfig, world: int) -> tuple[int, int]:
     return per_step, size
 
 def open_corpus(c: TrainConfig, here: Process) -> Corpus:
-    """Open c.data. PYTHON_CORPUS is prepared if missing. Raises UserError for an unfit corpus."""
+    """Open c.data, or prepare PYTHON_CORPUS. Raises UserError if the corpus does not fit c."""
     missing = not Path(c.data, "meta.json").exists()
     if missing and Path(c.data) == PYTHON_CORPUS and here.rank == 0:
         prepare("python", c.data)
@@ -387,13 +387,13 @@ def vocabulary(c: TrainConfig, corpus: Corpus | None = None) -> int:
     return 64 * math.ceil(tokens / 64)
 
 def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
-    """Return raw, the initial model that holds the weights, and the model to call in training.
+    """Return raw, a model with initial weights, and the model to call in training.
 
     DDP, and torch.compile on one rank, wrap raw. FSDP2, and torch.compile on several ranks, change
     raw in place. Without a wrapper, the two are the same object.
     """
     sharded = here.world > 1 and c.parallel == "fsdp"
-    raw = bare(c)                                # with FSDP2 no GPU holds the whole model
+    raw = bare(c)                                # on meta: with FSDP2 no GPU may hold it all
     raw.recompute = c.recompute
     compiled = here.device.type == "cuda" if c.compile is None else c.compile
     if compiled and here.world > 1:
@@ -435,7 +435,7 @@ def shard(model: GPT, here: Process) -> None:
     A block gathers its weights when it is called, and frees them afterwards. Blocks compute in
     here.dtype. The embedding, the final norm, the head and the stream stay in float32.
     """
-    mesh = init_device_mesh(here.device.type, (here.world,))    # else FSDP2 takes any GPU it sees
+    mesh = init_device_mesh(here.device.type, (here.world,))    # default: a GPU if there is one
     policy = MixedPrecisionPolicy(param_dtype=here.dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in model.blocks:
@@ -487,7 +487,7 @@ def restore(c: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, corpus
     load_weights(model, saved, path)
     if saved["optimizer"]:
         names = {p: name for name, p in model.named_parameters()}
-        # The decay is that of these groups, not of the saved ones.
+        # The decay comes from the current settings. A checkpoint has no groups.
         groups = [group | {"params": [names[p] for p in group["params"]]}
                   for group in optimizer.param_groups]
         state = {"state": saved["optimizer"], "param_groups": groups}
@@ -506,7 +506,7 @@ def check_resumable(c: TrainConfig, corpus: Corpus, saved: dict[str, Any], path:
     check(same_tokenizer(corpus.tokenizer, saved["tokenizer"]),
           f"{path} was trained on tokens of {saved['tokenizer']!r}, but {c.data} has "
           f"{corpus.tokenizer!r}: give another --data, or another --out_dir")
-    moved = theirs.get("data") != c.data         # the user did this; printed below
+    moved = theirs.get("data") != c.data         # another path, which is printed below
     check(moved or saved.get("corpus", checksum(corpus)) == checksum(corpus),
           f"{c.data} has changed since {path} was trained on it: put the old corpus back, "
           "or start over in another --out_dir")
@@ -561,7 +561,7 @@ def only_writer(out: Path, here: Process) -> Iterator[None]:
 def check_free(out: Path, overwrite: bool) -> None:
     """Raise UserError if out_dir holds a checkpoint and --overwrite is not given."""
     check(overwrite or newest_checkpoint(out) is None,
-          f"{out} holds a checkpoint: continue it with --resume, give another --out_dir, or "
+          f"{out} holds a checkpoint: continue the run with --resume, give another --out_dir, or "
           "rename its files to *.old with --overwrite")
 
 def open_out_dir(c: TrainConfig, here: Process, done: int) -> None:
@@ -639,7 +639,11 @@ def open_log(c: TrainConfig, here: Process, model: GPT, done: int,
         yield log
 
 def show(record: dict[str, Any], c: TrainConfig) -> None:
-    """Print a line cut to the terminal's width. Ten lines per run and all validations stay."""
+    """Print a progress line, cut to the terminal's width.
+
+    Ten lines per run and those with a validation stay. A terminal overwrites each other line with
+    the next. Without a terminal, other lines are not printed.
+    """
     step, rate = record["step"], record["tokens_per_s"]
     left = (c.max_steps - step) * c.tokens_per_step / rate / 60
     line = f"step {step}/{c.max_steps}  loss {record['loss']:.4f}"
@@ -703,7 +707,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 def plan(c: TrainConfig, gpus: int, mfu: float) -> str:
-    """A text with parameters, FLOPs, hours, and memory per GPU. The model is not allocated."""
+    """The output of --plan: parameters, FLOPs, hours, memory per GPU. Allocates no model."""
     c = replace(c, vocab_size=vocabulary(c))
     batch_shape(c, gpus)                         # refuses a batch that cannot be divided
     model = bare(c)
@@ -800,7 +804,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return inherited | {name: typed(name, value, str(path)) for name, value in values.items()}
 
 def kind_of(name: str, where: str) -> str:
-    """The type of a setting, as TrainConfig writes it. Raises UserError for an unknown name."""
+    """The type of a setting, as written in TrainConfig. Raises UserError for an unknown name."""
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
@@ -824,11 +828,11 @@ def typed(name: str, value: Any, where: str) -> Any:
             number = float(value)
             if math.isfinite(number) and (kind == "float" or number.is_integer()):
                 return number if kind == "float" else int(number)
-    wanted = {"int": "a whole number", "float": "a number", "str": "a text"}
+    wanted = {"int": "a whole number", "float": "a number", "str": "text"}
     raise UserError(f"{where}: {name}={value!r} must be {wanted.get(kind, 'true or false')}")
 
 def add_architecture(values: dict[str, Any], path: str) -> None:
-    """Add a checkpoint's architecture to the settings. Raises UserError if they contradict."""
+    """Add a checkpoint's architecture to the settings. Raises UserError if the two disagree."""
     saved = load_checkpoint(path)["settings"]
     free = ("block_size", "lb_loss_weight", "z_loss_weight")    # no weight depends on them
     for f in fields(ModelConfig):

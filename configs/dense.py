@@ -1,5 +1,4 @@
-# The baseline of every family: a dense model with multi-head attention and Pre-RMSNorm, and the
-# paper's initialisation and optimizer.
+# The base of all configs in this folder: a dense model with multi-head attention and Pre-RMSNorm.
 data = "data/python"
 block_size = 128
 n_layer = 8

@@ -3,8 +3,8 @@
     python tests/stand_in.py train.py configs/gqa_deep.py --max_steps=3
 
 For torch, the stand-in is a separate device. Operations that mix it with the CPU fail. float64
-fails, too, as on Apple's GPUs. The last line of the output says how often the script waited for the
-device to read a value.
+fails, too, as on Apple's GPUs. The script waits for the device whenever it reads a value. The last
+line of the output has the number of waits.
 """
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def with_weight(**changes) -> dict:
 
 
 REFUSED = {                                          # the contents of the file, and the message
-    "list": (lambda: [1, 2, 3], "lacks model, settings, tokenizer"),
-    "no settings": (lambda: {"model": {}, "tokenizer": "bytes"}, "lacks model, settings, tokenizer"),
+    "list": (lambda: [1, 2, 3], "lacks one of model, settings, tokenizer"),
+    "no settings": (lambda: {"model": {}, "tokenizer": "bytes"}, "lacks one of model, settings, tokenizer"),
     "no weights": (lambda: whole() | {"model": {}}, "weights and settings disagree: .* is missing"),
     "impossible": (lambda: whole() | {"settings": whole()["settings"] | {"n_head": 3}}, "n_head=3"),
     "other shape": (lambda: with_weight(embed__weight=torch.zeros(2, 2)), r"embed.weight is \(2, 2\), not \(61, 32\)"),

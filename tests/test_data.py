@@ -353,7 +353,7 @@ def test_a_split_that_is_too_short_for_the_context_is_refused(corpus):
 
 
 def test_every_epoch_has_each_window_once_in_a_new_order():
-    n, per_step = 35, 8                      # 35 is no multiple of 8: steps straddle epochs
+    n, per_step = 35, 8                      # 35 is not a multiple of 8: steps straddle epochs
     flat = np.concatenate([train_windows(1, step, per_step, n) for step in range(35)])
     epochs = flat.reshape(8, n)
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs.tolist())

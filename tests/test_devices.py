@@ -123,7 +123,7 @@ def test_scores_and_samples_on_a_device_equal_those_on_the_cpu(
 
 
 def test_measuring_waits_a_few_times_per_micro_batch_and_not_for_every_intervention(corpus, tmp_path):
-    """It may wait once or twice per block: fits need float64, which the device lacks."""
+    """Up to two waits per block are allowed: fits need float64, which the device lacks."""
     waits = {}
     no_figures = without("matplotlib", tmp_path)
     for n_layer in (2, 6):

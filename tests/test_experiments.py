@@ -376,7 +376,7 @@ def test_the_affine_map_of_constant_features_is_the_mean():
 
 def naive_released(t: Truth) -> dict[str, Any]:
     """Emulates the authors' scripts. They do not transpose W where they should. In dense models, they record h_n after
-    the final norm, and read g one place early."""
+    the final norm. Their record of g has no entry for the skipped block, so later streams are read one place early."""
     def normed(x: Tensor) -> Tensor:
         return rms_norm(x, t.model.norm) if t.dense else x
 

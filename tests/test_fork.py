@@ -2,9 +2,9 @@
 
     python -m pytest -q tests/test_fork.py
 
-There are three forks of Attention: one with scaled values and a window of keys, one with an output
-gate, which is one more matrix, and one that does not call scaled_dot_product_attention. Each is
-compared with the same change written by hand.
+Two forks of Attention are compared with the same change written by hand. One has scaled values and a
+window of keys. The other has an output gate, which is one more matrix. A third fork computes the same
+as Attention without calling scaled_dot_product_attention. Smaller forks stand beside their tests.
 """
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_attention_only_to_the_token_itself_has_no_entropy(monkeypatch):
     model = forked("windowed", **MODELS["dense"])
     got = probe.probe(model, make_tokens(2, T), ["sparsity"])["sparsity"]
     assert got["attention"] == {"entropy": [0] * 3, "keys_for_90_percent": [1] * 3, "effective_keys": [1] * 3}
-    assert got["interaction_density"] == [0.5] * 3                                        # 2 key heads of 4
+    assert got["interaction_density"] == [0.5] * 3                                        # 2 key heads, 4 query heads
 
 
 def test_attention_is_compared_with_uniform_attention_to_the_visible_keys():

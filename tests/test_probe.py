@@ -178,7 +178,7 @@ def test_checkpoints_in_one_folder_have_separate_results(cli):
 
 @pytest.mark.parametrize("drop, priced_on", [("1,2", slice(None)), ("auto:2", slice(1, None, 2))])
 def test_drop_writes_a_checkpoint_that_train_takes(cli, corpus, drop, priced_on):
-    """The price of blocks that were chosen on every other sequence is that on the rest."""
+    """auto chooses blocks on every other sequence. Their price is then measured on the rest."""
     status, out, err = cli("dense/ckpt.pt", "--drop", drop, "--save", "pruned.pt", "--samples", 10**6)
     assert (status, err) == (0, "")
     windows = validation_windows(corpus, 16)[priced_on]

@@ -211,7 +211,7 @@ def test_a_checkpoint_of_one_engine_resumes_under_another(engines, resumed):
     assert_same_end(engines / resumed, engines / "moe-alone", exact=False)
 
 
-COMPILED = {         # settings, backend, and the number of graphs after each step
+COMPILED = {         # settings, backend, and the number of graphs at each of 5 steps and at the end
     "ddp": (MOE | {"parallel": "ddp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),
     "fsdp": (MOE | {"parallel": "fsdp"}, "aot_eager", [1, 1, 2, 2, 2, 2]),    # shared by all blocks
     "fsdp-lns": ({"parallel": "fsdp", "norm": "lns", "n_layer": 9}, "eager", [9, 9, 18, 18, 18, 18]),    # one per block
@@ -505,7 +505,7 @@ def test_config_json_has_all_that_is_needed_to_repeat_a_run(launch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a failure prints one line to stderr and keeps the last checkpoint; the status is 2, of torchrun 1
+# a failure prints one line to stderr and keeps the last checkpoint. The status is 2, but torchrun's is 1
 
 
 def at_most(n):

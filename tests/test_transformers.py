@@ -213,14 +213,14 @@ def test_a_pruned_folder_computes_the_same_as_the_model_without_the_layers(famil
 
 def test_layers_that_cannot_change_places_are_not_pruned_and_nothing_is_left(tmp_path):
     inner, _ = build("qwen2_moe", mlp_only_layers=[1])                    # layer 1 becomes layer 0
-    with pytest.raises(UserError, match="without layers 0 cannot be loaded again"):
+    with pytest.raises(UserError, match="after --drop 0 cannot be loaded again"):
         data.prune_hf(data.HFModel(inner, "mixed"), [0], tmp_path / "pruned", "bytes")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_layer_that_depends_on_its_number_is_noticed_by_the_logits(tmp_path):
     inner, _ = build("gpt2", scale_attn_by_inverse_layer_idx=True)        # layer 1 becomes layer 0
-    with pytest.raises(UserError, match="without layers 0 computes something else"):
+    with pytest.raises(UserError, match="after --drop 0 computes something else"):
         data.prune_hf(data.HFModel(inner, "numbered"), [0], tmp_path / "pruned", "bytes")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,13 +1,14 @@
 # The paper's experiments on a laptop. The files have the names of those in configs/paper/, so that
 # tables can show our rows beside the paper's. Each file says which value of the paper its own value
-# stands for. All members of a family see the same tokens.
+# stands for. In each of the paper's families, all members see the same tokens.
 data = "data/python"        # bytes
 n_layer = 8                 # stands for the paper's 16; depths are halved: 6 to 16 for 12 to 32
 n_head = 4                  # allows G = 1, 2 and 4
 n_embd = 64                 # narrow: 16 layers train in minutes on one core
-init_std = 0.113            # 0.02 * sqrt(2048 / n_embd): 0.02 in units of 1/sqrt(width). So a
-                            # block adds as much variance as in the paper. With 0.02 at width 64
-                            # it adds 1/2,000 of it, and block 0 dominates the trained stream
+init_std = 0.113            # 0.02 * sqrt(2048 / n_embd): the paper's 0.02, scaled to this width.
+                            # So a block adds as much variance as in the paper. With 0.02 at width
+                            # 64, a block adds 1/2,000 of that variance, and block 0 dominates the
+                            # trained stream
 block_size = 128            # stands for 2048; contexts are a sixteenth: 16 ... 512 for 256 ... 8192
 
 learning_rate = 3e-3        # the best of four rates on seed 100, for this width and 2,000 steps

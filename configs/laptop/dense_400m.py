@@ -1,5 +1,5 @@
 # Dense, the counterpart of moe_400m.py: d = 32 stands for the paper's 768. The FFN is as wide as
-# all experts together that a token uses in moe_400m.py.
+# the experts that a token uses in moe_400m.py, taken together.
 base = "base.py"
 n_embd = 32
 ffn_hidden = 320

@@ -1,5 +1,5 @@
-# Explicit sparsity, experts: 64 experts, 8 per token, as in the paper. The active FLOPs are those
-# of dense_1b.py.
+# Explicit sparsity, experts: 64 experts, 8 per token, as in the paper. Apart from the router, the
+# active FLOPs are those of dense_1b.py.
 base = "dense_1b.py"
 n_experts = 64
 top_k = 8

@@ -1,8 +1,8 @@
 # The settings that the paper's runs share: the dense 1B model, 10B tokens of FineWeb-Edu, the
 # released optimizer.
 # Prepare the data with  python data.py fineweb-edu --max_tokens 10.5e9
-data = "data/fineweb-edu"   # GPT-2's tokens, because tiktoken has no GPT-NeoX, which the paper uses
-                            # (50280 tokens, padded to 50304)
+data = "data/fineweb-edu"   # GPT-2's tokens. The paper uses GPT-NeoX's tokenizer (50280 tokens,
+                            # padded to 50304), which tiktoken does not have
 vocab_size = 50304
 n_layer = 16
 n_head = 16

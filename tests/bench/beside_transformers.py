@@ -4,9 +4,9 @@
     python tests/bench/beside_transformers.py                               # the shapes in SHAPES
     python tests/bench/beside_transformers.py --n_embd=512 --n_layer=4      # another shape
 
-Takes the settings of train.py. Runs on a CPU, eager and compiled, or only one with --compile.
-Prints tokens/s of both models and their ratio. Above 1, ours is faster. The two models are timed in
-turn, and the best of ten rounds counts.
+Takes the settings of train.py. Runs on a CPU, eager and compiled. --compile=true (or false) runs
+only one of these. Prints tokens/s of both models and their ratio. If the ratio is above 1, ours is
+faster. The two models are timed in turn, and the best of ten rounds counts.
 """
 import sys
 import time

@@ -65,8 +65,8 @@ def naive_usefulness(model: GPT, tokens: Tensor) -> list[tuple[float, float]]:
     """The summed loss in nats with each block replaced by its affine map.
 
     Each block has two losses. The first is over all tokens, with a map fitted to all tokens. The
-    second is over the second half of the tokens, with a map fitted to the first half. The streams
-    are computed again for every block.
+    second is over the second half of the sequences, with a map fitted to the first half. The
+    streams are computed again for every block.
     """
     blocks, d, half = list(model.blocks), model.config.n_embd, len(tokens) // 2
     losses = []

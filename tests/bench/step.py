@@ -7,11 +7,12 @@
 Takes the configs and settings of train.py and needs no data. The variants are eager and compiled,
 or only one of these with --compile. With --families the variants are a dense model, GQA, experts
 with equal active FLOPs, and four times the context. Under torchrun they are rank 0 alone, DDP and
-FSDP2. The output has the best of six rounds for each variant:
+FSDP2. The output has for each variant:
 
-    tokens_per_s, flops_per_s
+    tokens_per_s, flops_per_s      the best of six rounds
     speed            relative to the first variant
-    kernel_share     share of a step's time in KERNELS; it varies less than rates if others compute
+    kernel_share     share of a step's time in KERNELS, the median of five steps. On a busy machine
+                     it varies less than the rates
 """
 import argparse
 import json
