@@ -1093,6 +1093,8 @@ def draw_family(family: str, runs: Runs, scale: str) -> Any:
         if score in TRENDS:
             ax.axvline(0, color="black", linewidth=0.5)
             ax.set_xlim(-1.1, 1.1)
+        if score == "useful":
+            ax.set_xlim(-0.05, 1.05)
     legend_below(fig, axes)
     return fig
 
@@ -1134,8 +1136,8 @@ def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
     ax.axvline(0, color="black", linewidth=0.5)
     ax.set_xscale("symlog", linthresh=0.1)
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="ln(perplexity / the baseline's perplexity); below 0 is better; the axis is "
-           "linear up to 0.1, then logarithmic", ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
+    ax.set(xlabel="ln(perplexity / the baseline's perplexity); logarithmic above 0.1",
+           ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
     legend_below(fig, [ax])
     return fig
 
