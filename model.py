@@ -59,7 +59,8 @@ class ModelConfig:
     scaled_init: bool = setting(False, "as in GPT-2, divide init_std by sqrt(2 n_layer) in the "
                                        "matrices that write to the stream")
     tie_embeddings: bool = setting(False, "the embedding and the head share one matrix")
-    norm: str = setting("pre", "lns: LayerNorm Scaling, arXiv 2502.05795; peri: Peri-LN, 2502.02732", "pre/lns/peri")
+    norm: str = setting("pre", "lns: LayerNorm Scaling, arXiv 2502.05795; peri: Peri-LN, "
+                               "2502.02732", "pre/lns/peri")
 
     def __post_init__(self) -> None:
         for f in fields(self):
