@@ -1153,11 +1153,12 @@ def useful_blocks(u: Result, enough: bool) -> list[str]:
     """Which blocks are useful, which are uncertain, and their share beside the paper's values."""
     n = len(u["ratio"])
     above = [ratio - USEFUL for ratio in u["ratio"]]
-    # Maps that were fitted to few tokens fit them too well, and the ratio is too low.
-    certain = [enough and abs(x) > 2 * number(e) and (x > 0 or not u["loose_fit"])
-               for x, e in zip(above, u["ratio_stderr"])]
+    certain = [enough and abs(x) > 2 * number(e) for x, e in zip(above, u["ratio_stderr"])]
     useful = [l for l in range(n) if certain[l] and above[l] > 0]
     uncertain = [l for l in range(n) if not certain[l]]
+    if u["loose_fit"]:
+        return ["The affine maps were fitted to fewer than 10 (d + 1) tokens, which is too few. "
+                "More --samples would tell which blocks are useful."]
     if len(uncertain) == n:
         return ["It is not certain which blocks are useful: more --samples would tell."]
     said = (f"Useful (the best affine map in the block's place multiplies the loss by more than "
@@ -1654,6 +1655,12 @@ def read_result(out: Path) -> Result | None:
     file = out / "probe.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
+def merged(old: Any, new: Any) -> Any:
+    """The new value. Of two dicts, the entries of both; the new ones replace the old ones."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: merged(old.get(key), x) for key, x in new.items()}
+
 # Options that only one experiment uses: they keep their values while its results are kept.
 USED_BY = {"removal": ("remove", "sublayers"), "permutation": ("pairs", "seed"),
            "jacobian": ("jacobian_samples",)}
@@ -1670,10 +1677,9 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
         old, new = before["run"], whole["run"]
         if all(old[key] == new[key] for key in ("weights", "dtype", "checksum", "samples", "length")
                if key in old and key in new):
-            new |= {key: old[key] for name, keys in USED_BY.items() if name not in whole
-                    for key in keys if key in old}
-            seconds = before.get("seconds", {}) | whole.get("seconds", {})
-            whole = before | whole | {"run": old | new, "seconds": seconds}
+            for key in [key for name, keys in USED_BY.items() if name not in whole for key in keys]:
+                new.pop(key, None)
+            whole = merged(before, whole)
         else:
             os.replace(file, f"{file}.old")
             print(f"{file} was measured with other weights or tokens: it is now {file.name}.old")
@@ -1694,6 +1700,8 @@ def compare(args: Any, results: dict[str, Result]) -> None:
     out = Path(args.out or home_of(args.checkpoints[0]).parent / "comparison")
     make_folder(out, "--out")
     print("", score_table(results), "", f"comparison: {draw(results, out)}", sep="\n")
+    if len({r.get("run", {}).get("checksum") for r in results.values()}) > 1:
+        print("These models were measured on different tokens. Their losses cannot be compared.")
 
 def make_folder(out: Path, flag: str) -> None:
     """Make a folder for results. Before the work begins, find out whether it can be written to."""

@@ -1173,8 +1173,8 @@ def advise(args: Any) -> None:
     print(*lines, "", sep="\n", flush=True)
     if args.out:
         Path(args.out).write_text("\n".join(lines) + "\n", "utf-8")
-        print(f"torchrun --nproc-per-node={args.gpus} train.py {args.out}\n", flush=True)
-    print(plan(c, args.gpus, 0.4))
+        print(f"# torchrun --nproc-per-node={args.gpus} train.py {args.out}\n", flush=True)
+    print(textwrap.indent(plan(c, args.gpus, 0.4), "# "))
 
 def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfig:
     """The recipe with n_layer blocks and about `params` active parameters, for `tokens` tokens.

@@ -215,6 +215,8 @@ def test_later_measurements_of_the_same_weights_and_tokens_are_added_to_probe_js
     assert not list(workplace.glob("dense/*.old"))
     assert take("--only", "permutation", "--pairs", 2).status == take("--only", "variance").status == 0
     assert result("dense")["run"]["pairs"] == result("dense")["permutation_pairs"] == 2
+    assert take("--only", "removal", "--remove", "2,3").status == take("--only", "removal").status == 0
+    assert list(result("dense")["removal"]) == list(result("dense")["removal_stderr"]) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("flags", [["--seed", 1], ["--length", 8], ["--dtype", "float64"], []], ids=str)
