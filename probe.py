@@ -1,7 +1,7 @@
 """Which layers does a model use? Every layer-effectiveness experiment of the paper, in one command.
 
     python probe.py out/gqa_deep/ckpt.pt                             # tables, figures, probe.json
-    python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out compare  # side by side
+    python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out out/compare  # side by side
     python probe.py HuggingFaceTB/SmolLM2-135M --only causal         # from the hub, or a folder
     python probe.py ckpt.pt --data text.txt --samples 400            # other text, more of it
     python probe.py ckpt.pt --remove 1,2,4 --sublayers               # also runs, attention, FFN
