@@ -88,7 +88,7 @@ class Corpus:
         """The number of windows of T inputs and T targets whose inputs do not overlap."""
         n = (self.n_tokens(split) - 1) // T
         check(n > 0, f"{self.folder}: the {split} split has {self.n_tokens(split)} tokens, "
-                     f"too few for block_size={T}")
+                     f"too few for block_size={T}: prepare more text, or shorten block_size")
         return n
 
     def read(self, split: str, start: int, n: int) -> np.ndarray:
@@ -150,7 +150,7 @@ def find_source(name: str, field: str | None = None) -> Source:
         found = [(path, parts) for path, parts in found if "site-packages" not in parts]
     else:
         path = Path(os.path.expanduser(name))
-        check(path.exists() or name in SHORT_NAMES or "/" in name,
+        check(path.exists() or name in SHORT_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+", name),
               f"no file or folder {name}: NAME is python, a path, or a data set OWNER/NAME")
         name = os.path.abspath(path) if path.exists() else name
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]

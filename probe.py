@@ -1,7 +1,7 @@
 """Which layers does a model use? Every layer-effectiveness experiment of the paper, in one command.
 
     python probe.py out/gqa_deep/ckpt.pt                             # tables, figures, probe.json
-    python probe.py out/dense/ckpt.pt out/moe/ckpt.pt --out out/compare  # side by side
+    python probe.py out/dense/ckpt.pt out/moe/ckpt.pt                # side by side
     python probe.py HuggingFaceTB/SmolLM2-135M --only causal         # from the hub, or a folder
     python probe.py ckpt.pt --data text.txt --samples 400            # other text, more of it
     python probe.py ckpt.pt --remove 1,2,4 --sublayers               # also runs, attention, FFN
@@ -931,8 +931,7 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     dict that is filled while experiments become complete. In a process group, all ranks call this
     function with the same arguments and get the same result.
 
-    Experiments run in stages, cheap ones first. Those of one stage share the streams of each
-    micro-batch. A stage is complete before the next one begins.
+    Experiments run in stages, cheap ones first. A stage is complete before the next one begins.
     """
     o, progress = Options(**options), progress or Progress()
     check_tokens(model, tokens)
@@ -945,16 +944,16 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     n, d = len(model.blocks), model.d
     is_small = 2 * n * (n + 7) * d * tokens.numel() < KEPT_IN_MEMORY        # bytes of all streams
     kept = list(passes(model, tokens, o, progress, is_small)) if is_small else None
-    stages: dict[int, dict[str, Experiment]] = {}
+    stages: dict[tuple[int, str], dict[str, Experiment]] = {}
     for name, e in chosen.items():
-        # The streams of a large sample are computed again in each stage, so it has fewer stages.
-        # The maps are fitted during the first stage, at the latest 1.
+        # The maps are fitted during the first stage. If the streams are kept, each experiment is a
+        # stage. Otherwise they are computed again in each stage, so there are fewer.
         least = 2 if e.fits else 0 if is_small else 1
-        stages.setdefault(max(e.stage, least), {})[name] = e
+        stages.setdefault((max(e.stage, least), name if is_small else ""), {})[name] = e
     fit = Fit(model) if any(e.fits for e in chosen.values()) else None
     result, maps = {} if into is None else into, None
     result["seconds"] = {}
-    for _, some in sorted(stages.items()):
+    for _, some in sorted(stages.items(), key=lambda item: item[0][0]):
         run_stage(model, some, kept or passes(model, tokens, o, progress), maps, fit, result)
         if fit:
             maps, fit = fit.solve(model.embed(tokens[:1])), None

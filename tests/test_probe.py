@@ -250,9 +250,11 @@ def test_the_figures_of_other_weights_are_deleted_with_their_probe_json(workplac
     assert panels() == {"variance", "probe"}
 
 
-@pytest.mark.parametrize("kept_in_memory", [2**30, 0], ids=["small", "large"])
-def test_ctrl_c_keeps_the_stages_that_are_complete(kept_in_memory, workplace):
-    """Before the last stage, the permutations, everything else is complete, whatever the size of the sample."""
+@pytest.mark.parametrize("kept_in_memory, complete, slow", [
+    (2**30, "variance,usefulness", "permutation"), (0, "variance,usefulness", "permutation"),
+    (2**30, "causal", "removal")])
+def test_ctrl_c_keeps_what_is_complete(kept_in_memory, complete, slow, workplace):
+    """Permutation has the last stage, whatever the size of the sample. In a small sample, each experiment is a stage."""
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -262,8 +264,8 @@ def waits(model, p):
     print("here", flush=True)
     time.sleep(60)
 probe.KEPT_IN_MEMORY, probe.TOKENS_AT_ONCE = {kept_in_memory}, 1
-probe.EXPERIMENTS["permutation"] = probe.EXPERIMENTS["permutation"]._replace(sums=waits)
-sys.argv = ["probe.py", "dense/ckpt.pt", "--samples", "4", "--only", "permutation,usefulness,variance", "--device=cpu"]
+probe.EXPERIMENTS["{slow}"] = probe.EXPERIMENTS["{slow}"]._replace(sums=waits)
+sys.argv = ["probe.py", "dense/ckpt.pt", "--samples", "4", "--only", "{complete},{slow}", "--device=cpu"]
 data.run(probe.main)
 """
     pipe = subprocess.PIPE
@@ -273,8 +275,8 @@ data.run(probe.main)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
-    assert measured_in(result("dense")) == ["variance", "usefulness"] and "last var." in out
-    assert out.endswith("Not measured: permutation\n")
+    assert measured_in(result("dense")) == complete.split(",") and "loss" in out
+    assert out.endswith(f"Not measured: {slow}\n")
 
 
 def test_figures_are_drawn_again_without_the_model(workplace, run_main, monkeypatch):
