@@ -4,16 +4,16 @@
     python probe.py out/dense/ckpt.pt out/moe/ckpt.pt                # side by side
     python probe.py HuggingFaceTB/SmolLM2-135M --only causal         # from the hub, or a folder
     python probe.py ckpt.pt --data text.txt --samples 400            # other text, more of it
-    python probe.py ckpt.pt --remove 1,2,4 --sublayers               # also runs, attention, FFN
+    python probe.py ckpt.pt --remove 1,2,4 --sublayers               # also 2, 4 blocks; sublayers
     python probe.py ckpt.pt --drop 3,7 --save pruned.pt              # the model without two blocks
     python probe.py ckpt.pt --tasks arc_easy,hellaswag               # also accuracy on tasks
     python probe.py ckpt.pt --sample "def "                          # let the model write
     python probe.py ckpt.pt --export my_model                        # write a Hugging Face folder
-    torchrun --nproc-per-node=8 probe.py ckpt.pt                     # 8 GPUs share the sequences
+    torchrun --nproc-per-node=8 probe.py ckpt.pt                     # divide the work among 8 GPUs
 
-Blocks count from 0: block l turns the stream h_l into h_{l+1}. h_0 is the output of the embedding,
-h_n is the stream before the final norm. Every intervention starts from the streams of one forward
-pass, and nothing in the model is changed.
+Blocks are numbered from 0: block l turns the stream h_l into h_{l+1}. h_0 is the output of the
+embedding, and h_n is the stream before the final norm. Every intervention starts from the streams
+of one forward pass, and nothing in the model is changed.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
-from pydoc_data.topics import topics as PYTHON_TOPICS     # English text that every Python brings
+from pydoc_data.topics import topics as PYTHON_TOPICS     # English text that comes with Python
 from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple, Sequence
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads this when it is imported
@@ -51,8 +51,8 @@ from model import (GPT, Detail, UserError, check, generate, logits_at_once, toke
 
 TOKENS_AT_ONCE = 2048       # in a micro-batch on a CPU: a block's activations fit into the cache
 KEPT_IN_MEMORY = 2**30      # bytes of streams; for a larger sample they are computed again
-USEFUL = 1.1                # a block is useful if its affine map multiplies the loss by more
-BELOW = 0.1                 # a weight is near zero if it is below this times init_std
+USEFUL = 1.1                # useful: the block's affine map multiplies the loss by more than this
+BELOW = 0.1                 # a weight is near zero if its size is below this times init_std
 FITTING = 0.5               # cost of fitting a block's affine map, in evaluations of the block
 
 Model = Any                             # GPT, or HFModel of data.py
@@ -68,7 +68,7 @@ class Options:
     remove: Sequence[int] = (1,)        # lengths of the contiguous runs of blocks to remove
     sublayers: bool = False             # also remove each attention and each FFN alone
     pairs: int = 0                      # swap this many random pairs of blocks; 0: all pairs
-    jacobian_samples: int = 0           # sequences for the Jacobian; 0: half of them
+    jacobian_samples: int = 0           # sequences for the Jacobian; 0: half of the sample
     seed: int = 0                       # for the random pairs
 
 @dataclass
@@ -85,7 +85,7 @@ class Progress:
     printed: float = -math.inf
 
     def say(self, step: str) -> None:
-        """Print the line: five times a second on a terminal, otherwise every half minute."""
+        """Print the line, at most five times a second on a terminal, else every half minute."""
         now, live = time.perf_counter(), sys.stderr.isatty()
         elapsed = now - self.begun
         if not self.shown or elapsed < 3 or now - self.printed < (0.2 if live else 30):
@@ -107,7 +107,7 @@ class Maps(NamedTuple):
     """The least-squares affine map of each block, see `Fit`."""
     whole: list[Map]            # fitted on all sequences
     half: list[Map]             # fitted on the first half of the sequences
-    recorded: Map | None        # of the last block, fitted to its output in `recorded`
+    recorded: Map | None        # of the last block, fitted to the last stream of recorded()
 
 @dataclass
 class Pass:
@@ -128,7 +128,8 @@ class Pass:
     @torch.no_grad()
     def losses(self, x: Tensor, layers: Sequence[Layer] = (), rows: Tensor | None = None) -> Tensor:
         """Send the stream x (B, T, d) through these layers and the head. Returns -log p in nats,
-        summed over the T - 1 predictions of each sequence, (B,). rows: the sequences in x.
+        summed over the T - 1 predictions of each sequence, (B,). rows: the sequences of idx
+        that x holds; None: all.
         """
         idx = self.idx if rows is None else pick(self.idx, rows)
         for layer in layers:
@@ -211,8 +212,8 @@ def streams_of(layers: Iterable[Layer], x: Tensor) -> list[Tensor]:
     return list(accumulate(layers, lambda x, layer: layer(x), initial=x))
 
 def head_cost(model: Model) -> float:
-    """The cost of the logits, in evaluations of a block. The head has d x vocab_size weights, a
-    block about 12 d^2."""
+    """The cost of the logits, in evaluations of a block. The head has d x vocab_size weights, and
+    a block has about 12 d^2."""
     return model.vocab_size / (12 * model.d)
 
 def pick(x: Tensor, which: Tensor) -> Tensor:
@@ -257,8 +258,9 @@ def ratio_error(changed: Tensor, loss: Tensor) -> Tensor:
     return standard_error(changed - ratio * loss) / loss.mean()
 
 def standard_error(x: Tensor) -> Tensor:
-    """Standard error of the mean of x (..., N) over its last dimension; nan if N = 1."""
-    return x.std(-1) / x.size(-1) ** 0.5 if x.size(-1) > 1 else x[..., 0] * math.nan
+    """Standard error of the mean of x (..., N) over its last dimension; nan if N < 2."""
+    N = x.size(-1)
+    return x.std(-1) / N ** 0.5 if N > 1 else x.new_full(x.shape[:-1], math.nan)
 
 def above_diagonal(a: Any, first: int = 0) -> np.ndarray:
     """The entries a[i, j] of a matrix with first <= i < j."""
@@ -399,8 +401,8 @@ def permutation_score(model: Model, totals: Sums) -> Result:
             "permutation_pairs": len(change), "permutation_standard_error": of_mean}
 
 def swaps(n: int, pairs: int) -> tuple[float, float, float]:
-    """The work, see `work_of`. From the first block of a pair to the end there are 2 n / 3 blocks
-    on average."""
+    """The work, see `work_of`. From the first block of a pair to the end there are about
+    2 n / 3 blocks on average."""
     pairs = pairs or n * (n - 1) // 2
     return pairs * 2 * n / 3, pairs, 0
 
@@ -455,8 +457,8 @@ def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
     return torch.stack(losses)
 
 def map_scores(model: Model, mapped: Tensor, loss: Tensor, tokens: float) -> Result:
-    """Scores of maps that were fitted to this many tokens. mapped (n, N) are the losses of the N
-    sequences with each map, loss (N,) those of the model itself."""
+    """Scores of maps that were fitted to this many tokens. mapped (n, N): the losses of the N
+    sequences with each map. loss (N,): the losses of the unchanged model."""
     ratio = mapped.sum(-1) / loss.sum()
     return {"ratio": ratio, "ratio_stderr": ratio_error(mapped, loss),
             "score": (ratio > USEFUL).double().mean(), "mean_log_ratio": ratio.log().mean(),
@@ -477,6 +479,7 @@ class Fit:
     def add(self, p: Pass) -> None:
         """Add a micro-batch. The two halves of the sample have sums of their own."""
         p.progress.experiment = "affine maps"
+        check(p.total > 1, "affine maps take at least two sequences: one for each half")
         later = p.number >= p.total // 2
         for l in p.watch(range(len(p.h) - 1)):
             for half, rows in ((self.first_half, ~later), (self.second_half, later)):
@@ -643,7 +646,7 @@ def removal_score(model: Model, totals: Sums) -> Result:
     of the loss.
 
     removal_halves: `chosen_by` is the growth on every other sequence, by which the cheapest removal
-    is chosen. `price` is the growth on the rest, which gives that choice a price without bias.
+    is chosen. `price` is the growth on the rest, an unbiased price of that choice.
     """
     per_sequence = totals["predictions"] / len(totals["loss"])         # predictions
     out: Result = {"removal": {}, "removal_stderr": {}, "removal_halves": {},
@@ -676,7 +679,8 @@ def of_blocks(r: Result, key: str, what: str) -> np.ndarray:
 def removal_columns(results: dict[str, Result]) -> list[Column]:
     """A line for each kind of removal."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    return [Column(names.get(what, f"run of {what} from it"), partial(perplexity_ratios, what=what),
+    return [Column(names.get(what, f"{what} blocks from this one"),
+                   partial(perplexity_ratios, what=what),
                    errors=partial(perplexity_errors, what=what))
             for what in dict.fromkeys(what for r in results.values() for what in r["removal"])]
 
@@ -803,7 +807,7 @@ def contribution_score(model: Model, totals: Sums) -> Result:
 
 def contribution_sums(x: Tensor, did: Detail) -> Tensor:
     """Compare what attention and FFN of a block add, f, with the stream x that f is added to:
-    |f| / |x| of both, then the cosine of f and x of both; (4,), summed over tokens."""
+    |f| / |x| for attention and FFN, then the cosine of f and x for both; (4,), token sums."""
     before_ffn = wide(x + did.attn)
     x, attn, ffn = wide(x), wide(did.attn), wide(did.ffn)
     return torch.stack([(attn.norm(dim=-1) / x.norm(dim=-1)).sum(),
@@ -821,8 +825,8 @@ EXPERIMENTS["contribution"] = Experiment(
 def sparsity(model: Model, p: Pass) -> Sums:
     """How sparse are weights, attention and experts?
 
-    interaction_density is our choice, since the paper's formula is not known: n_kv_head / n_head
-    times effective_keys, the share of the visible keys that a query effectively attends to.
+    interaction_density is n_kv_head / n_head times effective_keys, the share of the visible keys
+    that a query effectively attends to. This is our choice: the paper's formula is not known.
     """
     attention = []
     for l in p.watch(range(len(model.blocks))):
@@ -851,8 +855,9 @@ def sparsity_score(model: Model, totals: Sums) -> Result:
 
 @torch.no_grad()
 def weight_sparsity(model: Model) -> dict[str, dict[str, list[float]]]:
-    """For each kind of matrix, in every block: the share of weights below BELOW init_std (nan if
-    init_std is not known), and the Hoyer measure, 0 for equal weights and 1 for a single one."""
+    """For each kind of matrix, in every block: the share of weights smaller than BELOW x
+    init_std (nan if init_std is not known), and the Hoyer measure: 0 if all weights are equal in
+    size, 1 if only one is not zero."""
     kinds: dict[str, Any] = {}
     for block in model.blocks:
         for name, w in block.named_parameters():
@@ -928,7 +933,7 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     """Measure every block of a model on tokens (B, T); returns the contents of probe.json.
 
     experiments: names, by default all that this model allows. options: those of `Options`. into: a
-    dict that is filled while experiments become complete. In a process group, all ranks call this
+    dict that is filled as experiments are completed. In a process group, all ranks call this
     function with the same arguments and get the same result.
 
     Experiments run in stages, cheap ones first. A stage is complete before the next one begins.
@@ -961,8 +966,8 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
 
 def run_stage(model: Model, experiments: dict[str, Experiment], passes: Iterable[Pass],
               maps: Maps | None, fit: Fit | None, result: Result) -> None:
-    """Add up the sums of these experiments, and those of `fit`, over all micro-batches. Put the
-    scores of the sums over all ranks into the result."""
+    """Add up the sums of these experiments, and those of `fit`, over all micro-batches. Then
+    add the sums over all ranks and put the scores into the result."""
     totals: dict[str, Sums] = {name: {} for name in experiments}
     seconds = dict.fromkeys(experiments, 0.0)
     for p in passes:
@@ -1018,7 +1023,7 @@ def add_over_ranks(x: Tensor) -> None:
         dist.all_reduce(x)
 
 def measurable(model: Model) -> list[str]:
-    """The experiments that this model allows: some need a final norm, or the FFN by itself."""
+    """The experiments that this model allows: some need a final norm, or separate sublayers."""
     left_out = {"released": getattr(model, "norm", None) is None,
                 "contribution": not getattr(model, "splits", True)}
     return [name for name in EXPERIMENTS if not left_out.get(name)]
@@ -1140,8 +1145,8 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
         entropy = r["sparsity"]["attention"]["entropy"]
         unseen = [l for l, x in enumerate(entropy) if math.isnan(number(x))]
         if unseen:
-            said.append(f"The sparsity of attention is not measured in {named(unseen)}, which does "
-                        "not call torch's scaled_dot_product_attention.")
+            said.append(f"The sparsity of attention is not measured in {named(unseen)}: torch's "
+                        "scaled_dot_product_attention is not called there.")
     if number(r.get("permutation_standard_error")) > 0:
         said.append(f"The permutation score {r['permutation_mean']:.4g} is the mean over "
                     f"{r['permutation_pairs']} sampled pairs, with a standard error of "
@@ -1206,8 +1211,8 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
 
 def lines(fig: Any, results: dict[str, Result], columns: Sequence[Column], title: str, ylabel: str,
           scale: str = "linear", threshold: float | None = None, sort: bool = False) -> None:
-    """Lines over the blocks: one for each column. With several models, there is one for each model.
-    It shows the first column that all models have.
+    """Lines over the blocks: one for each column. With several models, there is one line per
+    model, for the first column that all models have.
 
     scale: linear, log, or growth, which shows ratios as growth in percent. A bar is two standard
     errors long on each side. threshold: draws a line there. sort: the blocks are in the order of
@@ -1253,7 +1258,7 @@ def growth_axis(ax: Any) -> None:
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:+,.0f}%" if y else "0%")
 
 def finish(fig: Any, ax: Any, title: str) -> None:
-    """The title, and a legend below the axes, unless the only name is that of a line."""
+    """Add the title, and a legend unless its only entry would be a line."""
     fig.suptitle(textwrap.fill(title, 52), weight="bold", fontsize=9)
     handles, names = ax.get_legend_handles_labels()
     if len(names) > 1 or names and ax.images:
@@ -1324,8 +1329,8 @@ def page(results: dict[str, Result], names: Sequence[str]) -> Any:
     return fig
 
 def draw(results: dict[str, Result], out: Path) -> str:
-    """Draw the panels that all results have, on one page and as single files, in place of earlier
-    ones. Says where they are."""
+    """Draw the panels that all results have, on one page and as single files. Earlier figures
+    are deleted. Returns a line that says where the figures are."""
     for name in (*EXPERIMENTS, "probe"):
         (out / f"{name}.png").unlink(missing_ok=True)
     os.environ["MPLBACKEND"] = "Agg"            # needs no display; the user's backend might
@@ -1366,7 +1371,7 @@ def cheapest_drops(model: Model, tokens: Tensor, count: int, shown: bool = False
     return gone
 
 def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]:
-    """A checkpoint of train.py without the blocks `drop`: weights only, for --init_from."""
+    """A checkpoint of train.py without the blocks `drop` and the optimizer, for --init_from."""
     settings = saved["settings"]
     n_layer = settings["n_layer"]
     kept = [l for l in range(n_layer) if l not in drop]
@@ -1378,7 +1383,7 @@ def without_blocks(saved: dict[str, Any], drop: Sequence[int]) -> dict[str, Any]
                 continue
             factor = 1.0
             scaled = name.endswith(("attn_norm.weight", "ffn_norm.weight"))
-            if settings.get("norm") == "lns" and scaled:     # by the root of the block's number
+            if settings.get("norm") == "lns" and scaled:     # lns divides by sqrt(l + 1)
                 factor = math.sqrt((new + 1) / (l + 1))
             weights[name.replace(f".{l}.", f".{new}.", 1)] = w * factor
     numbers = saved.get("kept", range(n_layer))              # before any block was dropped
@@ -1404,6 +1409,7 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
     check(target.resolve() != path.resolve(), f"--save {target} is the model itself")
     if isinstance(model, HFModel):
         check_empty(target)
+    check(not target.is_file(), f"{target} exists: give another --save")
     target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
     if auto:        # the sequences that chose the blocks would show too low a price
@@ -1458,7 +1464,7 @@ def run_tasks(model: GPT | HFModel, tokenizer: str, names: Sequence[str], folder
     return out
 
 def make_scorer(model: GPT | HFModel, tokenizer: str, progress: Callable[[str], None]) -> Any:
-    """A model for lm-evaluation-harness. It calls our forward pass, and therefore a fork's too."""
+    """A model for lm-evaluation-harness. It calls the model's own forward pass."""
     from lm_eval.api.model import TemplateLM
     enc = get_tokenizer(tokenizer)
     end = enc.eot_token
@@ -1498,7 +1504,7 @@ def loglikelihoods(model: GPT | HFModel, pairs: Sequence[tuple[list[int], list[i
     device = next(iter(model.parameters())).device
     at_once = TOKENS_AT_ONCE // 2 if device.type == "cpu" else 2 * TOKENS_AT_ONCE
     rank, ranks = place_among_ranks()
-    out = torch.zeros(len(rows), 2, dtype=torch.float64)       # log p, tokens not likeliest
+    out = torch.zeros(len(rows), 2, dtype=torch.float64)       # log p, count of misses
     start = number = 0
     while start < len(order):
         longest = len(rows[order[start]]) - 1                  # the last token is only predicted
@@ -1545,7 +1551,7 @@ def read_tokens(args: Any, model: Model, saved: dict[str, Any]) -> tuple[Tensor,
               "give another --data")
         n, read = corpus.n_windows("val", T), lambda i: corpus.read("val", i * T, T)
         origin = f"{source} (validation)"
-    else:                                      # texts, joined with an end of text between them
+    else:                                      # texts, each followed by an end-of-text token
         texts, end = PYTHON_TOPICS.values(), get_tokenizer(tokenizer).eot_token
         ids = [i for text in (documents(source) if source else texts)
                for i in (*encode(tokenizer, text), end)]
@@ -1582,7 +1588,7 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
     """Measure one model, write probe.json and figures, print tables and summary.
 
     All ranks measure; the first one writes and prints. After Ctrl-C or an error such as a lack of
-    memory, the experiments that are complete are written all the same.
+    memory, the experiments that are complete are still written.
     """
     make_folder(out, "--out")
     before = read_result(out)                            # fails now, not after the measurement
@@ -1642,7 +1648,7 @@ def checksum(model: Model) -> int:
     return found
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl beside a checkpoint of train.py, without a last line that was cut."""
+    """The lines of log.jsonl beside a checkpoint of train.py, without an incomplete last line."""
     file = path.parent / "log.jsonl"
     if path.name != "ckpt.pt" or not file.exists():
         return []
@@ -1660,14 +1666,14 @@ def merged(old: Any, new: Any) -> Any:
         return new
     return old | {key: merged(old.get(key), x) for key, x in new.items()}
 
-# Options that only one experiment uses: they keep their values while its results are kept.
+# Options of single experiments. probe.json keeps them as long as the experiment's results.
 USED_BY = {"removal": ("remove", "sublayers"), "permutation": ("pairs", "seed"),
            "jacobian": ("jacobian_samples",)}
 
 def write_result(out: Path, result: Result, before: Result | None) -> Result:
     """Write probe.json and return its contents. before: what it held.
 
-    If the file holds results of the same weights on the same tokens, these results are kept.
+    If the file holds results of the same weights and dtype on the same tokens, they are kept.
     Otherwise the file becomes probe.json.old.
     """
     file = out / "probe.json"
@@ -1681,7 +1687,7 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
             whole = merged(before, whole)
         else:
             os.replace(file, f"{file}.old")
-            print(f"{file} was measured with other weights or tokens: it is now {file.name}.old")
+            print(f"{file} was measured with other weights, dtype or tokens: now {file.name}.old")
     write_json(file, whole)
     return whole
 
@@ -1746,7 +1752,7 @@ def read_arguments() -> Any:
         help="number of sequences for the Jacobian (default: half of --samples)")
     add("--tasks", help="tasks of lm-evaluation-harness, such as arc_easy,hellaswag")
     add("--task_folder", help="folder with more tasks as YAML files, which may run Python code")
-    add("--tokenizer", help="instead of the model's own: bytes, a name of tiktoken such as gpt2, "
+    add("--tokenizer", help="instead of the model's own: bytes, a tiktoken encoding such as gpt2, "
                             "a Hugging Face folder or hub id")
     add("--out", help="folder for the results (default: the folder of ckpt.pt, X/ for X.pt, "
                       "out/NAME for Hugging Face); several models get a folder each inside it")
@@ -1756,9 +1762,10 @@ def read_arguments() -> Any:
         help="where --drop saves the model (default: pruned.pt in the folder of the results, "
              "out/NAME_pruned for Hugging Face)")
     add("--sample", metavar="TEXT", help="print how the model continues this text")
-    add("--new_tokens", type=int, default=200, metavar="N", help="of --sample (default 200)")
+    add("--new_tokens", type=int, default=200, metavar="N",
+        help="tokens for --sample to write (default 200)")
     add("--temperature", type=float, default=0.8, metavar="T",
-        help="of --sample (default 0.8); 0: always the likeliest token")
+        help="for --sample (default 0.8); 0: always the likeliest token")
     add("--top_k", type=int, default=50, metavar="K",
         help="--sample chooses among the K likeliest tokens (default 50); 0: among all")
     add("--export", metavar="DIR", help="write the checkpoint as a Hugging Face folder")
@@ -1781,7 +1788,7 @@ def join_ranks(device: torch.device) -> torch.device:
     if device.type != "cpu":
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
-    # gloo also for GPUs, since sums are added on the CPU. A rank may wait long for the slowest one.
+    # gloo even for GPUs, since sums are added on the CPU. A rank may wait for the slowest one.
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     atexit.register(dist.destroy_process_group)
     return device

@@ -89,7 +89,7 @@ def label(family: str, member: str, scale: str) -> str:
     return FAMILIES[family][member].label if scale == "laptop" else member
 
 # ---- running -------------------------------------------------------------------------------------
-# The experiments after training; BRIEFLY: those before the first step and at the common lengths.
+# MEASURED: the experiments after training. BRIEFLY: those at step 0 and at the common lengths.
 MEASURED = [name for name in EXPERIMENTS if EXPERIMENTS[name].scores or name == "sparsity"]
 BRIEFLY = ("variance", "causal", "permutation", "usefulness", "removal", "jacobian")
 TOKENS = 8192               # each laptop model is probed on this many tokens
@@ -115,7 +115,8 @@ def run_family(args: Any) -> None:
     failed = [str(job.out) for job, fine in zip(jobs, finished) if not fine]
     check(not failed, f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; "
           "run the same command to try again")
-    print(f"all runs of {args.family} are recorded in {args.results}: python recipe.py report")
+    print(f"the requested runs of {args.family} are recorded in {args.results}; "
+          "next: python recipe.py report")
 
 def jobs_of(args: Any) -> list[Job]:
     """A job for each member and seed, family by family. Members with equal settings share a job."""
@@ -139,8 +140,8 @@ def is_recorded(job: Job, rows: Sequence[Row], args: Any) -> bool:
                and (not args.here or row["processor"] == processor()) for row in rows)
 
 def run_job(job: Job, args: Any) -> bool:
-    """Train, probe and record one run. Returns False if a command failed; its output is in
-    output.txt in the folder of the run."""
+    """Train, probe and record one run. Returns False if it failed or was stopped. The output
+    of the commands is in output.txt in the folder of the run."""
     environment = dict(os.environ)
     if args.jobs > 1:       # with more threads than cores in total, a run takes ten times as long
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.jobs))
@@ -196,7 +197,7 @@ def probe_commands(job: Job, args: Any) -> list[list[str]]:
 def print_costs(jobs: Sequence[Job], args: Any) -> None:
     """Print the size and training time of every run without a row, then the total.
 
-    The laptop rate, 28 GFLOP/s, was measured on one core of an AMD EPYC at this width."""
+    The laptop rate, 28 GFLOP/s, was measured on one core of an AMD EPYC at width 64."""
     at_paper = args.scale == "paper"
     machine = "8 H100 at 40% MFU" if at_paper else "one core"
     rate = 8 * PEAK["H100"] * 0.4 if at_paper else 28e9                   # FLOP/s
@@ -383,8 +384,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.mean(values), half, n)
 
 def detectable(e: Estimate) -> float:
-    """The effect that as many seeds with the same spread detect with 80% power. It is the standard
-    error times the sum of the two t quantiles. nan without spread."""
+    """The effect that the same number of seeds, with the same spread, detects with 80% power. It is
+    the standard error times the sum of the two t quantiles. nan without spread."""
     if not e.has_spread:
         return math.nan
     k = min(e.n, 10) - 2
@@ -482,7 +483,7 @@ class Comparison(NamedTuple):
     effect: Estimate            # of the paired differences
     paper: float                # the paper's difference; nan if it is not known
     direction: int              # sign of the paper's difference; 2 if it is not known
-    size: Estimate | None       # our (effect / depth effect) over the paper's
+    size: Estimate | None       # our (effect / depth effect) / the paper's
     verdict: str                # "" if the direction is not known
 
 VERDICTS = ["reproduced", "reproduced, smaller", "contradicted", "no effect of the paper's size",
@@ -495,7 +496,8 @@ def judge(effect: Estimate, direction: int, size: Estimate | None) -> str:
     reproduced, smaller: in addition, the size is known and its interval is below 1
     contradicted: the whole interval is on the other side of 0
     no effect of the paper's size: the interval contains 0, and that of the size is below 1
-    inconclusive: everything else, also where a score moved by the same step in every seed
+    inconclusive: everything else, also where a score changed by the same amount in every seed
+    no direction: the paper's two numbers are equal
     """
     if direction not in (1, -1):
         return "no direction" if direction == 0 else ""
@@ -554,12 +556,12 @@ def paper_difference(family: str, member: str, base: str, score: str) -> tuple[f
 
 def relative_size(found: dict[str, Runs], family: str, member: str, base: str, score: str,
                   differences: dict[int, float], paper: float) -> Estimate | None:
-    """The size of an effect: our (effect / depth effect) over the paper's. Jackknife over seeds.
+    """The size of an effect: our (effect / depth effect) / the paper's. Jackknife over seeds.
 
     The depth effect is depth_32 minus depth_16. For the loss, the size is our relative difference
-    over the paper's. None if the paper's difference is not known, "about 0" or less than one layer;
-    if the interval of our depth effect contains 0; and where the ratio has no spread, as for the
-    depth effect itself.
+    divided by the paper's. None if the paper's difference is not known, "about 0" or less than
+    one layer; if the interval of our depth effect contains 0; and where the ratio has no spread, as
+    for the depth effect itself.
     """
     if score in INFERRED or math.isnan(paper) or paper == 0 or len(differences) < 2:
         return None
@@ -663,17 +665,17 @@ def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 # ---- the report ----------------------------------------------------------------------------------
 def report(args: Any) -> None:
-    """Make every table and figure from results.jsonl in OUT/SCALE. Print the main tables."""
+    """Write every table and figure to OUT/SCALE, from results.jsonl. Print the main tables."""
     rows = read_rows(args.results)
     found = {family: runs_of(family, rows, args) for family in FAMILIES}
     found = {family: runs for family, runs in found.items()
              if has_begun(family, runs, found["depth"])}
-    check(found, f"no finished run in {args.results}: start with "
+    check(found, f"no runs to compare in {args.results}: start with "
                  f"python recipe.py run depth --scale {args.scale}")
     used = [row for runs in found.values() for seeds in runs.values() for row in seeds]
     corpora = {row["corpus"] for row in used}
     check(len(corpora) == 1, f"{args.results}: its runs saw {len(corpora)} different corpora. "
-                             "data/python is Python's source code and changes with its version")
+                             "data/python changes with the versions of Python and torch")
     out = Path(args.out, args.scale)
     make_folder(out, "--out")
     written = tables(found, args.scale)
@@ -738,7 +740,7 @@ def short(x: float, sign: str = "") -> str:
     """A number with three digits, or "-" for nan."""
     if math.isnan(x):
         return "-"
-    x = x if abs(x) > 1e-12 else 0.0                   # neither "-0" nor rounding
+    x = x if abs(x) > 1e-12 else 0.0                   # neither "-0" nor a rounding error
     return f"{x:{sign},.0f}" if abs(x) >= 100 else f"{x:{sign}.3g}"
 
 def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
@@ -823,7 +825,7 @@ def comparison_table(compared: Sequence[Comparison], scale: str) -> str:
                   "detects (80%)", "verdict"], rows)
 
 def difference_table(compared: Sequence[Comparison], scale: str) -> str:
-    """A row per pair of members and a column per score. For families that the paper lacks."""
+    """A row per pair of members and a column per score. Without the paper's numbers."""
     effects: dict[str, dict[str, str]] = {}
     for c in compared:
         cell = with_interval(c.effect, c.score, "+")
@@ -924,7 +926,7 @@ NORM = r"$\|J-I\|_F\,/\,d$"
 BY_PERPLEXITY = ("weight_decay", "context", "gqa", "moe")
 
 def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
-    """Draw every figure whose runs exist, as PNG and SVG. Returns a line to print."""
+    """Draw every figure whose runs exist, as PNG. Returns a line to print."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -1064,7 +1066,7 @@ def draw_maps(runs: Runs, name: str) -> Any:
 def draw_family(family: str, runs: Runs, scale: str) -> Any:
     """A row per member: a ring per seed, the mean with its interval, a diamond for the paper."""
     shown = ("last var.", "useful", "log ratio", "val loss")
-    if family == "init":                 # the initialisation alone changes the variance
+    if family == "init":                 # it changes the last variance directly
         shown = ("ln Vn/V1", "trend use", "log ratio", "val loss")
     fig, axes = panels(len(shown), 0.9 + 0.3 * len(runs), TITLES[family], sharey=True)
     names = [textwrap.fill(label(family, member, scale), 30) for member in runs]
@@ -1185,7 +1187,7 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     ladder = config("ladder_moe", "paper")
     n_embd = advised_width(ladder, n_layer, params)
     n_head = max(2, 2 * round(n_embd * ladder.n_head / ladder.n_embd / 2))    # even, because G = 2
-    step = math.lcm(8, 2 * n_head)      # RoPE needs an even head size, grouped_mm a multiple of 8
+    step = math.lcm(8, 2 * n_head)      # RoPE: even head size; grouped_mm: multiple of 8
     n_embd = step * max(1, round(n_embd / step))
     T = ladder.block_size
     while T > 128 and T * gpus * 1000 > tokens:                   # at least 1,000 steps

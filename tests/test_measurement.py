@@ -95,6 +95,21 @@ def test_each_experiment_works_alone_in_a_notebook(name):
     assert name in got
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_on_one_sequence_equals_that_on_two_copies(name):
+    """Standard errors are not defined for one sequence, and affine maps need two halves."""
+    model, one = make_model(**MODELS["moe"]), own_tokens("moe")[:1]
+    p = forward(model, one, options=probe.Options(jacobian_samples=1))
+    if EXPERIMENTS[name].fits:
+        with pytest.raises(UserError, match="two sequences"):
+            EXPERIMENTS[name].sums(model, p)
+        return
+    got = probe.to_json(EXPERIMENTS[name].score(model, EXPERIMENTS[name].sums(model, p)))
+    want = probe.probe(model, one.repeat(2, 1), [name])
+    got = {key: x for key, x in got.items() if not key.endswith(("stderr", "halves"))}
+    assert got and differences(got, {key: want[key] for key in got}, lambda path: 1e-9, 1e-12) == []
+
+
 def shrinking(model, p):
     """The norm of the last stream without each block, and the trace of the Jacobian of each block."""
     norms = [p.without(s)[-1].norm(dim=-1).sum() for s in range(len(model.blocks))]

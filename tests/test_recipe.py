@@ -201,7 +201,7 @@ def test_a_detectable_effect_is_detected_in_four_of_five_experiments():
     (Estimate(0.1, 0.2, 5), 1, Estimate(0.3, 0.6, 5), "no effect of the paper's size"),
     (Estimate(0.1, 0.2, 5), 1, Estimate(0.3, 0.8, 5), "inconclusive"), (Estimate(0.1, 0.2, 5), 1, None, "inconclusive"),
     (Estimate(0.2, math.nan, 1), 1, None, "inconclusive"), (Estimate(0.25, 0.0, 5), 1, None, "inconclusive"),
-    (Estimate(0.25, 0.0, 5), 1, Estimate(0.5, 0.2, 5), "inconclusive"),        # the same step in every seed
+    (Estimate(0.25, 0.0, 5), 1, Estimate(0.5, 0.2, 5), "inconclusive"),        # the same amount in every seed
     (Estimate(0.2, 0.1, 5), 0, None, "no direction"), (Estimate(0.2, 0.1, 5), 2, None, "")])
 def test_a_verdict_follows_from_interval_direction_and_size(effect, direction, size, said):
     assert judge(effect, direction, size) == said
@@ -477,7 +477,7 @@ def test_an_advised_config_stands_alone(tmp_path):
 
 
 @pytest.mark.parametrize("args, said", [
-    (["report", "--results=none.jsonl"], "no finished run in none.jsonl"), (["report", "--sedes=2"], "--sedes"),
+    (["report", "--results=none.jsonl"], "no runs to compare in none.jsonl"), (["report", "--sedes=2"], "--sedes"),
     (["run", "nowhere"], "nowhere"), (["advise", "--n_layer=32", "--params=1e9"], "--tokens")])
 def test_a_mistake_is_one_line_and_status_2(args, said, tmp_path):
     assert_mistake(run_script("recipe.py", *args, cwd=tmp_path), said)
