@@ -107,11 +107,12 @@ class Maps(NamedTuple):
     """The least-squares affine map of each block, see `Fit`."""
     whole: list[Map]            # fitted on all sequences
     half: list[Map]             # fitted on the first half of the sequences
-    recorded: Map | None        # of the last block, fitted to the last stream of recorded()
+    to_recorded: Map | None     # of the last block, fitted to the last stream of `recorded`
 
 @dataclass
 class Pass:
-    """One micro-batch, its streams, and the intermediate results that experiments share."""
+    """One micro-batch, and what experiments share: its streams h, the loss, the streams without(s),
+    the Jacobians and the affine maps. Each is computed once."""
     model: Model
     idx: Tensor                 # (B, T) token ids
     h: list[Tensor]             # the streams h_0 .. h_n, each (B, T, d)
@@ -151,7 +152,9 @@ class Pass:
 
     @torch.no_grad()
     def without(self, s: int) -> list[Tensor]:
-        """The streams h_0 .. h_n in the model without block s. Up to h_s they are unchanged."""
+        """The streams h_0 .. h_n in the model without block s. Up to h_s they are unchanged.
+
+        The cache holds all of them, or only the last one if the sample is large."""
         g = self.cache.get(("without", s), [])
         if len(g) < len(self.h):
             g = self.h[:s + 1] + streams_of(self.model.blocks[s + 1:], self.h[s])
@@ -473,7 +476,7 @@ class Fit:
         self.model, n, d = model, len(model.blocks), model.d
         self.first_half, self.second_half = torch.zeros(
             2, n, d + 1, 2 * d + 1, dtype=torch.float64)
-        self.recorded = torch.zeros(d + 1, 2 * d + 1, dtype=torch.float64)
+        self.to_recorded = torch.zeros(d + 1, 2 * d + 1, dtype=torch.float64)
         self.has_norm = getattr(model, "norm", None) is not None
 
     def add(self, p: Pass) -> None:
@@ -486,12 +489,12 @@ class Fit:
                 if rows.any():
                     half[l] += moments(pick(p.h[l], rows), pick(p.h[l + 1], rows))
         if self.has_norm:
-            self.recorded += moments(p.h[-2], recorded(self.model, p.h)[-1])
+            self.to_recorded += moments(p.h[-2], recorded(self.model, p.h)[-1])
         p.progress.done += FITTING * (len(p.h) - 1) * len(p.idx)
 
     def solve(self, like: Tensor) -> Maps:
         """The least-squares maps, with the device and the precision of the stream `like`."""
-        for sums in (*self.first_half, *self.second_half, self.recorded):
+        for sums in (*self.first_half, *self.second_half, self.to_recorded):
             add_over_ranks(sums)
 
         def maps(sums: Iterable[Tensor]) -> list[Map]:
@@ -499,7 +502,7 @@ class Fit:
             found = [affine_map(x if on_cpu else x.to(like.device)) for x in sums]
             return [(W.to(like), b.to(like)) for W, b in found]
         return Maps(maps(a + b for a, b in zip(self.first_half, self.second_half)),
-                    maps(self.first_half), maps([self.recorded])[0] if self.has_norm else None)
+                    maps(self.first_half), maps([self.to_recorded])[0] if self.has_norm else None)
 
 def fit_maps(model: Model, p: Pass) -> Maps:
     """The affine maps for a sample of one micro-batch."""
@@ -578,7 +581,7 @@ def released(model: Model, p: Pass) -> Sums:
         if is_dense(model):
             del g[s + 1]                     # 3. The last block has no entry: C[s, last] = 0
         rows.append(causal_row(h, g, s))
-        W, b = maps.recorded if s == last else maps.whole[s]                      # 2
+        W, b = maps.to_recorded if s == last else maps.whole[s]                      # 2
         losses.append(p.losses(p.h[s] @ W.T + b, blocks[s + 1:]))                 # 1
     J = [p.jacobian(l) for l in p.watch(range(len(blocks)))]
     if is_dense(model):
@@ -679,7 +682,7 @@ def of_blocks(r: Result, key: str, what: str) -> np.ndarray:
 def removal_columns(results: dict[str, Result]) -> list[Column]:
     """A line for each kind of removal."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    return [Column(names.get(what, f"{what} blocks from this one"),
+    return [Column(names.get(what, f"{what} blocks from it"),
                    partial(perplexity_ratios, what=what),
                    errors=partial(perplexity_errors, what=what))
             for what in dict.fromkeys(what for r in results.values() for what in r["removal"])]
@@ -1131,7 +1134,7 @@ def summary(r: Result, path: str = "CKPT") -> list[str]:
     """What the measurement says about the model, one string per statement. A difference counts if
     it exceeds two standard errors."""
     said = []
-    enough = r.get("run", {}).get("samples", ENOUGH) >= ENOUGH
+    enough = r.get("run", {}).get("samples", 0) >= ENOUGH
     if "usefulness" in r:
         said += useful_blocks(r["usefulness"], enough)
     for what, losses in r.get("removal", {}).items():
@@ -1262,7 +1265,7 @@ def finish(fig: Any, ax: Any, title: str) -> None:
     fig.suptitle(textwrap.fill(title, 52), weight="bold", fontsize=9)
     handles, names = ax.get_legend_handles_labels()
     if len(names) > 1 or names and ax.images:
-        fig.legend(handles, names, loc="outside lower center", ncols=4)
+        fig.legend(handles, names, loc="outside lower center", ncols=3)
 
 def matrices(fig: Any, results: dict[str, Result], key: str, title: str, xlabel: str, ylabel: str,
              unit: str, blank: Callable[[int], np.ndarray], errors: str = "") -> None:
@@ -1357,16 +1360,16 @@ class Part:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-def cheapest_drops(model: Model, tokens: Tensor, count: int, shown: bool = False) -> list[int]:
+def cheapest_drops(model: Model, tokens: Tensor, count: int, verbose: bool = False) -> list[int]:
     """Choose `count` blocks, one after the other. Each is the cheapest to remove from the model
     that no longer has the blocks chosen before."""
     kept, gone = list(range(len(model.blocks))), []
     while len(gone) < count:
         part = Part(model, [model.blocks[l] for l in kept])
-        r = probe(part, tokens, ["removal"], progress=Progress(shown))
+        r = probe(part, tokens, ["removal"], progress=Progress(verbose))
         which = int(np.argmin(r["removal"]["1"]))
         gone.append(kept.pop(which))
-        if shown:
+        if verbose:
             print(f"without block {gone[-1]}: loss {r['removal']['1'][which]:.4f}", flush=True)
     return gone
 
@@ -1413,7 +1416,7 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
     target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
     if auto:        # the sequences that chose the blocks would show too low a price
-        drop = cheapest_drops(model, tokens[::2], drop[0], shown=True)
+        drop = cheapest_drops(model, tokens[::2], drop[0], verbose=True)
         tokens = tokens[1::2]
     whole = probe(model, tokens, [])["loss"]
     heal = "any trainer of Hugging Face models can train it further"
@@ -1609,6 +1612,7 @@ def measure(args: Any, path: Path, model: Model, saved: dict[str, Any], label: s
         show(path, model, label, result, write_result(out, result, before), out)
         if failed:
             names = args.only.split(",") if args.only else measurable(model)
+            names += ["tasks"] if args.tasks and "tasks" not in names else []
             print("Not measured:", ", ".join(name for name in names if name not in result))
     if failed:
         raise failed
@@ -1660,15 +1664,11 @@ def read_result(out: Path) -> Result | None:
     file = out / "probe.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
-def merged(old: Any, new: Any) -> Any:
-    """The new value. Of two dicts, the entries of both; the new ones replace the old ones."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return old | {key: merged(old.get(key), x) for key, x in new.items()}
-
 # Options of single experiments. probe.json keeps them as long as the experiment's results.
 USED_BY = {"removal": ("remove", "sublayers"), "permutation": ("pairs", "seed"),
            "jacobian": ("jacobian_samples",)}
+# Entries of probe.json that are dicts with a part for each option or experiment.
+IN_PARTS = ("removal", "removal_stderr", "removal_halves", "seconds", "run")
 
 def write_result(out: Path, result: Result, before: Result | None) -> Result:
     """Write probe.json and return its contents. before: what it held.
@@ -1682,9 +1682,11 @@ def write_result(out: Path, result: Result, before: Result | None) -> Result:
         old, new = before["run"], whole["run"]
         if all(old[key] == new[key] for key in ("weights", "dtype", "checksum", "samples", "length")
                if key in old and key in new):
-            for key in [key for name, keys in USED_BY.items() if name not in whole for key in keys]:
-                new.pop(key, None)
-            whole = merged(before, whole)
+            for name, keys in USED_BY.items():
+                whole["run"] |= {key: old[key] for key in keys if name not in whole and key in old}
+            parts = {key: before[key] | whole[key] for key in IN_PARTS
+                     if key in before and key in whole}
+            whole = before | whole | parts
         else:
             os.replace(file, f"{file}.old")
             print(f"{file} was measured with other weights, dtype or tokens: now {file.name}.old")
@@ -1705,7 +1707,8 @@ def compare(args: Any, results: dict[str, Result]) -> None:
     out = Path(args.out or home_of(args.checkpoints[0]).parent / "comparison")
     make_folder(out, "--out")
     print("", score_table(results), "", f"comparison: {draw(results, out)}", sep="\n")
-    if len({r.get("run", {}).get("checksum") for r in results.values()}) > 1:
+    runs = [r["run"] for r in results.values()]
+    if len({(ran.get("checksum"), ran.get("length")) for ran in runs}) > 1:
         print("These models were measured on different tokens. Their losses cannot be compared.")
 
 def make_folder(out: Path, flag: str) -> None:

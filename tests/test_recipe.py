@@ -143,15 +143,16 @@ def test_members_with_equal_settings_are_one_run():
 
 
 def test_labels_give_the_value_here_and_in_the_paper():
-    values = {"L": lambda c: c.n_layer, "T": lambda c: c.block_size, "d": lambda c: c.n_embd, "init": lambda c: c.init_std,
-              "decay": lambda c: c.weight_decay, "G": lambda c: c.n_head // c.n_kv_head, "norm": lambda c: c.norm,
+    values = {"L": lambda c: c.n_layer, "T": lambda c: c.block_size, "d": lambda c: c.n_embd,
+              "init": lambda c: c.init_std, "decay": lambda c: c.weight_decay, "G": lambda c: c.n_head // c.n_kv_head, "norm": lambda c: c.norm,
               "embedding": lambda c: c.embed_init_std, "top": lambda c: c.top_k,
               "init_std": lambda c: float(f"{c.learning_rate / c.init_std:.3g}")}
     checked = 0
     for family, members in FAMILIES.items():
         for name, member in members.items():
             here, paper = config(name, "laptop"), config(name, "paper")
-            for knob, value, there in re.findall(r"(\w+) ([\d.]+|pre|lns|peri)\b(?: \(paper: ([\d.]+)\))?", member.label):
+            pattern = r"(\w+) ([\d.]+|pre|lns|peri)\b(?: \(paper: ([\d.]+)\))?"
+            for knob, value, there in re.findall(pattern, member.label):
                 if knob in values:
                     assert str(values[knob](here)) in (value, f"{value}.0"), (family, name)
                     assert not there or str(values[knob](paper)) in (there, f"{there}.0"), (family, name)
