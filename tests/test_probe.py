@@ -254,7 +254,7 @@ def test_the_figures_of_other_weights_are_deleted_with_their_probe_json(workplac
     (2**30, "variance,usefulness", "permutation"), (0, "variance,usefulness", "permutation"),
     (2**30, "causal", "removal")])
 def test_ctrl_c_keeps_what_is_complete(kept_in_memory, complete, slow, workplace):
-    """Permutation has the last stage, whatever the size of the sample. In a small sample, each experiment is a stage."""
+    """Permutation has the last stage, whatever the size of the sample. In a small one, each experiment is a stage."""
     script = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})

@@ -144,7 +144,8 @@ def test_members_with_equal_settings_are_one_run():
 
 def test_labels_give_the_value_here_and_in_the_paper():
     values = {"L": lambda c: c.n_layer, "T": lambda c: c.block_size, "d": lambda c: c.n_embd,
-              "init": lambda c: c.init_std, "decay": lambda c: c.weight_decay, "G": lambda c: c.n_head // c.n_kv_head, "norm": lambda c: c.norm,
+              "init": lambda c: c.init_std, "decay": lambda c: c.weight_decay, "norm": lambda c: c.norm,
+              "G": lambda c: c.n_head // c.n_kv_head,
               "embedding": lambda c: c.embed_init_std, "top": lambda c: c.top_k,
               "init_std": lambda c: float(f"{c.learning_rate / c.init_std:.3g}")}
     checked = 0
