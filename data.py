@@ -713,10 +713,10 @@ class HFLayer:
     def find_sublayers(self, x: Tensor) -> None:
         """Run the layer on the stream x, and set attn, ffn and scaled.
 
-        attn and ffn are the first and the last submodule that has weights and is not a norm. If
-        another submodule, such as a norm, takes the output of one of them, that one is used
-        instead, because its output is added to the stream. Both are None unless the layer becomes
-        the identity when both outputs are set to zero.
+        attn and ffn are the first and the last submodule that has weights and is not a norm. A
+        submodule that takes the output of attn or ffn, such as a norm, is used in its place,
+        because its output is added to the stream. Both are None unless the layer becomes the
+        identity when both outputs are set to zero.
         """
         parts: list[tuple[nn.Module, Tensor]] = []
 

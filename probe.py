@@ -682,7 +682,7 @@ def of_blocks(r: Result, key: str, what: str) -> np.ndarray:
 def removal_columns(results: dict[str, Result]) -> list[Column]:
     """A line for each kind of removal."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    return [Column(names.get(what, f"{what} blocks from it"),
+    return [Column(names.get(what, f"run of {what}"),
                    partial(perplexity_ratios, what=what),
                    errors=partial(perplexity_errors, what=what))
             for what in dict.fromkeys(what for r in results.values() for what in r["removal"])]
@@ -1336,7 +1336,7 @@ def draw(results: dict[str, Result], out: Path) -> str:
     are deleted. Returns a line that says where the figures are."""
     for name in (*EXPERIMENTS, "probe"):
         (out / f"{name}.png").unlink(missing_ok=True)
-    os.environ["MPLBACKEND"] = "Agg"            # needs no display; the user's backend might
+    os.environ["MPLBACKEND"] = "Agg"            # the user's backend might need a display
     try:
         import matplotlib
     except ImportError:

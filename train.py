@@ -393,7 +393,7 @@ def build(c: TrainConfig, here: Process) -> tuple[GPT, torch.nn.Module]:
     raw in place. Without a wrapper, the two are the same object.
     """
     sharded = here.world > 1 and c.parallel == "fsdp"
-    raw = bare(c)                                # on meta: with FSDP2 no GPU may hold it all
+    raw = bare(c)                                # on meta: it may be too large for one GPU
     raw.recompute = c.recompute
     compiled = here.device.type == "cuda" if c.compile is None else c.compile
     if compiled and here.world > 1:
@@ -641,8 +641,8 @@ def open_log(c: TrainConfig, here: Process, model: GPT, done: int,
 def show(record: dict[str, Any], c: TrainConfig) -> None:
     """Print a progress line, cut to the terminal's width.
 
-    Ten lines per run and those with a validation stay. A terminal overwrites each other line with
-    the next. Without a terminal, other lines are not printed.
+    Ten lines per run and those with a validation stay. On a terminal, the next line overwrites any
+    other line. Without a terminal, other lines are not printed.
     """
     step, rate = record["step"], record["tokens_per_s"]
     left = (c.max_steps - step) * c.tokens_per_step / rate / 60
