@@ -88,8 +88,8 @@ class Corpus:
         """The number of windows of T inputs and T targets whose inputs do not overlap."""
         n = (self.n_tokens(split) - 1) // T
         check(n > 0, f"{self.folder}: the {split} split has {self.n_tokens(split)} tokens, "
-                     f"too few for block_size={T}: shorten block_size, prepare more text or a "
-                     "larger --val_fraction")
+                     f"too few for block_size={T}: shorten block_size, add text or raise "
+                     "--val_fraction")
         return n
 
     def read(self, split: str, start: int, n: int) -> np.ndarray:

@@ -462,7 +462,7 @@ PREMISES = {"trend use": "(a) later blocks are used less: trend of the log affin
             "ln Vn/V1": "(d) variance accumulates after block 0: ln(Var h_n / Var h_1) > ln n"}
 TRENDS = ("trend use", "trend infl", "trend J-I")
 
-# The table in the README: eight claims, each with the comparison or premise that tests it.
+# The table in the README: at most eight claims, each with the comparison or premise that tests it.
 HEADLINES = [
     ("Later blocks are used less (rank correlation within 16 layers)", "depth", "depth_32",
      "trend use"),
@@ -766,7 +766,7 @@ def score_table(first: str, named: Runs, shown: Sequence[str], part: str = "scor
     return table([first, *shown], rows)
 
 def headlines(found: dict[str, Runs]) -> str:
-    """The table of the README: eight claims, with our number and the paper's."""
+    """The table of the README: at most eight claims, with our number and the paper's."""
     rows = []
     for claim, family, member, score in HEADLINES:
         if score == "trend use":

@@ -432,8 +432,8 @@ def compile_blocks(model: GPT) -> None:
 def shard(model: GPT, here: Process) -> None:
     """Shard the model in place with FSDP2: every rank holds a part of every weight.
 
-    A block gathers its weights when it is called, and frees them afterwards. Blocks compute in
-    here.dtype. The embedding, the final norm, the head and the stream stay in float32.
+    A block gathers its weights in here.dtype when it is called, and frees them afterwards. The
+    stream and all other weights stay in float32.
     """
     mesh = init_device_mesh(here.device.type, (here.world,))    # default: a GPU if there is one
     policy = MixedPrecisionPolicy(param_dtype=here.dtype, reduce_dtype=torch.float32,

@@ -20,7 +20,7 @@ from model import UserError  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-torch.set_num_threads(1)      # matrices are small: a second thread can take ten times as long
+torch.set_num_threads(1)      # matrices are small: two threads can take ten times as long
 
 
 @pytest.fixture(scope="session")

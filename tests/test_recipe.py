@@ -313,7 +313,7 @@ def test_the_bootstrap_has_the_width_of_theory_and_is_reproducible():
 
 
 def test_a_few_configurations_give_no_correlation():
-    """Four configurations in monotone order give a bootstrap of -1 to -1, but chance does so once in 12 times."""
+    """Four configurations in falling order give a bootstrap of -1 to -1, but chance does so once in 24 times."""
     names = [name for family in ("depth", "weight_decay", "context") for name in FAMILIES[family]]
     rows = {name: [row(name, 1, density=k, useful=-k * k)] for k, name in enumerate(names)}
     assert recipe.correlation(dict(list(rows.items())[:7]), "density", "useful") is None
