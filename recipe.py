@@ -891,9 +891,9 @@ def mechanism(found: dict[str, Runs]) -> str:
     written = [table(["rank correlation", "paper", *(f"{name} (95%; number)" for name in groups)],
                      rows)]
     for name in dict.fromkeys(name for name, _ in sides):
-        of = {side: "; ".join(sides.get((name, side), ["none"])) for side in (1, -1)}
-        written.append(f"{name[0].upper()}{name[1:]}. With the paper's sign: {of[1]}. "
-                       f"With the opposite sign: {of[-1]}. The others are undecided.")
+        of = {side: ", ".join(sides.get((name, side), ["none"])) for side in (1, -1)}
+        written.append(f"{name[0].upper()}{name[1:]}. With the paper's sign: {of[1]}; with the "
+                       f"opposite sign: {of[-1]}; the others are undecided.")
     return "\n\n".join(written)
 
 def processors(depth: Runs) -> str:
