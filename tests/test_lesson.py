@@ -121,5 +121,5 @@ def test_the_columns_and_the_recorded_rows_of_the_lesson_exist():
     for header in headers:
         assert set(header.split()) - {"..."} <= known, header
     rows = re.findall(r"^\| L \d+, .*$", LESSON, re.MULTILINE)
-    recorded = (ROOT / "configs/laptop/README.md").read_text("utf-8")
+    recorded = (ROOT / "configs/laptop/controls.md").read_text("utf-8")
     assert len(rows) == 3 and all(row in recorded for row in rows)
