@@ -151,7 +151,8 @@ def find_source(name: str, field: str | None = None) -> Source:
         found = [(path, parts) for path, parts in found if "site-packages" not in parts]
     else:
         path = Path(os.path.expanduser(name))
-        check(path.exists() or name in SHORT_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+", name),
+        is_id = name in SHORT_NAMES or re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", name)
+        check(path.exists() or is_id,
               f"no file or folder {name}: NAME is python, a path, or a data set OWNER/NAME")
         name = os.path.abspath(path) if path.exists() else name
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]

@@ -112,7 +112,7 @@ class Maps(NamedTuple):
 @dataclass
 class Pass:
     """One micro-batch, and what experiments share: its streams h, the loss, the streams without(s),
-    the Jacobians and the affine maps. Each is computed once."""
+    the Jacobians and the affine maps."""
     model: Model
     idx: Tensor                 # (B, T) token ids
     h: list[Tensor]             # the streams h_0 .. h_n, each (B, T, d)

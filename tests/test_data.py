@@ -130,8 +130,13 @@ def test_all_other_formats_are_read_through_datasets(name, tmp_path):
 def test_a_data_set_of_the_hub_is_streamed_by_its_name_and_its_configuration(tmp_path, monkeypatch):
     datasets, asked = pytest.importorskip("datasets"), []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "abc"}] * 5)
-    assert [*D.documents("fineweb-edu")] == [*D.documents("me/set")] == ["abc"] * 5
-    assert [(*a, k["name"]) for a, k in asked] == [("HuggingFaceFW/fineweb-edu", "sample-100BT"), ("me/set", None)]
+    for name in ("fineweb-edu", "me/set", "me/set:2024.en"):
+        assert [*D.documents(name)] == ["abc"] * 5
+    assert [(*a, k["name"]) for a, k in asked] == [
+        ("HuggingFaceFW/fineweb-edu", "sample-100BT"), ("me/set", None), ("me/set", "2024.en")]
+    for missing in ("my_texts/", "nowhere/my/texts"):
+        with pytest.raises(UserError, match="no file or folder"):
+            [*D.documents(missing)]
     assert all(k["streaming"] and k["split"] == "train" for _, k in asked)
 
     def fail(*_, **__):

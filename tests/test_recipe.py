@@ -161,6 +161,16 @@ def test_labels_give_the_value_here_and_in_the_paper():
     assert checked > 60 and label("depth", "depth_32", "paper") == "depth_32"
 
 
+def test_near_zero_weights_of_an_untrained_model_are_a_share_of_the_normal_distribution():
+    """Norms and embeddings do not count."""
+    c = config("depth_16", "laptop")
+    drawn = c.init_std * torch.randn(1000, 400, generator=torch.Generator().manual_seed(0))
+    weights = {"blocks.0.ffn.w_in.weight": drawn, "blocks.0.ffn_norm.weight": torch.zeros(400),
+               "embedding.weight": torch.zeros(64, 400)}
+    found = recipe.own_scores(c, [{"loss": 1.0}], {}, weights)["near zero"]
+    assert found == pytest.approx(math.erf(0.1 / math.sqrt(2)), rel=0.03)
+
+
 # ---- statistics ------------------------------------------------------------------------------------------------------
 def t_tail(t, df):
     """P(T > t) for Student's t: the trapezoidal rule on the density, with t = tan(u)."""
