@@ -474,9 +474,9 @@ class Fit:
     """
     def __init__(self, model: Model) -> None:
         self.model, n, d = model, len(model.blocks), model.d
-        self.first_half, self.second_half = torch.zeros(
-            2, n, d + 1, 2 * d + 1, dtype=torch.float64)
-        self.to_recorded = torch.zeros(d + 1, 2 * d + 1, dtype=torch.float64)
+        zeros = partial(torch.zeros, dtype=torch.float64)
+        self.first_half, self.second_half = zeros(2, n, d + 1, 2 * d + 1)
+        self.to_recorded = zeros(d + 1, 2 * d + 1)
         self.has_norm = getattr(model, "norm", None) is not None
 
     def add(self, p: Pass) -> None:
@@ -504,6 +504,7 @@ class Fit:
         return Maps(maps(a + b for a, b in zip(self.first_half, self.second_half)),
                     maps(self.first_half), maps([self.to_recorded])[0] if self.has_norm else None)
 
+@torch.no_grad()
 def fit_maps(model: Model, p: Pass) -> Maps:
     """The affine maps for a sample of one micro-batch."""
     fit = Fit(model)
@@ -581,7 +582,7 @@ def released(model: Model, p: Pass) -> Sums:
         if is_dense(model):
             del g[s + 1]                     # 3. The last block has no entry: C[s, last] = 0
         rows.append(causal_row(h, g, s))
-        W, b = maps.to_recorded if s == last else maps.whole[s]                      # 2
+        W, b = maps.to_recorded if s == last else maps.whole[s]                   # 2
         losses.append(p.losses(p.h[s] @ W.T + b, blocks[s + 1:]))                 # 1
     J = [p.jacobian(l) for l in p.watch(range(len(blocks)))]
     if is_dense(model):
@@ -682,8 +683,7 @@ def of_blocks(r: Result, key: str, what: str) -> np.ndarray:
 def removal_columns(results: dict[str, Result]) -> list[Column]:
     """A line for each kind of removal."""
     names = {"1": "one block", "attn": "its attention", "ffn": "its FFN"}
-    return [Column(names.get(what, f"run of {what}"),
-                   partial(perplexity_ratios, what=what),
+    return [Column(names.get(what, f"run of {what}"), partial(perplexity_ratios, what=what),
                    errors=partial(perplexity_errors, what=what))
             for what in dict.fromkeys(what for r in results.values() for what in r["removal"])]
 
