@@ -34,7 +34,7 @@ import torch
 
 from data import Parser, load_checkpoint, run
 from model import check
-from probe import BELOW, COLORS, EXPERIMENTS, USEFUL, make_folder, rank_correlation, scores
+from probe import BELOW, COLORS, EXPERIMENTS, STYLE, USEFUL, make_folder, rank_correlation, scores
 from train import PEAK, TrainConfig, bare, load_settings, plan, vocabulary
 
 ROOT = Path(__file__).parent
@@ -678,12 +678,13 @@ def report(args: Any) -> None:
                              "data/python changes with the versions of Python and torch")
     out = Path(args.out, args.scale)
     make_folder(out, "--out")
-    written = tables(found, args.scale)
+    compared = comparisons(found)
+    written = tables(found, compared, args.scale)
     for name, text in written.items():
         (out / f"{name}.md").write_text(text + "\n", "utf-8")
     print(written["headlines"], written["verdicts"], written["mechanism"], sep="\n\n")
     print(f"\ntables in {out}: {', '.join(written)}")
-    print(draw_all(found, args.scale, out))
+    print(draw_all(found, compared, args.scale, out))
 
 def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     """Does a family have runs to compare, beyond those that it shares with the depth family?"""
@@ -698,9 +699,8 @@ SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
 
 AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence")
 
-def tables(found: dict[str, Runs], scale: str) -> dict[str, str]:
+def tables(found: dict[str, Runs], compared: Sequence[Comparison], scale: str) -> dict[str, str]:
     """Every table, by the name of its file."""
-    compared = comparisons(found)
     depth = found.get("depth", {})
     written = {"headlines": headlines(found), "verdicts": verdict_counts(found, compared),
                "mechanism": mechanism(found)}
@@ -923,34 +923,30 @@ TITLES = {"weight_decay": "Weight decay", "context": "Context length T",
           "width": "Twice the width, at the same learning rate / init_std",
           "long": "Four times the training steps"}
 NORM = r"$\|J-I\|_F\,/\,d$"
-BY_PERPLEXITY = ("weight_decay", "context", "gqa", "moe")
 
-def draw_all(found: dict[str, Runs], scale: str, out: Path) -> str:
+def draw_all(found: dict[str, Runs], compared: Sequence[Comparison], scale: str, out: Path) -> str:
     """Draw every figure whose runs exist, as PNG. Returns a line to print."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib
     except ImportError:
         return "no figures: pip install matplotlib"
-    figures = {family: draw_family(family, found[family], scale)
-               for family in TITLES if family in found}
-    if "depth" in found:
-        depth = found["depth"]
-        figures |= {
-            "depth": draw_depth(depth), "depth_blocks": draw_blocks(depth),
-            "mechanism": draw_mechanism(found),
-            "depth_causal": draw_maps(depth, "causal"),
-            "depth_permutation": draw_maps(depth, "permutation")}
-    if "rates" in found:
-        figures["rates"] = draw_rates(found["rates"])
-    if found.keys() & set(BY_PERPLEXITY):
-        figures["perplexity"] = draw_perplexity(found, scale)
-    for name, fig in figures.items():
-        for ax in fig.axes:
-            ax.tick_params(labelsize=8)
-            ax.title.set_fontsize(9)
-            ax.xaxis.label.set_fontsize(8)
-            ax.yaxis.label.set_fontsize(8)
-        fig.savefig(out / f"{name}.png", dpi=150)
+    of_family: dict[str, list[Comparison]] = {}
+    for c in compared:
+        of_family.setdefault(c.family, []).append(c)
+    with matplotlib.rc_context(STYLE):
+        figures = {family: draw_family(family, of_family[family], scale)
+                   for family in TITLES if family in of_family}
+        if "depth" in found:
+            depth = found["depth"]
+            figures |= {
+                "depth": draw_depth(depth), "depth_blocks": draw_blocks(depth),
+                "mechanism": draw_mechanism(found),
+                "depth_causal": draw_maps(depth, "causal"),
+                "depth_permutation": draw_maps(depth, "permutation")}
+        if "rates" in found:
+            figures["rates"] = draw_rates(found["rates"])
+        for name, fig in figures.items():
+            fig.savefig(out / f"{name}.png", dpi=150)
     return f"figures in {out}: {', '.join(figures)}"
 
 def panels(across: int, height: float, title: str, down: int = 1,
@@ -959,8 +955,6 @@ def panels(across: int, height: float, title: str, down: int = 1,
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, down * height + 0.4), layout="constrained")
     axes = list(fig.subplots(down, across, squeeze=False, **shared).flat)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title, fontsize=11)
     return fig, axes
 
@@ -979,8 +973,7 @@ def log_scale(axis: Any) -> None:
 def legend_below(fig: Any, axes: Sequence[Any]) -> None:
     """One legend for all panels, each label once."""
     marks = {name: mark for ax in axes for mark, name in zip(*ax.get_legend_handles_labels())}
-    fig.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=7, fontsize=8,
-               frameon=False)
+    fig.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=7)
 
 def block_means(rows: Sequence[Row], name: str) -> np.ndarray:
     """The mean over seeds of the values of each block; for variances, the geometric mean."""
@@ -1009,7 +1002,7 @@ def draw_depth(runs: Runs) -> Any:
     axes[1].set_ylim(bottom=0)
     depths = [layers(rows) for rows in runs.values()]
     twin = axes[2].twinx()
-    twin.spines["top"].set_visible(False)
+    twin.spines["right"].set_visible(True)
     for ax, score, color in ((axes[2], "log ratio", COLORS[5]), (twin, "useful", COLORS[6])):
         values = [list(by_seed(rows, score).values()) for rows in runs.values()]
         ax.plot(depths, [statistics.mean(x) for x in values], color=color)
@@ -1063,40 +1056,37 @@ def draw_maps(runs: Runs, name: str) -> Any:
     log_scale(bar.ax.yaxis)
     return fig
 
-def draw_family(family: str, runs: Runs, scale: str) -> Any:
-    """A row per member: a ring per seed, the mean with its interval, a diamond for the paper."""
-    shown = ("last var.", "useful", "log ratio", "val loss")
-    if family == "init":                 # it changes the last variance directly
-        shown = ("ln Vn/V1", "trend use", "log ratio", "val loss")
-    fig, axes = panels(len(shown), 0.9 + 0.3 * len(runs), TITLES[family], sharey=True)
-    names = [textwrap.fill(label(family, member, scale), 30) for member in runs]
-    axes[0].set_yticks(range(len(runs)), names)
-    axes[0].set_ylim(len(runs) - 0.5, -0.5)
+# The panels of a family, and the label of each axis. init changes the last variance directly.
+EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference",
+           "useful": "difference of the shares", "trend use": "difference",
+           "log ratio": "difference", "val loss": "ln(perplexity / the baseline's)"}
+
+def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
+    """A row per comparison: our effect with its interval, and a diamond for the paper's effect."""
+    shown = ["last var.", "useful", "log ratio", "val loss"]
+    if family == "init":
+        shown = ["ln Vn/V1", "trend use", "log ratio", "val loss"]
+    shown = [score for score in shown if score in COMPARED[family]]
+    names = list(dict.fromkeys(versus(c, scale) for c in compared))
+    fig, axes = panels(len(shown), 1.1 + 0.4 * len(names), TITLES[family], sharey=True)
+    axes[0].set_yticks(range(len(names)), [name.replace(" vs ", "\nvs ") for name in names])
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     for ax, score in zip(axes, shown):
-        for place, (member, rows) in enumerate(runs.items()):
-            values = np.array(list(by_seed(rows, score).values()))
-            e = over_seeds(rows, score)
-            ends = np.array([e.low, e.mean, e.high]) if e.n > 1 else np.full(3, e.mean)
-            if score in LOGARITHMS:
-                values, ends = np.exp(values), np.exp(ends)
-            ax.plot(values, np.full(len(values), place + 0.22), "o", color="gray",
-                    fillstyle="none", markersize=3, label="a seed")
-            ax.plot(ends, [place] * 3, "|-", color=COLORS[0], markersize=5)
-            ax.plot(ends[1], place, "o", color=COLORS[0], markersize=5, label="mean, 95% interval")
-            paper = PAPER[family][member].get("useful") if score == "useful" else None
-            if paper is not None:
-                ax.plot(paper, place - 0.22, "D", color=COLORS[1], fillstyle="none", markersize=5,
-                        label="the paper's")
-        ax.set(title=NAMES[score][0], xlabel=NAMES[score][1])
-        ax.grid(axis="x", alpha=0.3)
+        for c in compared:
+            if c.score != score:
+                continue
+            place = names.index(versus(c, scale))
+            ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o",
+                        color=COLORS[0], label="here, 95% interval")
+            if score != "log ratio" and not math.isnan(c.paper):
+                ax.plot(c.paper, place + 0.25, "D", color=COLORS[1], fillstyle="none",
+                        label="the paper")
+        ax.axvline(0, color="black", linewidth=0.5)
+        ax.set(title=NAMES[score][0], xlabel=EFFECTS[score])
         ax.locator_params(axis="x", nbins=4)
-        if score in LOGARITHMS:
-            log_scale(ax.xaxis)
-        if score in TRENDS:
-            ax.axvline(0, color="black", linewidth=0.5)
-            ax.set_xlim(-1.1, 1.1)
-        if score == "useful":
-            ax.set_xlim(-0.05, 1.05)
+    if family == "weight_decay":        # the paper's largest decay multiplies the perplexity by 50
+        axes[3].set_xscale("symlog", linthresh=0.1)
+        axes[3].xaxis.set_major_formatter("{x:g}")
     legend_below(fig, axes)
     return fig
 
@@ -1122,25 +1112,6 @@ def draw_rates(runs: Runs) -> Any:
         ax.set(title=NAMES[score][0], ylabel=NAMES[score][1], xlabel="learning rate / init_std")
         log_scale(ax.xaxis)
     legend_below(fig, axes)
-    return fig
-
-def draw_perplexity(found: dict[str, Runs], scale: str) -> Any:
-    """A row per comparison: ln(perplexity / the baseline's perplexity), ours and the paper's."""
-    compared = [c for c in comparisons(found) if c.score == "val loss" and not math.isnan(c.paper)
-                and c.family in BY_PERPLEXITY]
-    fig, (ax,) = panels(1, 0.9 + 0.24 * len(compared),
-                        "Perplexity relative to the baseline, here and in the paper")
-    for place, c in enumerate(compared):
-        ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o",
-                    color=COLORS[0], markersize=4, capsize=2, label="here, 95% interval")
-        ax.plot(c.paper, place, "D", color=COLORS[1], fillstyle="none", label="the paper")
-    ax.set_yticks(range(len(compared)), [versus(c, scale) for c in compared])
-    ax.axvline(0, color="black", linewidth=0.5)
-    ax.set_xscale("symlog", linthresh=0.1)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="ln(perplexity / the baseline's perplexity); logarithmic above 0.1",
-           ylim=(len(compared) - 0.5, -0.5), xmargin=0.1)
-    legend_below(fig, [ax])
     return fig
 
 def draw_mechanism(found: dict[str, Runs]) -> Any:
