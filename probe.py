@@ -792,10 +792,10 @@ def log_p(model: Model, x: Tensor) -> Tensor:
 EXPERIMENTS["lens"] = Experiment(
     lens, lens_score,
     columns=[Column("lens KL", lambda r: r["lens"]["kl"][1:],
-                    "KL from the model's output to what the head reads after the block")],
+                    "KL from the model's output to the head's output after the block")],
     figure=lambda fig, results: lines(
         fig, results, [Column("", lambda r: r["lens"]["kl"][1:])],
-        "Lens: what the head reads after each block", "KL divergence (nats)"),
+        "Lens: the head's output after each block", "KL divergence (nats)"),
     work=lambda n, options: (0, n + 1, 0))
 
 def contribution(model: Model, p: Pass) -> Sums:
