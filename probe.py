@@ -58,6 +58,7 @@ FITTING = 0.5               # cost of fitting a block's affine map, in evaluatio
 Model = Any                             # GPT, or HFModel of data.py
 Layer = Callable[[Tensor], Tensor]      # a block or a replacement for one: (B, T, d) -> (B, T, d)
 Map = tuple[Tensor, Tensor]             # W (d, d) and b (d,) of y = x W + b
+ALL = slice(None)                       # all sequences of a micro-batch
 Sums = dict[str, Any]                   # tensors and numbers, added over micro-batches and ranks
 Result = dict[str, Any]                 # the contents of probe.json
 
@@ -117,7 +118,7 @@ class Pass:
     idx: Tensor                 # (B, T) token ids
     h: list[Tensor]             # the streams h_0 .. h_n, each (B, T, d)
     details: list[Detail]       # what attention and FFN of each block added to the stream
-    number: Tensor              # (B,) the numbers of these sequences in the sample, from 0
+    number: Tensor              # (B,) the numbers of these sequences in the sample, ascending
     total: int                  # sequences in the sample
     options: Options
     progress: Progress
@@ -127,12 +128,12 @@ class Pass:
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @torch.no_grad()
-    def losses(self, x: Tensor, layers: Sequence[Layer] = (), rows: Tensor | None = None) -> Tensor:
+    def losses(self, x: Tensor, layers: Sequence[Layer] = (), rows: slice = ALL) -> Tensor:
         """Send the stream x (B, T, d) through these layers and the head. Returns -log p in nats,
         summed over the T - 1 predictions of each sequence, (B,). rows: the sequences of idx
-        that x holds; None: all.
+        that x holds.
         """
-        idx = self.idx if rows is None else pick(self.idx, rows)
+        idx = self.idx[rows]
         for layer in layers:
             x = layer(x)
         self.progress.done += (len(layers) + head_cost(self.model)) * len(idx)
@@ -174,9 +175,13 @@ class Pass:
 
     def jacobian_of(self, layer: Layer, l: int) -> Tensor:
         """`jacobian_sum` of a layer at h_l over the sequences in the Jacobian's sample, (d, d)."""
-        x = pick(self.h[l], self.number < self.few)
+        x = self.h[l][:self.before(self.few)]
         self.progress.done += 2 * x.size(-1) * len(x)
         return jacobian_sum(layer, x) if len(x) else torch.zeros(x.size(-1), x.size(-1)).double()
+
+    def before(self, number: int) -> int:
+        """How many sequences of this micro-batch have a smaller number. They come first."""
+        return int((self.number < number).sum())
 
     @property
     def few(self) -> int:
@@ -219,12 +224,6 @@ def head_cost(model: Model) -> float:
     a block has about 12 d^2."""
     return model.vocab_size / (12 * model.d)
 
-def pick(x: Tensor, which: Tensor) -> Tensor:
-    """The sequences of x (B, ...) that `which` selects: numbers or a mask (B,). `which` is on the
-    CPU, so that the CPU need not wait for a GPU to count the selected ones."""
-    numbers = which.nonzero().flatten() if which.dtype == torch.bool else which
-    return x.index_select(0, numbers.to(x.device))
-
 def to_cpu_float64(x: Any) -> Tensor:
     """x in float64 on the CPU. The move comes first, since Apple's GPUs have no float64."""
     return torch.as_tensor(x).detach().cpu().double()
@@ -248,7 +247,7 @@ class Experiment(NamedTuple):
     columns: Sequence[Column] = ()                      # values for each block
     scores: dict[str, Callable[[Result], float]] = {}   # values for the whole model, by column
     figure: Callable[[Any, dict[str, Result]], None] | None = None     # draws into a subfigure
-    work: Callable[[int, Options], tuple] = lambda n, options: (0, 0, 0)        # see `work_of`
+    work: Callable[[int, Options], Sequence[float]] = lambda n, options: (0, 0, 0)  # see `work_of`
     fits: bool = False                                  # does it use p.maps? Then stage 2 or later
     stage: int = 0                                      # slow experiments run later, see `probe`
 
@@ -385,7 +384,7 @@ def permutation(model: Model, p: Pass) -> Sums:
     for i, j in p.watch([pairs[k] for k in drawn], "pair"):
         from_i = [blocks[j], *blocks[i + 1:j], blocks[i], *blocks[j + 1:]]
         found[i, j] = p.losses(p.h[i], from_i)
-    if found:
+    if found:               # placed together: a GPU is waited for once, not for every pair
         i, j = torch.tensor(list(found)).T
         losses[i, j] = losses[j, i] = p.place(torch.stack(list(found.values())))
     return {"swapped": losses, "loss": p.place(p.loss)}
@@ -403,12 +402,6 @@ def permutation_score(model: Model, totals: Sums) -> Result:
     return {"permutation": P, "permutation_stderr": error, "permutation_mean": mean(change),
             "permutation_pairs": len(change), "permutation_standard_error": of_mean}
 
-def swaps(n: int, pairs: int) -> tuple[float, float, float]:
-    """The work, see `work_of`. From the first block of a pair to the end there are about
-    2 n / 3 blocks on average."""
-    pairs = pairs or n * (n - 1) // 2
-    return pairs * 2 * n / 3, pairs, 0
-
 def swap_means(P: Sequence[Sequence[float]]) -> list[float]:
     """The mean over each block's sampled swaps with other blocks."""
     return [mean([x for j, x in enumerate(row) if j != l]) for l, row in enumerate(P)]
@@ -423,7 +416,8 @@ EXPERIMENTS["permutation"] = Experiment(
     figure=lambda fig, results: matrices(
         fig, results, "permutation", "Permutation score: blocks i and j swapped", "block j",
         "block i", "change of the loss / loss", blank=np.eye, errors="permutation_stderr"),
-    work=lambda n, options: swaps(n, options.pairs),
+    # From the first block of a pair to the last block there are about 2 n / 3 blocks on average.
+    work=lambda n, o: [(o.pairs or n * (n - 1) // 2) * x for x in (2 * n / 3, 1, 0)],
     stage=4)
 
 # ---- usefulness ----------------------------------------------------------------------------------
@@ -435,11 +429,11 @@ def usefulness(model: Model, p: Pass) -> Sums:
     the first half of the sequences and judged on the second half.
     """
     maps = p.maps or fit_maps(model, p)
-    later = p.number >= p.total // 2                     # the second half of the sequences, (B,)
+    later = slice(p.before(p.total // 2), None)                # the second half of the sample
     sums = {"mapped": p.place(losses_with_maps(model, p, maps.whole)),
             "loss": p.place(p.loss), "tokens": p.idx.numel()}
     sums["heldout"] = torch.zeros_like(sums["mapped"])
-    if later.any():
+    if len(p.number[later]):
         losses = losses_with_maps(model, p, maps.half, later)
         sums["heldout"][:, p.number[later]] = to_cpu_float64(losses)
     return sums
@@ -450,13 +444,12 @@ def usefulness_score(model: Model, totals: Sums) -> Result:
             "usefulness_heldout": map_scores(model, totals["heldout"][:, half:], loss[half:],
                                              tokens * half / len(loss))}
 
-def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map],
-                     rows: Tensor | None = None) -> Tensor:
+def losses_with_maps(model: Model, p: Pass, maps: Sequence[Map], rows: slice = ALL) -> Tensor:
     """The losses of the sequences `rows` with each block replaced by its map, (n, sequences)."""
     losses = []
     for l in p.watch(range(len(maps))):
-        (W, b), x = maps[l], p.h[l] if rows is None else pick(p.h[l], rows)
-        losses.append(p.losses(x @ W + b, model.blocks[l + 1:], rows))
+        W, b = maps[l]
+        losses.append(p.losses(p.h[l][rows] @ W + b, model.blocks[l + 1:], rows))
     return torch.stack(losses)
 
 def map_scores(model: Model, mapped: Tensor, loss: Tensor, tokens: float) -> Result:
@@ -483,11 +476,12 @@ class Fit:
         """Add a micro-batch. The two halves of the sample have sums of their own."""
         p.progress.experiment = "affine maps"
         check(p.total > 1, "affine maps take at least two sequences: one for each half")
-        later = p.number >= p.total // 2
+        first = p.before(p.total // 2)
+        halves = (self.first_half, slice(first)), (self.second_half, slice(first, None))
         for l in p.watch(range(len(p.h) - 1)):
-            for half, rows in ((self.first_half, ~later), (self.second_half, later)):
-                if rows.any():
-                    half[l] += moments(pick(p.h[l], rows), pick(p.h[l + 1], rows))
+            for sums, rows in halves:
+                if len(p.number[rows]):
+                    sums[l] += moments(p.h[l][rows], p.h[l + 1][rows])
         if self.has_norm:
             self.to_recorded += moments(p.h[-2], recorded(self.model, p.h)[-1])
         p.progress.done += FITTING * (len(p.h) - 1) * len(p.idx)
@@ -720,7 +714,7 @@ def jacobian_score(model: Model, totals: Sums) -> Result:
 
 def sampled_positions(p: Pass) -> int:
     """The number of tokens that are in the Jacobian's sample."""
-    return int((p.number < p.few).sum()) * p.idx.size(1)
+    return p.before(p.few) * p.idx.size(1)
 
 def jacobian_sum(f: Layer, x: Tensor) -> Tensor:
     """J[a, b], (d, d): d f_a / d x_b, summed over sequences, input positions and output positions;
@@ -995,10 +989,11 @@ def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
     if tokens.device.type != "cpu":             # a narrow model does not fill an H200 (measured)
         at_once *= max(2, 512 // model.d)
     rank, ranks = place_among_ranks()                                        # ranks take turns
-    parts = torch.arange(rank, len(tokens), ranks).split(max(1, at_once // tokens.size(1)))
-    for k, part in enumerate(parts, 1):
-        p = forward(model, pick(tokens, part), part, len(tokens), options, progress)
-        p.micro_batch, p.is_small = f", micro-batch {k} of {len(parts)}", is_small
+    at_once = max(1, at_once // tokens.size(1))                              # sequences
+    numbers = torch.arange(rank, len(tokens), ranks).split(at_once)
+    for k, (idx, number) in enumerate(zip(tokens[rank::ranks].split(at_once), numbers), 1):
+        p = forward(model, idx, number, len(tokens), options, progress)
+        p.micro_batch, p.is_small = f", micro-batch {k} of {len(numbers)}", is_small
         yield p
 
 def work_of(model: Model, tokens: Tensor, experiments: Collection[Experiment],
