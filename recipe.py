@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
@@ -600,15 +601,17 @@ def jackknife(above: dict[int, float], below: dict[int, float], unit: float) -> 
         return None
     return Estimate(ratio(seeds), T_975[min(n, 10) - 2] * error, n)
 
-def holm(compared: Sequence[Comparison]) -> int:
-    """The number of decided verdicts that Holm's correction keeps, over all comparisons with a
-    direction. The correction limits the probability of one or more false verdicts to 5%."""
-    tests = sorted(p for c in compared if c.direction in (1, -1)
-                   if not math.isnan(p := p_value(c.effect)))
-    for k, p in enumerate(tests):
-        if p > 0.05 / (len(tests) - k):
-            return k
-    return len(tests)
+def holm(compared: Sequence[Comparison]) -> list[Comparison]:
+    """The decided comparisons that Holm's correction keeps, over all comparisons with a direction.
+    The correction limits the probability of one or more false verdicts to 5%."""
+    tests = sorted((p_value(c.effect), k) for k, c in enumerate(compared)
+                   if c.direction in (1, -1) and c.effect.has_spread)
+    kept = []
+    for number, (p, k) in enumerate(tests):
+        if p > 0.05 / (len(tests) - number):
+            break
+        kept.append(compared[k])
+    return kept
 
 def premise(runs: Runs, member: str, score: str) -> tuple[dict[int, float], Estimate, str] | None:
     """The value of a premise in each seed, its mean, and the verdict on the mean."""
@@ -656,11 +659,19 @@ def correlation(group: Runs, x: str, y: str) -> tuple[float, float, float, int] 
     return None if math.isnan(rho) else (rho, *bootstrap(*zip(*pairs)), len(pairs))
 
 def bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """The 95% bootstrap interval of a rank correlation, from 1,000 draws with replacement."""
-    x, y = np.array(x), np.array(y)
-    chosen = np.random.default_rng(0).integers(len(x), size=(1000, len(x)))
-    drawn = [rank_correlation(x[k], y[k]) for k in chosen]
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    """The 95% bootstrap interval of a rank correlation, from 10,000 draws with replacement. A draw
+    in which a score has a single value shows no correlation: it counts as 0."""
+    chosen = np.random.default_rng(0).integers(len(x), size=(10_000, len(x)))
+    ranks = []
+    for values in (x, y):
+        z = np.array(values)[chosen]                              # (draws, configurations)
+        below = (z[:, :, None] > z[:, None, :]).sum(-1)           # equal values share a mean rank
+        equal = (z[:, :, None] == z[:, None, :]).sum(-1)
+        rank = below + equal / 2
+        ranks.append(rank - rank.mean(-1, keepdims=True))
+    a, b = ranks
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    low, high = np.quantile((a * b).sum(-1) / np.maximum(norms, 1e-9), [0.025, 0.975])
     return float(low), float(high)
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -781,7 +792,7 @@ def headlines(found: dict[str, Runs]) -> str:
 
 def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> str:
     """For each family, the number of recorded runs and of comparisons per verdict. Then the
-    number of verdicts that Holm's correction keeps."""
+    verdicts that Holm's correction keeps, counted by family."""
     rows = []
     for family, members in FAMILIES.items():
         planned = sum(len(member.seeds) for member in members.values())
@@ -791,10 +802,13 @@ def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> st
                   for kind in VERDICTS]
         rows.append([family, f"{done} of {planned}", *counts])
     judged = [c for c in compared if c.direction in (1, -1)]
-    decided = sum(c.effect.decided for c in judged)
+    decided, kept = sum(c.effect.decided for c in judged), holm(compared)
+    of_family = Counter(c.family for c in kept)
+    counts = ", ".join(f"{count} of {family}" for family, count in of_family.items())
+    against = [sum(c.verdict == "contradicted" for c in some) for some in (kept, judged)]
     return (table(["family", "runs", *VERDICTS], rows) + f"\n\nOf {len(judged)} comparisons, "
-            f"{decided} have an interval that excludes 0. Holm's correction keeps {holm(compared)} "
-            "of these.")
+            f"{decided} have an interval that excludes 0. Holm's correction keeps {len(kept)} of "
+            f"these ({counts or 'none'}), and {against[0]} of the {against[1]} contradicted ones.")
 
 def versus(c: Comparison, scale: str) -> str:
     return f"{label(c.family, c.member, scale)} vs {label(c.family, c.base, scale)}"
