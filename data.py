@@ -1172,6 +1172,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     A UserError, an unusable path or a full disk prints one line to stderr and exits with status 2.
     Ctrl-C exits with status 130.
     """
+    os.environ["MPLBACKEND"] = "Agg"             # figures are files: no display is needed
     for stream in (sys.stdout, sys.stderr):      # print ? for characters the terminal lacks
         stream.reconfigure(errors="replace")
     try:

@@ -949,7 +949,7 @@ def probe(model: Model, tokens: Tensor, experiments: Sequence[str] | None = None
     stages: dict[tuple[int, str], dict[str, Experiment]] = {}
     for name, e in chosen.items():
         # The maps are fitted during the first stage. If the streams are kept, each experiment is a
-        # stage. Otherwise they are computed again in each stage, so there are fewer.
+        # stage. Otherwise every stage computes the streams again, so a stage has more experiments.
         least = 2 if e.fits else 0 if is_small else 1
         stages.setdefault((max(e.stage, least), name if is_small else ""), {})[name] = e
     fit = Fit(model) if any(e.fits for e in chosen.values()) else None
@@ -979,7 +979,9 @@ def run_stage(model: Model, experiments: dict[str, Experiment], passes: Iterable
     for name, experiment in experiments.items():
         for x in totals[name].values():
             add_over_ranks(x)
-        result |= to_json(experiment.score(model, totals[name]))
+        found = to_json(experiment.score(model, totals[name]))
+        check(name in found, f"the score of {name} returns no entry {name!r}: tables look for it")
+        result |= found
         result["seconds"][name] = seconds[name]
 
 def passes(model: Model, tokens: Tensor, options: Options, progress: Progress,
@@ -1042,7 +1044,7 @@ def check_request(model: Model, names: Sequence[str], o: Options) -> None:
     for name in names:
         check(name in measurable(model),
               f"--only {name}: this model allows {','.join(measurable(model))}")
-    check(all(0 < length <= n for length in o.remove),
+    check("removal" not in names or all(0 < length <= n for length in o.remove),
           f"--remove {','.join(map(str, o.remove))}: the model has {n} blocks")
     check(not o.sublayers or getattr(model, "splits", True),
           "--sublayers: attention and FFN of this model cannot be told apart")
@@ -1331,7 +1333,6 @@ def draw(results: dict[str, Result], out: Path) -> str:
     are deleted. Returns a line that says where the figures are."""
     for name in (*EXPERIMENTS, "probe"):
         (out / f"{name}.png").unlink(missing_ok=True)
-    os.environ["MPLBACKEND"] = "Agg"            # the user's backend might need a display
     try:
         import matplotlib
     except ImportError:
@@ -1407,7 +1408,8 @@ def drop_blocks(args: Any, path: Path, model: Model, saved: dict[str, Any]) -> N
     check(target.resolve() != path.resolve(), f"--save {target} is the model itself")
     if isinstance(model, HFModel):
         check_empty(target)
-    check(not target.is_file(), f"{target} exists: give another --save")
+    else:
+        check(not target.exists(), f"{target} exists: give another --save")
     target.parent.mkdir(parents=True, exist_ok=True)
     tokens, _ = read_tokens(args, model, saved)
     if auto:        # the sequences that chose the blocks would show too low a price

@@ -111,13 +111,16 @@ def run_family(args: Any) -> None:
     if args.dry_run:
         print_costs(jobs, args)
         return
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         finished = list(pool.map(lambda job: run_job(job, args), jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)               # after Ctrl-C no other run starts
     failed = [str(job.out) for job, fine in zip(jobs, finished) if not fine]
     check(not failed, f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; "
           "run the same command to try again")
     print(f"the requested runs of {args.family} are recorded in {args.results}; "
-          "next: python recipe.py report")
+          "next: python recipe.py report, with the same --scale, --results and settings")
 
 def jobs_of(args: Any) -> list[Job]:
     """A job for each member and seed, family by family. Members with equal settings share a job."""
@@ -149,13 +152,17 @@ def run_job(job: Job, args: Any) -> bool:
 
     job.out.mkdir(parents=True, exist_ok=True)
     print(f"{job.out}: training and probing", flush=True)
-    with open(job.out / "output.txt", "a", encoding="utf-8") as output:
-        fine = all(subprocess.run(command, stdout=output, stderr=output, env=environment,
-                                  check=False).returncode == 0
-                   for command in [*train_commands(job, args), *probe_commands(job, args)])
-    # train.py also ends with status 0 when SIGTERM stops it, so compare the step.
     steps = config_of(job.member, args).max_steps
-    if not fine or load_checkpoint(job.out / "ckpt.pt")["step"] < steps:
+    with open(job.out / "output.txt", "a", encoding="utf-8") as output:
+        def done(commands: list[list[str]]) -> bool:
+            return all(subprocess.run(command, stdout=output, stderr=output, env=environment,
+                                      check=False).returncode == 0 for command in commands)
+
+        train, start = train_commands(job, args)
+        # train.py also ends with status 0 when Ctrl-C or SIGTERM stops it, so compare the step.
+        fine = (done([train]) and load_checkpoint(job.out / "ckpt.pt")["step"] >= steps
+                and done([start, *probe_commands(job, args)]))
+    if not fine:
         print(f"{job.out}: stopped or failed, see output.txt", flush=True)
         return False
     append_row(args.results, row_of(job, args))

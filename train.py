@@ -673,10 +673,10 @@ def wandb_run(c: TrainConfig, done: int) -> Any:
     if not c.wandb:
         return contextlib.nullcontext()
     wandb, file = need("wandb", "--wandb"), Path(c.out_dir, "wandb_id")
-    earlier = file.read_text() if done > 0 and file.exists() else None
+    earlier = file.read_text("utf-8") if done > 0 and file.exists() else None
     tracker = wandb.init(project=c.wandb, name=c.out_dir, dir=c.out_dir, config=asdict(c),
                          id=earlier, resume="allow")
-    file.write_text(tracker.id)
+    file.write_text(tracker.id, "utf-8")
     return tracker
 
 def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -255,7 +255,7 @@ def test_an_interrupted_and_continued_preparation_is_the_same(tmp_path, small_sh
         with pytest.raises(UserError, match="no prepared corpus"):
             Corpus(tmp_path / "out")                                 # an incomplete corpus has no meta.json
         progress = tmp_path / "out" / "progress.json"
-        before, covered = covered, json.loads(progress.read_text())["documents"] if progress.exists() else 0
+        before, covered = covered, json.loads(progress.read_text("utf-8"))["documents"] if progress.exists() else 0
         assert before <= covered <= n
     assert covered > 200
     monkeypatch.setattr(D, "read_source", read)

@@ -77,7 +77,7 @@ def test_training_on_a_device_waits_once_per_step_and_equals_training_on_the_cpu
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert torch.allclose(torch.tensor(ours[name]), torch.tensor(value), rtol=1e-4, atol=1e-6), name
-    assert json.loads((tmp_path / "whole" / "config.json").read_text())["device"] == "stand_in:0"
+    assert json.loads((tmp_path / "whole" / "config.json").read_text("utf-8"))["device"] == "stand_in:0"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -114,7 +114,7 @@ def test_scores_and_samples_on_a_device_equal_those_on_the_cpu(
     measure = "run/ckpt.pt", "--samples=4", "--jacobian_samples=1"
     on_device(tmp_path, "probe.py", *measure, "--out=ours")
     assert run_main(probe, *measure, "--out=theirs", "--device=cpu").status == 0
-    ours, theirs = (json.loads((tmp_path / name / "probe.json").read_text()) for name in ("ours", "theirs"))
+    ours, theirs = (json.loads((tmp_path / name / "probe.json").read_text("utf-8")) for name in ("ours", "theirs"))
     assert ours["run"]["device"] == "stand_in" and "jacobian" in ours
     assert_alike(ours, theirs)
 

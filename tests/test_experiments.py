@@ -735,7 +735,8 @@ def test_a_wrong_argument_is_a_user_error(tokens, settings, word):
 def golden_model(folder: Path) -> GPT:
     """Load a model in Hugging Face format. The names of its tensors are mapped by hand."""
     safetensors = pytest.importorskip("safetensors.torch")
-    hf, theirs = json.loads((folder / "config.json").read_text()), safetensors.load_file(folder / "model.safetensors")
+    hf = json.loads((folder / "config.json").read_text("utf-8"))
+    theirs = safetensors.load_file(folder / "model.safetensors")
     moe = {} if "num_experts" not in hf else dict(
         n_experts=hf["num_experts"], top_k=hf["num_experts_per_tok"], expert_hidden=hf["moe_intermediate_size"],
         shared_hidden=hf["shared_expert_intermediate_size"], norm_topk_prob=hf["norm_topk_prob"])
@@ -768,7 +769,7 @@ def golden_model(folder: Path) -> GPT:
 @pytest.mark.parametrize("name", ["llama_mha", "qwen2_moe"])
 def test_the_golden_scores_are_reproduced_in_float32(name):
     folder = GOLDEN / name
-    want = json.loads((folder / "scores.json").read_text())
+    want = json.loads((folder / "scores.json").read_text("utf-8"))
     want.pop("about"), want["released"].pop("source")
     tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64))
     got = probe.probe(golden_model(folder), tokens, remove=(1, 2), jacobian_samples=4,

@@ -56,6 +56,17 @@ def test_removing_several_blocks_or_a_sublayer_evaluates_only_later_blocks(evalu
     assert evaluations(6, ["removal"], remove=(), sublayers=True) == 6 + 2 * 15
 
 
+def test_an_option_without_effect_is_ignored(evaluations):
+    assert evaluations(2, ["variance"], remove=(99,)) == 2
+
+
+def test_a_score_without_an_entry_of_its_name_is_refused(monkeypatch):
+    """The tables look for this entry. Without it they would be empty in silence."""
+    monkeypatch.setitem(EXPERIMENTS, "mine", Experiment(lambda model, p: {"x": 1.0}, lambda model, totals: {"other": 1.0}))
+    with pytest.raises(UserError, match="mine"):
+        probe.probe(make_model(), make_tokens(2, T), ["mine"])
+
+
 def test_a_sample_too_large_for_memory_costs_a_pass_per_stage_and_gives_the_same_numbers(evaluations, monkeypatch):
     few = ["variance", "causal", "usefulness", "removal"]
     small, small_few = evaluations(12), evaluations(12, few)
@@ -188,7 +199,7 @@ def test_two_ranks_share_the_work_and_find_the_same_numbers(tmp_path, monkeypatc
     (tmp_path / "script.py").write_text(OF_RANKS)
     done = torchrun(2, "script.py", "found.json", cwd=tmp_path)
     assert done.status == 0, done.err
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((tmp_path / "found.json").read_text("utf-8"))
     for kind in ("dense", "moe"):
         want = probe.probe(make_model(**MODELS[kind]), make_tokens(7, T), remove=(1, 2), sublayers=True,
                            jacobian_samples=3)
@@ -204,7 +215,7 @@ def test_torchrun_prints_and_writes_the_output_of_one_process_once(tmp_path):
     several = torchrun(2, ROOT / "probe.py", *arguments, "--out", "several", cwd=tmp_path)
     assert alone.status == several.status == 0, several.err
     assert several.out.replace("several", "alone") == alone.out
-    want, got = (json.loads((tmp_path / out / "probe.json").read_text()) for out in ("alone", "several"))
+    want, got = (json.loads((tmp_path / out / "probe.json").read_text("utf-8")) for out in ("alone", "several"))
     del want["seconds"]
     assert got.pop("run") == want.pop("run")
     assert differences(want, got, lambda path: 1e-8, 1e-10) == []

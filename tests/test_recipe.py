@@ -4,7 +4,12 @@
 """
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -394,6 +399,22 @@ def test_a_family_is_trained_probed_and_recorded_and_not_run_again(ran):
     assert "at_16" in rows[0] and "at_64" not in rows[0]                              # its context is 32
     again = run_script("recipe.py", *told, cwd=ROOT)
     assert again.status == 0 and "training" not in again.out
+
+
+def test_ctrl_c_ends_the_run_without_measuring_it_or_starting_another(tmp_path):
+    """train.py saves and ends with status 0. What is left must not be probed or recorded as a finished run."""
+    told = ["run", "weight_decay", f"--out={tmp_path}", f"--results={tmp_path / 'rows.jsonl'}", "--n_layer=1",
+            "--max_steps=100000", "--eval_tokens=1024", "--block_size=32"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "recipe.py"), *told], cwd=ROOT, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not [*tmp_path.glob("laptop/*/seed_1/log.jsonl")]:
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "stopped" in out
+    assert len([*tmp_path.glob("laptop/*")]) == 1 and not (tmp_path / "rows.jsonl").exists()
+    assert not [*tmp_path.glob("laptop/*/seed_1/start")]
 
 
 def test_step_0_has_the_weights_of_init_weights(ran):

@@ -114,10 +114,10 @@ def logged(out, n):
 
 def workers(process):
     """The process ids of torchrun's ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("utf-8").split()
     ranks = {}
     for pid in map(int, children):
-        told = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+        told = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text("utf-8").split("\0") if "=" in v)
         ranks[int(told["RANK"])] = pid
     return ranks
 
@@ -250,7 +250,7 @@ if os.environ["RANK"] == "1":
 leave()
 """
     end(launch(folder, json.dumps(runs), ranks=2, script=script))
-    return folder, json.loads((folder / "counted.json").read_text())
+    return folder, json.loads((folder / "counted.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -479,7 +479,7 @@ def test_a_corpus_that_changed_is_refused_and_a_copy_elsewhere_is_accepted(
         short, here, corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "words")
     here(short, "--resume", data=tmp_path / "words", max_steps=7)
-    meta = json.loads((tmp_path / "words/meta.json").read_text())
+    meta = json.loads((tmp_path / "words/meta.json").read_text("utf-8"))
     meta["val"]["shards"][0]["crc32"] += 1                           # as if a text had changed
     (tmp_path / "words/meta.json").write_text(json.dumps(meta))
     said, err = here(short, "--resume", data=tmp_path / "words", max_steps=8, status=2)

@@ -24,7 +24,7 @@ OPTIONAL = {"matplotlib", "transformers", "accelerate", "lm_eval", "datasets", "
 
 
 def parse(name: str) -> ast.Module:
-    return ast.parse((ROOT / f"{name}.py").read_text())
+    return ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -50,7 +50,7 @@ def test_a_file_imports_only_pythons_own_required_and_optional_packages(name):
 
 
 def test_the_requirements_are_those_of_requirements_txt():
-    lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines()]
     packages = {line.split(">")[0].split("=")[0].strip() for line in lines if line.strip()}
     assert packages == REQUIRED | {"pytest"}
 
@@ -59,7 +59,7 @@ def test_model_py_imports_none_of_our_files_and_has_no_command_line():
     tree = parse("model")
     functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert not imports("model") & (MAY_IMPORT.keys() | {"argparse", "sys", "os", "json", "pathlib"})
-    assert "main" not in functions and "__main__" not in (ROOT / "model.py").read_text()
+    assert "main" not in functions and "__main__" not in (ROOT / "model.py").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", [name for name in MAY_IMPORT if name != "model"])

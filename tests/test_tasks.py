@@ -110,7 +110,7 @@ def test_two_ranks_find_the_same_scores_as_one_process(folder, tmp_path):
         done = subprocess.run([sys.executable, *command, f"--out={tmp_path / name}"], text=True,
                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
-        found.append(json.loads((tmp_path / name / "probe.json").read_text())["tasks"])
+        found.append(json.loads((tmp_path / name / "probe.json").read_text("utf-8"))["tasks"])
     assert found[0] == found[1]
     assert found[0]["tiny_choice"]["n"] == len(QUESTIONS)
     model, _ = data.load_model(folder / "ckpt.pt")

@@ -55,7 +55,7 @@ def trained(request, corpus, tmp_path_factory):
 
 
 def read_log(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text("utf-8").splitlines()]
 
 
 def without_rates(log):
@@ -222,7 +222,7 @@ def test_a_config_may_compute_its_settings(tmp_path, text):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_of_the_repository_loads_and_its_model_builds(path):
     c, _ = load_settings([str(path)])
-    for node in ast.parse(path.read_text()).body:                    # the file's assignments, without running it
+    for node in ast.parse(path.read_text("utf-8")).body:                    # the file's assignments, without running it
         if isinstance(node, ast.Assign) and node.targets[0].id != "base":
             assert getattr(c, node.targets[0].id) == ast.literal_eval(node.value)
     assert c.tokens_per_step % c.block_size == 0 and c.out_dir == f"out/{path.stem}"

@@ -228,7 +228,7 @@ def test_a_layer_that_depends_on_its_number_is_noticed_by_the_logits(tmp_path):
 def test_a_list_with_as_many_items_as_layers_by_chance_is_not_cut_silently(tmp_path):
     inner, _ = build("llama", eos_token_id=[2, 3, 4, 5])                  # no logit depends on it
     data.prune_hf(data.HFModel(inner, "ends"), [0], tmp_path / "pruned", "bytes")
-    assert json.loads((tmp_path / "pruned/config.json").read_text())["eos_token_id"] == [2, 3, 4, 5]
+    assert json.loads((tmp_path / "pruned/config.json").read_text("utf-8"))["eos_token_id"] == [2, 3, 4, 5]
     inner, _ = build("qwen2_moe", mlp_only_layers=[0, 1, 2, 3])    # numbers of layers
     with pytest.raises(UserError, match="cannot be loaded again"):
         data.prune_hf(data.HFModel(inner, "dense"), [0], tmp_path / "other", "bytes")
@@ -237,7 +237,7 @@ def test_a_list_with_as_many_items_as_layers_by_chance_is_not_cut_silently(tmp_p
 def test_a_folder_that_lacks_weights_is_refused(tmp_path):
     inner, _ = build("llama")
     inner.save_pretrained(tmp_path / "hf")
-    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config = json.loads((tmp_path / "hf/config.json").read_text("utf-8"))
     (tmp_path / "hf/config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(UserError, match="incomplete: it lacks model.layers.4"):
         data.load_model(tmp_path / "hf")
