@@ -62,7 +62,8 @@ def test_an_option_without_effect_is_ignored(evaluations):
 
 def test_a_score_without_an_entry_of_its_name_is_refused(monkeypatch):
     """The tables look for this entry. Without it they would be empty in silence."""
-    monkeypatch.setitem(EXPERIMENTS, "mine", Experiment(lambda model, p: {"x": 1.0}, lambda model, totals: {"other": 1.0}))
+    mine = Experiment(lambda model, p: {"x": 1.0}, lambda model, totals: {"other": 1.0})
+    monkeypatch.setitem(EXPERIMENTS, "mine", mine)
     with pytest.raises(UserError, match="mine"):
         probe.probe(make_model(), make_tokens(2, T), ["mine"])
 
