@@ -555,6 +555,7 @@ EXPERIMENTS["usefulness"] = Experiment(
     figure=lambda fig, results: lines(
         fig, results, MAP_COLUMNS, "Usefulness: an affine map in place of a block",
         "growth of the loss", scale="growth", threshold=USEFUL),
+    # every map of the whole sample on all sequences, and every map of one half on the other half
     work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
     fits=True)
 
