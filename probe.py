@@ -480,7 +480,7 @@ class Fit:
         halves = (self.first_half, slice(first)), (self.second_half, slice(first, None))
         for l in p.watch(range(len(p.h) - 1)):
             for sums, rows in halves:
-                if len(p.number[rows]):
+                if len(p.number[rows]):          # an empty half would still wait for a GPU
                     sums[l] += moments(p.h[l][rows], p.h[l + 1][rows])
         if self.has_norm:
             self.to_recorded += moments(p.h[-2], recorded(self.model, p.h)[-1])
@@ -555,7 +555,7 @@ EXPERIMENTS["usefulness"] = Experiment(
     figure=lambda fig, results: lines(
         fig, results, MAP_COLUMNS, "Usefulness: an affine map in place of a block",
         "growth of the loss", scale="growth", threshold=USEFUL),
-    # every map of the whole sample on all sequences, and every map of one half on the other half
+    # The maps of the whole sample run on all sequences, those of one half on the other half.
     work=lambda n, options: (0.75 * n * (n - 1), 1.5 * n, 0),
     fits=True)
 

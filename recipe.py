@@ -810,12 +810,12 @@ def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> st
         rows.append([family, f"{done} of {planned}", *counts])
     judged = [c for c in compared if c.direction in (1, -1)]
     decided, kept = sum(c.effect.decided for c in judged), holm(compared)
-    of_family = Counter(c.family for c in kept)
-    counts = ", ".join(f"{count} of {family}" for family, count in of_family.items())
+    kept_of = Counter(c.family for c in kept)
+    listed = ", ".join(f"{count} of {family}" for family, count in kept_of.items())
     against = [sum(c.verdict == "contradicted" for c in some) for some in (kept, judged)]
     return (table(["family", "runs", *VERDICTS], rows) + f"\n\nOf {len(judged)} comparisons, "
             f"{decided} have an interval that excludes 0. Holm's correction keeps {len(kept)} of "
-            f"these ({counts or 'none'}), and {against[0]} of the {against[1]} contradicted ones.")
+            f"these ({listed or 'none'}), and {against[0]} of the {against[1]} contradicted ones.")
 
 def versus(c: Comparison, scale: str) -> str:
     return f"{label(c.family, c.member, scale)} vs {label(c.family, c.base, scale)}"
@@ -951,12 +951,10 @@ def draw_all(found: dict[str, Runs], compared: Sequence[Comparison], scale: str,
         import matplotlib
     except ImportError:
         return "no figures: pip install matplotlib"
-    of_family: dict[str, list[Comparison]] = {}
-    for c in compared:
-        of_family.setdefault(c.family, []).append(c)
+    of_family = {family: [c for c in compared if c.family == family] for family in TITLES}
     with matplotlib.rc_context(STYLE):
-        figures = {family: draw_family(family, of_family[family], scale)
-                   for family in TITLES if family in of_family}
+        figures = {family: draw_family(family, some, scale)
+                   for family, some in of_family.items() if some}
         if "depth" in found:
             depth = found["depth"]
             figures |= {
@@ -1077,7 +1075,7 @@ def draw_maps(runs: Runs, name: str) -> Any:
     log_scale(bar.ax.yaxis)
     return fig
 
-# The panels of a family, and the label of each axis. init changes the last variance directly.
+# The axis of each score in the figure of a family.
 EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference",
            "useful": "difference of the shares", "trend use": "difference",
            "log ratio": "difference", "val loss": "ln(perplexity / the baseline's)"}
@@ -1085,7 +1083,7 @@ EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference
 def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
     """A row per comparison: our effect with its interval, and a diamond for the paper's effect."""
     shown = ["last var.", "useful", "log ratio", "val loss"]
-    if family == "init":
+    if family == "init":                 # it changes the last variance directly
         shown = ["ln Vn/V1", "trend use", "log ratio", "val loss"]
     shown = [score for score in shown if score in COMPARED[family]]
     names = list(dict.fromkeys(versus(c, scale) for c in compared))
