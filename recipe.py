@@ -711,6 +711,7 @@ def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     return len(runs) > 1 and (family == "depth" or has_own)
 
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
+         "ladder": ("last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "val loss"),
          "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
                      "val loss"),
          "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
