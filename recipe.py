@@ -799,16 +799,17 @@ def headlines(found: dict[str, Runs]) -> str:
     return table(["claim", "verdict", "here (95% interval)", "paper"], rows)
 
 def verdict_counts(found: dict[str, Runs], compared: Sequence[Comparison]) -> str:
-    """For each family, the number of recorded runs and of comparisons per verdict. Then the
-    verdicts that Holm's correction keeps, counted by family."""
+    """For each family of the paper, the number of recorded runs and of comparisons per verdict.
+    Then the verdicts that Holm's correction keeps, counted by family."""
     rows = []
     for family, members in FAMILIES.items():
+        if not any(PAPER[family].values()):
+            continue
         planned = sum(len(member.seeds) for member in members.values())
         done = sum(len({row["seed"] for row in seeds}) for seeds in found.get(family, {}).values())
         verdicts = [c.verdict for c in compared if c.family == family]
-        counts = [str(verdicts.count(kind)) if any(PAPER[family].values()) else "-"
-                  for kind in VERDICTS]
-        rows.append([family, f"{done} of {planned}", *counts])
+        rows.append([family, f"{done} of {planned}",
+                     *(str(verdicts.count(kind)) for kind in VERDICTS)])
     judged = [c for c in compared if c.direction in (1, -1)]
     decided, kept = sum(c.effect.decided for c in judged), holm(compared)
     kept_of = Counter(c.family for c in kept)
