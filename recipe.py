@@ -716,7 +716,7 @@ SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
                      "val loss"),
          "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
 
-AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "influence")
+AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "trend use")
 
 def tables(found: dict[str, Runs], compared: Sequence[Comparison], scale: str) -> dict[str, str]:
     """Every table, by the name of its file."""
