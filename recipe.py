@@ -710,12 +710,12 @@ def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     has_own = any(rows[0]["settings"] not in shared for rows in runs.values())
     return len(runs) > 1 and (family == "depth" or has_own)
 
+# The columns of a table of scores: those of a family, if not KNOB, and those at a common length.
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
          "ladder": ("last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "val loss"),
          "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
                      "val loss"),
          "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
-
 AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "trend use")
 
 def tables(found: dict[str, Runs], compared: Sequence[Comparison], scale: str) -> dict[str, str]:
