@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -355,8 +355,8 @@ def runs_of(family: str, rows: Sequence[Row], args: Any) -> Runs:
 
 # ---- statistics ----------------------------------------------------------------------------------
 # Quantiles of Student's t for 1, 2, ... 9 degrees of freedom: 97.5% for intervals, 80% for power.
-T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-T_80 = [1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883]
+T_975 = [12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216]
+T_80 = [1.37638, 1.06066, 0.97847, 0.94096, 0.91954, 0.9057, 0.89603, 0.88889, 0.8834]
 
 class Estimate(NamedTuple):
     """A mean over seeds with its 95% t interval."""
@@ -958,12 +958,11 @@ def draw_all(found: dict[str, Runs], compared: Sequence[Comparison], scale: str,
         figures = {family: draw_family(family, some, scale)
                    for family, some in of_family.items() if some}
         if "depth" in found:
-            depth = found["depth"]
-            figures |= {
-                "depth": draw_depth(depth), "depth_blocks": draw_blocks(depth),
-                "mechanism": draw_mechanism(found),
-                "depth_causal": draw_maps(depth, "causal"),
-                "depth_permutation": draw_maps(depth, "permutation")}
+            rows = [row for seeds in found["depth"].values() for row in seeds]
+            kept = set.intersection(*(set(row["probe"]) for row in rows))
+            figures |= {name: draw(found["depth"]) for name, (draw, needed) in OF_DEPTH.items()
+                        if needed <= kept}
+            figures["mechanism"] = draw_mechanism(found)
         if "rates" in found:
             figures["rates"] = draw_rates(found["rates"])
         for name, fig in figures.items():
@@ -1077,6 +1076,11 @@ def draw_maps(runs: Runs, name: str) -> Any:
     log_scale(bar.ax.yaxis)
     return fig
 
+# The figures of the depth family, and the values of each block that they need.
+OF_DEPTH = {"depth": (draw_depth, {"variance", "deviation", "affine"}),
+            "depth_blocks": (draw_blocks, {"attn_variance", "ffn_variance", "deviation", "affine"}),
+            **{f"depth_{name}": (partial(draw_maps, name=name), {name}) for name in MAPS}}
+
 # The axis of each score in the figure of a family.
 EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference",
            "useful": "difference of the shares", "trend use": "difference",
@@ -1122,7 +1126,7 @@ def draw_rates(runs: Runs) -> Any:
     dashes = dict(zip(sorted({n for n, _ in lines}), ("--", "-")))
     for ax, score in zip(axes, (*TRENDS, "val loss")):
         for (n, std), rows in sorted(lines.items()):
-            points = sorted((row["settings"]["learning_rate"] / std, row["scores"][score])
+            points = sorted((row["settings"]["learning_rate"] / std, value(row, score))
                             for row in rows)
             ax.plot(*zip(*points), color=colors[std], linestyle=dashes[n], marker="o",
                     markersize=4, label=f"{n} layers, init_std {std}")
