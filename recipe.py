@@ -6,9 +6,9 @@
     python recipe.py advise --n_layer 32 --params 1.2e9 --tokens 10e9 --out advised.py
 
 configs/families.txt lists the families. A finished run is one line of configs/SCALE/results.jsonl.
-A run that is recorded there is not repeated, so the same command continues after a stop. Settings
-of train.py at the end of `run` or `report` change every run. The lines of changed runs go to
-OUT/SCALE/results.jsonl.
+A run that is recorded there is not repeated, so the same command continues after a stop. `run` and
+`report` also take settings of train.py (--name=value), after their other arguments. These settings
+change every run, and the lines of changed runs go to OUT/SCALE/results.jsonl.
 """
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def print_costs(jobs: Sequence[Job], args: Any) -> None:
 #   common lengths; curve: variance of the last stream during training, as (step, variance)
 #   probe, probe_start: values of each block, after training and before the first step
 Row = dict[str, Any]
-# Settings that change how a run is computed but not its result, and the seed (it has its own key).
+# Settings that should change a result only by rounding, and the seed (it has its own key).
 NO_MATTER = {"vocab_size", "out_dir", "seed", "device", "dtype", "compile", "parallel",
              "recompute", "save_interval", "keep_checkpoints", "wandb"}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
@@ -306,7 +306,7 @@ def course(curve: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def own_scores(c: TrainConfig, log: Sequence[dict[str, Any]], r: dict[str, Any],
                weights: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scores of a run that probe.py does not compute: its losses, and measures of its sparsity.
+    """Scores of a run that are not among probe.py's: its losses, and measures of its sparsity.
 
     active FFN: the share of the FFN's weights that a token uses. key heads: key/value heads per
     query head. eff. keys: the share of the visible keys that a query effectively attends to.
@@ -374,8 +374,8 @@ class Estimate(NamedTuple):
 
     @property
     def has_spread(self) -> bool:
-        """Do the seeds differ? False with one seed. Equal values prove no precision: usefulness
-        with 8 blocks, for example, is a multiple of 1/8."""
+        """Do the seeds differ? False with one seed. If all seeds agree, the interval has no width,
+        which proves no precision: usefulness with 8 blocks, for example, is a multiple of 1/8."""
         return self.half > 1e-9
 
     @property
@@ -384,7 +384,7 @@ class Estimate(NamedTuple):
         return self.has_spread and abs(self.mean) > self.half
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of the values and its interval. Numbers that need more values are nan."""
+    """The mean of the values and its interval. With one value, half the interval is nan."""
     n = len(values)
     if n < 2:
         return Estimate(values[0] if n else math.nan, math.nan, n)
@@ -392,8 +392,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.mean(values), half, n)
 
 def detectable(e: Estimate) -> float:
-    """The effect that the same number of seeds, with the same spread, detects with 80% power. It is
-    the standard error times the sum of the two t quantiles. nan without spread."""
+    """The effect that the same number of seeds, with the same spread, detects with about 80% power.
+    It is the standard error times the sum of the two t quantiles. nan without spread."""
     if not e.has_spread:
         return math.nan
     k = min(e.n, 10) - 2
@@ -460,7 +460,7 @@ COMPARED = {
     "depth": ("last var.", "useful", "log ratio", "ratio 1+", "ratio sum", "causal", "causal 1+",
               "permuted", "perm. 1+", "val loss"),
     "weight_decay": KNOB, "context": KNOB, "gqa": KNOB, "moe": KNOB,
-    "ladder": ("log ratio", "useful", "val loss", "accuracy"),
+    "ladder": ("last var.", "log ratio", "useful", "val loss", "accuracy"),
     "norms": KNOB, "init": KNOB, "width": KNOB, "long": KNOB}
 # What the paper claims about blocks 1 to n - 1 of a single model, by score. A trend is the rank
 # correlation of a block's index with its log affine ratio, its influence or its |J-I|/d.
@@ -567,9 +567,9 @@ def relative_size(found: dict[str, Runs], family: str, member: str, base: str, s
     """The size of an effect: our (effect / depth effect) / the paper's. Jackknife over seeds.
 
     The depth effect is depth_32 minus depth_16. For the loss, the size is our relative difference
-    divided by the paper's. None if the paper's difference is not known, "about 0" or less than
-    one layer; if the interval of our depth effect contains 0; and where the ratio has no spread, as
-    for the depth effect itself.
+    divided by the paper's. None if the paper's difference is not known, is "about 0" or rounds
+    to less than one layer; if the interval of our depth effect contains 0; and if the ratio has no
+    spread, as for the depth effect itself.
     """
     if score in INFERRED or math.isnan(paper) or paper == 0 or len(differences) < 2:
         return None
@@ -710,12 +710,14 @@ def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     has_own = any(rows[0]["settings"] not in shared for rows in runs.values())
     return len(runs) > 1 and (family == "depth" or has_own)
 
-# The columns of a table of scores: those of a family, if not KNOB, and those at a common length.
+# The columns of the tables of scores. A family that is not in SHOWN has those of KNOB.
+PREMISED = ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "trend J-I", "val loss")
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
          "ladder": ("last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "val loss"),
          "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
                      "val loss"),
-         "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
+         "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss"),
+         "width": PREMISED, "long": PREMISED}
 AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "trend use")
 
 def tables(found: dict[str, Runs], compared: Sequence[Comparison], scale: str) -> dict[str, str]:
@@ -857,7 +859,8 @@ def difference_table(compared: Sequence[Comparison], scale: str) -> str:
                                          for name, cells in effects.items()])
 
 def premises(depth: Runs, scale: str, score: str) -> str:
-    """A row per depth: the value of each seed, their mean, step 0, and what training adds."""
+    """A row per depth: the value of each seed, their mean, step 0, what training adds, the effect
+    that the seeds detect, and the verdict."""
     rows = []
     for name, seeds in depth.items():
         judged = premise(depth, name, score)
@@ -871,9 +874,9 @@ def premises(depth: Runs, scale: str, score: str) -> str:
             first += f", ln n = {math.log(layers(seeds)):.2f}"
         rows.append([first, " ".join(short(x) for x in values.values()), with_interval(e),
                      short(statistics.mean(start.values())),
-                     with_interval(estimate(added), "", "+"), verdict])
+                     with_interval(estimate(added), "", "+"), short(detectable(e)), verdict])
     return table([PREMISES[score], "each seed", "mean (95%)", "step 0", "training adds",
-                  "verdict"], rows)
+                  "detects (80%)", "verdict"], rows)
 
 def course_table(depth: Runs, scale: str) -> str:
     """The variance of the last stream during training, here and in the paper: its peak, the time of
@@ -1081,10 +1084,11 @@ OF_DEPTH = {"depth": (draw_depth, {"variance", "deviation", "affine"}),
             "depth_blocks": (draw_blocks, {"attn_variance", "ffn_variance", "deviation", "affine"}),
             **{f"depth_{name}": (partial(draw_maps, name=name), {name}) for name in MAPS}}
 
-# The axis of each score in the figure of a family.
+# The label of each score's axis in the figure of a family.
 EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference",
            "useful": "difference of the shares", "trend use": "difference",
-           "log ratio": "difference", "val loss": "ln(perplexity / the baseline's)"}
+           "log ratio": "difference of the log ratios",
+           "val loss": "ln(perplexity / the baseline's)"}
 
 def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
     """A row per comparison: our effect with its interval, and a diamond for the paper's effect."""
@@ -1101,17 +1105,25 @@ def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
             if c.score != score:
                 continue
             place = names.index(versus(c, scale))
-            ax.errorbar(c.effect.mean, place, xerr=np.nan_to_num(c.effect.half), fmt="o",
-                        color=COLORS[0], label="here, 95% interval")
+            if c.effect.has_spread:
+                ax.errorbar(c.effect.mean, place, xerr=c.effect.half, fmt="o", color=COLORS[0],
+                            label="here, 95% interval")
+            else:
+                ax.plot(c.effect.mean, place, "o", color=COLORS[0], fillstyle="none",
+                        label="here, one seed or equal seeds")
             if score != "log ratio" and not math.isnan(c.paper):
                 ax.plot(c.paper, place + 0.25, "D", color=COLORS[1], fillstyle="none",
                         label="the paper")
         ax.axvline(0, color="black", linewidth=0.5)
         ax.set(title=NAMES[score][0], xlabel=EFFECTS[score])
         ax.locator_params(axis="x", nbins=4)
-    if family == "weight_decay":        # the paper's largest decay multiplies the perplexity by 50
-        axes[3].set_xscale("symlog", linthresh=0.1)
-        axes[3].xaxis.set_major_formatter("{x:g}")
+    # The paper's largest decay multiplies the perplexity by 50, its shortest context the variance
+    # by 20. A linear axis would hide our intervals.
+    for wide, score in (("weight_decay", "val loss"), ("context", "last var.")):
+        if family == wide:
+            axis = axes[shown.index(score)]
+            axis.set_xscale("symlog", linthresh=0.1)
+            axis.xaxis.set_major_formatter("{x:g}")
     legend_below(fig, axes)
     return fig
 
@@ -1178,7 +1190,8 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     """The recipe with n_layer blocks and about `params` active parameters, for `tokens` tokens.
 
     The effect of weight decay depends on rate x decay x steps. The rate is the same, so decay x
-    steps is kept at its value in the ladder.
+    steps is kept at its value in the ladder. init_std is proportional to 1/sqrt(width), from the
+    ladder's 0.02. The paper itself has 0.02 at every width.
     """
     ladder = config("ladder_moe", "paper")
     n_embd = advised_width(ladder, n_layer, params)
@@ -1197,7 +1210,7 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
         ladder, n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_kv_head=n_head // 2,
         ffn_hidden=0, expert_hidden=n_embd, block_size=T, batch_size=1,
         tokens_per_step=tokens_per_step, max_steps=max_steps,
-        init_std=float(f"{0.02 * math.sqrt(2048 / n_embd):.3g}"),
+        init_std=float(f"{ladder.init_std * math.sqrt(ladder.n_embd / n_embd):.3g}"),
         warmup_steps=min(ladder.warmup_steps, max_steps // 4),
         weight_decay=float(f"{weight_decay:.3g}"), out_dir="")
 
@@ -1218,8 +1231,8 @@ def sources() -> list[str]:
     rows = read_rows(ROOT / "configs/laptop/results.jsonl")
     found = {family: runs_of(family, rows, args) for family in ("depth", "ladder")}
     lines = ["# The paper's models have 12 to 32 blocks, are 768 to 2,048 wide, and saw 10 billion",
-             "# tokens. Anything else is extrapolated. weight_decay is chosen so that decay x",
-             "# steps is that of the paper, 0.3 x 4,768."]
+             "# tokens. Anything else is extrapolated. weight_decay x max_steps and",
+             "# init_std x sqrt(n_embd) are those of configs/paper/ladder_moe.py."]
     for name, member in FAMILIES["ladder"].items():
         old, new = PAPER["ladder"][member.baseline], PAPER["ladder"][name]
         if name in ("ladder_16", "ladder_32"):
