@@ -1119,11 +1119,11 @@ def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
         ax.locator_params(axis="x", nbins=4)
     # The paper's largest decay multiplies the perplexity by 50, its shortest context the variance
     # by 20. A linear axis would hide our intervals.
-    for wide, score in (("weight_decay", "val loss"), ("context", "last var.")):
-        if family == wide:
-            axis = axes[shown.index(score)]
-            axis.set_xscale("symlog", linthresh=0.1)
-            axis.xaxis.set_major_formatter("{x:g}")
+    wide = {"weight_decay": "val loss", "context": "last var."}.get(family)
+    if wide:
+        ax = axes[shown.index(wide)]
+        ax.set_xscale("symlog", linthresh=0.1)
+        ax.xaxis.set_major_formatter("{x:g}")
     legend_below(fig, axes)
     return fig
 
