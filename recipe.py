@@ -711,13 +711,14 @@ def has_begun(family: str, runs: Runs, depth: Runs) -> bool:
     return len(runs) > 1 and (family == "depth" or has_own)
 
 # The columns of the tables of scores. A family that is not in SHOWN has those of KNOB.
-PREMISED = ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "trend J-I", "val loss")
 SHOWN = {"init": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
+         "width": ("last var.", "ln Vn/V1", "log ratio", *TRENDS, "val loss"),
+         "long": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "trend J-I",
+                  "val loss"),
          "ladder": ("last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "val loss"),
          "context": ("last var.", "ln Vn/V1", "useful", "log ratio", "trend use", "eff. keys",
                      "val loss"),
-         "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss"),
-         "width": PREMISED, "long": PREMISED}
+         "rates": ("last var.", "ln Vn/V1", "useful", *TRENDS, "val loss")}
 AT_LENGTH = ("loss", "last var.", "ln Vn/V1", "useful", "log ratio", "ratio late", "trend use")
 
 def tables(found: dict[str, Runs], compared: Sequence[Comparison], scale: str) -> dict[str, str]:
