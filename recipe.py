@@ -766,13 +766,14 @@ def short(x: float, sign: str = "") -> str:
     return f"{x:{sign},.0f}" if abs(x) >= 100 else f"{x:{sign}.3g}"
 
 def with_interval(e: Estimate, score: str = "", sign: str = "") -> str:
-    """Format as "0.12 (0.1 to 0.14)". Undo the logarithm of LOGARITHMS: "times 2 (1.9 to 2.1)"."""
+    """Format as "0.12 (0.1 to 0.14)", or "0.12" without spread. Undo the logarithm of LOGARITHMS:
+    "times 2 (1.9 to 2.1)"."""
     numbers = [e.mean, e.low, e.high]
     factor = "times " if score in LOGARITHMS and sign else ""
     if score in LOGARITHMS:
         numbers, sign = [math.exp(x) for x in numbers], ""
     mean, low, high = (short(x, sign) for x in numbers)
-    return f"{factor}{mean}" if math.isnan(e.half) else f"{factor}{mean} ({low} to {high})"
+    return f"{factor}{mean} ({low} to {high})" if e.has_spread else f"{factor}{mean}"
 
 def mean_of(e: Estimate, score: str) -> str:
     """Format as "0.12 ± 0.02" (half the width of the interval), a variance as `with_interval`."""
