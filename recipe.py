@@ -948,8 +948,8 @@ TITLES = {"weight_decay": "Weight decay", "context": "Context length T",
           "gqa": "Grouped queries: G query heads share a key/value head",
           "moe": "Mixture of experts at equal active FLOPs", "ladder": "The recipe, step by step",
           "norms": "GQA and MoE with other norms", "init": "Initialisation: its scale and its form",
-          "width": "Twice the width, at the same learning rate / init_std",
-          "long": "Four times the training steps"}
+          "width": "The effect of depth at two widths",
+          "long": "The effect of depth after 2,000 and after 8,000 steps"}
 NORM = r"$\|J-I\|_F\,/\,d$"
 
 def draw_all(found: dict[str, Runs], compared: Sequence[Comparison], scale: str, out: Path) -> str:
@@ -958,7 +958,9 @@ def draw_all(found: dict[str, Runs], compared: Sequence[Comparison], scale: str,
         import matplotlib
     except ImportError:
         return "no figures: pip install matplotlib"
-    of_family = {family: [c for c in compared if c.family == family] for family in TITLES}
+    # ladder_16 repeats the depth effect. Its row would hide the others by its scale.
+    of_family = {family: [c for c in compared if c.family == family and c.member != "ladder_16"]
+                 for family in TITLES}
     with matplotlib.rc_context(STYLE):
         figures = {family: draw_family(family, some, scale)
                    for family, some in of_family.items() if some}
@@ -1087,8 +1089,8 @@ OF_DEPTH = {"depth": (draw_depth, {"variance", "deviation", "affine"}),
             **{f"depth_{name}": (partial(draw_maps, name=name), {name}) for name in MAPS}}
 
 # The label of each score's axis in the figure of a family.
-EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference",
-           "useful": "difference of the shares", "trend use": "difference",
+EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference of the growths",
+           "useful": "difference of the shares", "trend use": "difference of the trends",
            "log ratio": "difference of the log ratios",
            "val loss": "ln(perplexity / the baseline's)"}
 
@@ -1109,7 +1111,7 @@ def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
             place = names.index(versus(c, scale))
             if c.effect.has_spread:
                 ax.errorbar(c.effect.mean, place, xerr=c.effect.half, fmt="o", color=COLORS[0],
-                            label="here, 95% interval")
+                            label="here, 95% interval (it may be within the dot)")
             else:
                 ax.plot(c.effect.mean, place, "o", color=COLORS[0], fillstyle="none",
                         label="here, one seed or equal seeds")
@@ -1119,13 +1121,14 @@ def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
         ax.axvline(0, color="black", linewidth=0.5)
         ax.set(title=NAMES[score][0], xlabel=EFFECTS[score])
         ax.locator_params(axis="x", nbins=4)
-    # The paper's largest decay multiplies the perplexity by 50, its shortest context the variance
-    # by 20. A linear axis would hide our intervals.
-    wide = {"weight_decay": "val loss", "context": "last var."}.get(family)
+    # On a linear axis, the largest effects of these families would hide the other intervals. The
+    # paper's largest decay, for example, multiplies the perplexity by 50.
+    wide = {"weight_decay": "val loss", "context": "last var.", "ladder": "last var."}.get(family)
     if wide:
         ax = axes[shown.index(wide)]
         ax.set_xscale("symlog", linthresh=0.1)
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel(f"{EFFECTS[wide]},\nlogarithmic beyond 0.1")
     legend_below(fig, axes)
     return fig
 

@@ -6,8 +6,8 @@ n_layer = 8                 # stands for the paper's 16; depths are halved: 6 to
 n_head = 4                  # allows G = 1, 2 and 4
 n_embd = 64                 # narrow: 16 layers train in minutes on one core
 init_std = 0.113            # 0.02 * sqrt(2048 / n_embd): an untrained block adds as much variance as
-                            # in the paper. With 0.02, all blocks together add less than 1/2,000 of
-                            # it, and after training, block 0 adds more than an average later block
+                            # the paper's of width 2048. With 0.02 it adds less than 1/2,000 of that,
+                            # and after training, block 0 adds more than an average later block
 block_size = 128            # stands for 2048; contexts are a sixteenth: 16 ... 512 for 256 ... 8192
 
 learning_rate = 3e-3        # the best of four rates on seed 100, for this width and 2,000 steps
