@@ -1093,6 +1093,9 @@ EFFECTS = {"last var.": "ln(variance / the baseline's)", "ln Vn/V1": "difference
            "useful": "difference of the shares", "trend use": "difference of the trends",
            "log ratio": "difference of the log ratios",
            "val loss": "ln(perplexity / the baseline's)"}
+# Scores whose largest effect would hide the other intervals on a linear axis. The paper's largest
+# decay, for example, multiplies the perplexity by 50.
+WIDE = {"weight_decay": "val loss", "context": "last var.", "ladder": "last var."}
 
 def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
     """A row per comparison: our effect with its interval, and a diamond for the paper's effect."""
@@ -1121,14 +1124,10 @@ def draw_family(family: str, compared: Sequence[Comparison], scale: str) -> Any:
         ax.axvline(0, color="black", linewidth=0.5)
         ax.set(title=NAMES[score][0], xlabel=EFFECTS[score])
         ax.locator_params(axis="x", nbins=4)
-    # On a linear axis, the largest effects of these families would hide the other intervals. The
-    # paper's largest decay, for example, multiplies the perplexity by 50.
-    wide = {"weight_decay": "val loss", "context": "last var.", "ladder": "last var."}.get(family)
-    if wide:
-        ax = axes[shown.index(wide)]
-        ax.set_xscale("symlog", linthresh=0.1)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_xlabel(f"{EFFECTS[wide]},\nlogarithmic beyond 0.1")
+        if score == WIDE.get(family):
+            ax.set_xscale("symlog", linthresh=0.1)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set_xlabel(f"{EFFECTS[score]},\nlogarithmic beyond 0.1")
     legend_below(fig, axes)
     return fig
 
@@ -1195,8 +1194,8 @@ def advised(n_layer: int, params: float, tokens: float, gpus: int) -> TrainConfi
     """The recipe with n_layer blocks and about `params` active parameters, for `tokens` tokens.
 
     The effect of weight decay depends on rate x decay x steps. The rate is the same, so decay x
-    steps is kept at its value in the ladder. init_std is proportional to 1/sqrt(width), from the
-    ladder's 0.02. The paper itself has 0.02 at every width.
+    steps is kept at its value in the ladder. So is init_std x sqrt(width), although the paper has
+    init_std 0.02 at every width.
     """
     ladder = config("ladder_moe", "paper")
     n_embd = advised_width(ladder, n_layer, params)

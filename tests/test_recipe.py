@@ -472,6 +472,11 @@ def test_a_comparison_in_the_report_is_the_paired_t_interval_of_its_rows(reporte
     assert shown == pytest.approx([mean, mean - half, mean + half], rel=6e-3)
 
 
+def test_equal_seeds_are_shown_without_an_interval():
+    assert recipe.with_interval(estimate([0.5, 0.5, 0.5])) == recipe.with_interval(estimate([0.5])) == "0.5"
+    assert recipe.with_interval(estimate([0.0, 0.5, 1.0])) == "0.5 (-0.742 to 1.74)"        # 4.30265 x 0.5 / sqrt(3)
+
+
 def test_runs_without_the_affine_maps_get_every_other_figure(reported, tmp_path):
     folder, rows = reported
     for r in rows:
